@@ -1,0 +1,12 @@
+# Copyright (C) 2026 The anomalib-mvfa authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Datamodules and readers for medical images."""
+
+from .bmad import MedicalBMAD
+from .few_shot import FewShot
+
+DATAMODULES = ("FewShot", "MedicalBMAD")
+"""Names that the stock command knows."""
+
+__all__ = ["DATAMODULES", "FewShot", "MedicalBMAD"]

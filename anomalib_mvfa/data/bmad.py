@@ -1,0 +1,288 @@
+# Copyright (C) 2026 The anomalib-mvfa authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""The BMAD sets, in the three folder layouts in which they are handed on.
+
+BMAD (Bao et al., "BMAD: Benchmarks for Medical Anomaly Detection", https://arxiv.org/abs/2306.11876, CC BY-NC-SA 4.0)
+gathers six sets: Brain, Liver and Retina_RESC come with lesion masks, Retina_OCT2017, Chest and Histopathology with
+image labels only::
+
+    <root>/<Set>/{train/good, valid|test/{good,Ungood}/{img,label}}           the download of anomalib
+    <root>/<Set>/{train/good, valid|test/{good,Ungood}/{img,anomaly_mask}}    BMAD's own description
+    <root>/<Set>_AD/{valid,test}/{good,Ungood}/{img,anomaly_mask}             the archives of MVFA, no train split
+
+Which one lies under ``root`` is found by looking. Folder names match in any letter case, the ``img`` level may be
+absent, and any set that is laid out like one of these is read, whatever its name. BMAD asks that the test split stay
+untouched until the final evaluation, so validation uses the ``valid`` split.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from anomalib.data import BMAD, AnomalibDataset
+from anomalib.data.utils import LabelName, Split, ValSplitMode
+from pandas import DataFrame
+
+from anomalib_mvfa.checks import check_masks, enumerate_some
+
+__all__ = ["BMADLayout", "MedicalBMAD", "available_sets", "find_layout", "prompt_name", "read_samples"]
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"})
+# Where a set has both, `anomaly_mask` outlines the lesion and `label` may outline the organ, so the former goes first.
+MASK_FOLDERS = ("anomaly_mask", "label")
+# What the published prompts call each set, by its folder name in lower case.
+PROMPT_NAMES = {
+    "brain": "Brain",
+    "liver": "Liver",
+    "retina_resc": "retinal OCT",
+    "retina_oct2017": "retinal OCT",
+    "chest": "Chest X-ray film",
+    "histopathology": "histopathological image",
+}
+# The folders of a set, with the split and the label that they stand for. Training images are normal.
+_PARTS = (
+    (Split.TRAIN, "train", "good", LabelName.NORMAL),
+    (Split.VAL, "valid", "good", LabelName.NORMAL),
+    (Split.VAL, "valid", "Ungood", LabelName.ABNORMAL),
+    (Split.TEST, "test", "good", LabelName.NORMAL),
+    (Split.TEST, "test", "Ungood", LabelName.ABNORMAL),
+)
+
+
+@dataclass(frozen=True)
+class BMADLayout:
+    """Where a set lies and which of the optional folders it has.
+
+    Attributes:
+        folder: Folder of the set, the one that holds ``test``.
+        has_train: Whether ``train/good`` holds images.
+        mask_folder: Name of the mask folder in ``test/Ungood`` (``"label"`` or ``"anomaly_mask"``), or ``None`` for a
+            set with image labels only.
+    """
+
+    folder: Path
+    has_train: bool
+    mask_folder: str | None
+
+
+def prompt_name(category: str) -> str:
+    """Name of a set in the text prompts.
+
+    The six BMAD sets have their published names. The folder name of another set is split at underscores, hyphens and
+    changes of case into lower-case words; abbreviations stay in capitals. A trailing ``_AD`` is dropped.
+
+    Example:
+        >>> prompt_name("Retina_OCT2017"), prompt_name("Chest_AD"), prompt_name("BrainMRI")
+        ('retinal OCT', 'Chest X-ray film', 'brain MRI')
+    """
+    name = _set_name(category)
+    if name.lower() in PROMPT_NAMES:
+        return PROMPT_NAMES[name.lower()]
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|[_\-\s]+", " ", name).split()
+    return " ".join(word if word.isupper() else word.lower() for word in words)
+
+
+def available_sets(root: Path | str) -> list[str]:
+    """Names of the sets under ``root`` in any of the layouts, sorted, each once and without ``_AD``.
+
+    A ``root`` that is itself the folder of a set yields its own name; one without sets, or absent, an empty list.
+    """
+    root = Path(root)
+    folders = [root.absolute()] if _is_set(root) else [folder for folder in _subfolders(root) if _is_set(folder)]
+    return sorted({_set_name(folder.name) for folder in folders})
+
+
+def find_layout(root: Path | str, category: str) -> BMADLayout:
+    """Find the folder of a set and its layout.
+
+    ``<root>/<category>`` is preferred to ``<root>/<category>_AD`` where both exist; ``root`` may also be the set's own
+    folder.
+
+    Args:
+        root: Folder that holds the sets, or the folder of the set itself.
+        category: Name of the set's folder in any letter case, with or without ``_AD``.
+
+    Raises:
+        FileNotFoundError: If no such set lies under ``root``. The message lists what was looked for and what is there.
+        ValueError: If ``root`` is the folder of another BMAD set than ``category``.
+    """
+    root, name = Path(root), _set_name(category)
+    matches = [folder for folder in _subfolders(root) if _set_name(folder.name).lower() == name.lower()]
+    matches.sort(key=lambda folder: folder.name.lower() != category.lower())
+    folder = next((candidate for candidate in (root, *matches) if _is_set(candidate)), None)
+    if folder is None:
+        msg = (
+            f"No set '{category}' under {root}: looked for {name}/ and {name}_AD/ (or {root} itself) "
+            "with the folders test/good and test/Ungood. "
+            f"{' '.join(_contents(candidate) for candidate in (root, *matches))} "
+            f"Sets found: {', '.join(available_sets(root)) or 'none'}. "
+            "Pass the folder that holds the sets as root and the name of one of them as category."
+        )
+        raise FileNotFoundError(msg)
+    own_name = _set_name(folder.absolute().name)
+    if own_name.lower() in PROMPT_NAMES and own_name.lower() != name.lower():
+        msg = (
+            f"{folder} is the set {own_name}, but category is '{category}': "
+            f"pass category='{own_name}', or the parent folder as root."
+        )
+        raise ValueError(msg)
+    train_images = _images(_find(folder, "train", "good"))
+    masks = _masks(_find(folder, "test", "Ungood"))
+    return BMADLayout(folder, bool(train_images), masks[0].parent.name.lower() if masks else None)
+
+
+def read_samples(layout: BMADLayout) -> DataFrame:
+    """List the images of a set, each abnormal one with the mask of the same stem.
+
+    Masks of normal images are not read: they are empty by definition.
+
+    Args:
+        layout: What :func:`find_layout` returned.
+
+    Returns:
+        One row an image: ``image_path``, ``split`` (``"train"``, ``"val"``, ``"test"``), ``label`` (``"good"``,
+        ``"Ungood"``), ``label_index`` (0, 1) and ``mask_path`` (``""`` for none). ``attrs["task"]`` is
+        ``"segmentation"`` for a set with masks, otherwise ``"classification"``.
+
+    Raises:
+        FileNotFoundError: If ``test/good`` or ``test/Ungood`` has no image.
+        ValueError: If the masks fail :func:`~anomalib_mvfa.checks.check_masks`.
+    """
+    rows = []
+    for split, split_folder, label, label_index in _PARTS:
+        folder = _find(layout.folder, split_folder, label)
+        images = _images(folder)
+        if split == Split.TEST and folder and not images:
+            msg = (
+                f"No image in {folder}, nor in an img folder there (read: {', '.join(sorted(IMAGE_SUFFIXES))}). "
+                f"{_contents(folder)} Put the images of the test split there."
+            )
+            raise FileNotFoundError(msg)
+        has_masks = layout.mask_folder is not None and label_index == LabelName.ABNORMAL
+        mask_of = {mask.stem: str(mask) for mask in _masks(folder)} if has_masks else {}
+        rows += [(str(image), split.value, label, label_index.value, mask_of.get(image.stem, "")) for image in images]
+    samples: DataFrame = DataFrame(rows, columns=["image_path", "split", "label", "label_index", "mask_path"])
+    samples.attrs["task"] = "segmentation" if layout.mask_folder else "classification"
+    if layout.mask_folder:
+        check_masks(samples)
+    return samples
+
+
+class MedicalBMAD(BMAD):
+    """BMAD datamodule that reads the published sets, and sets laid out like them, in every layout.
+
+    The arguments are those of :class:`anomalib.data.BMAD`. ``root`` is the folder that holds the sets, or the folder of
+    one set; ``category`` is any set name under it. ``val_split_mode="from_dir"`` (default) validates on the set's own
+    ``valid`` split, the other modes are those of anomalib. If ``root`` does not exist, the six sets are downloaded to
+    it.
+
+    A set without a train split (the archives of MVFA) trains on the normal images of ``valid``, the only ones outside
+    the test split. With ``"from_dir"`` these are then the normal images of the validation split too.
+
+    Example:
+        >>> datamodule = MedicalBMAD(root="./datasets/BMAD", category="Retina_RESC", eval_batch_size=8)
+        >>> datamodule.class_name
+        'retinal OCT'
+    """
+
+    @property
+    def class_name(self) -> str:
+        """What the text prompts call the images of this set."""
+        return prompt_name(self.category)
+
+    @property
+    def layout(self) -> BMADLayout:
+        """Folder and layout of the set, found by looking under ``root``."""
+        return find_layout(self.root, self.category)
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether the set has lesion masks."""
+        return self.layout.mask_folder is not None
+
+    def prepare_data(self) -> None:
+        """Download the six BMAD sets if ``root`` does not exist and ``category`` is one of them.
+
+        Raises:
+            FileNotFoundError: If ``root`` exists, or was just filled, but the set is not there.
+        """
+        if not self.root.exists() and self.category.lower() in PROMPT_NAMES:
+            super().prepare_data()
+        find_layout(self.root, self.category)
+
+    def _setup(self, _stage: str | None = None) -> None:
+        layout = self.layout
+        samples = read_samples(layout)
+        valid = samples[samples["split"] == Split.VAL.value]
+        train = samples[samples["split"] == Split.TRAIN.value]
+        if not layout.has_train:
+            train = valid[valid["label_index"] == LabelName.NORMAL.value]
+        if train.empty:
+            msg = (
+                f"No normal image to train on in {layout.folder}: looked for train/good and valid/good. "
+                f"{_contents(layout.folder)} Add one of them."
+            )
+            raise FileNotFoundError(msg)
+        self.train_data = _dataset(train)
+        self.test_data = _dataset(samples[samples["split"] == Split.TEST.value])
+        if self.val_split_mode == ValSplitMode.FROM_DIR:
+            if valid.empty:
+                msg = (
+                    f"No image in valid/good or valid/Ungood of {layout.folder}, read by val_split_mode='from_dir'. "
+                    f"{_contents(layout.folder)} Add the split, or pass another val_split_mode, such as 'from_test'."
+                )
+                raise FileNotFoundError(msg)
+            self.val_data = _dataset(valid)
+
+
+def _dataset(samples: DataFrame) -> AnomalibDataset:
+    dataset = AnomalibDataset()
+    dataset.samples = samples
+    return dataset
+
+
+def _set_name(folder_name: str) -> str:
+    return re.sub("_AD$", "", folder_name, flags=re.IGNORECASE)
+
+
+def _is_set(folder: Path) -> bool:
+    return all(_find(folder, "test", label) for label in ("good", "Ungood"))
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+
+
+def _find(folder: Path, *names: str) -> Path | None:
+    """Folder at ``folder/<names[0]>/<names[1]>/...``, each name in any letter case, or ``None``."""
+    for name in names:
+        matches = [entry for entry in _subfolders(folder) if entry.name.lower() == name.lower()]
+        if not matches:
+            return None
+        folder = matches[0]
+    return folder
+
+
+def _image_files(folder: Path) -> list[Path]:
+    entries = folder.iterdir()
+    return sorted(path for path in entries if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."))
+
+
+def _images(label_folder: Path | None) -> list[Path]:
+    """Images of a ``good`` or ``Ungood`` folder, in its ``img`` folder if it has one."""
+    return _image_files(_find(label_folder, "img") or label_folder) if label_folder else []
+
+
+def _masks(label_folder: Path | None) -> list[Path]:
+    """Masks of an ``Ungood`` folder, from the first mask folder that is not empty."""
+    folders = [_find(label_folder, name) for name in MASK_FOLDERS] if label_folder else []
+    return next((masks for folder in folders if folder and (masks := _image_files(folder))), [])
+
+
+def _contents(folder: Path) -> str:
+    """Sentence on what a folder holds, up to 20 entries."""
+    if not folder.is_dir():
+        return f"{folder} does not exist."
+    return f"{folder} holds {enumerate_some(sorted(entry.name for entry in folder.iterdir()), 20) or 'nothing'}."

@@ -1,0 +1,363 @@
+# Copyright (C) 2026 The anomalib-mvfa authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Few-shot episodes on any anomalib datamodule."""
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from anomalib.data import AnomalibDataModule, AnomalibDataset, ImageItem, get_datamodule
+from anomalib.data.utils import LabelName
+from lightning.pytorch.utilities.types import EVAL_DATALOADERS
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler
+from torchvision.transforms.v2 import Transform
+from torchvision.tv_tensors import Image, Mask
+
+from anomalib_mvfa.checks import check_masks
+from anomalib_mvfa.lesions import LesionSynthesizer
+from anomalib_mvfa.model.memory import Support
+from anomalib_mvfa.model.prompts import published_class_name
+
+from .augmentation import NUM_VERSIONS, support_version, support_versions
+from .support_lists import find_support, read_support_list
+
+__all__ = ["FewShot", "SupportDataset"]
+
+logger = logging.getLogger(__name__)
+
+ABNORMAL_SOURCES = ("auto", "validation", "test", "synthetic")
+
+
+class SupportDataset(AnomalibDataset):
+    """The eleven versions of each support image, the abnormal ones first, as the released code orders them.
+
+    Args:
+        normal: Rows of the normal supports, in their order.
+        abnormal: Rows of the abnormal supports, in their order. Without any, lesions are drawn on the normal ones.
+        task: ``"segmentation"`` when the supports have masks, otherwise ``"classification"``.
+        seed: Seed of the synthetic lesions.
+    """
+
+    def __init__(self, normal: pd.DataFrame, abnormal: pd.DataFrame, task: str, seed: int = 0) -> None:
+        super().__init__()
+        # Set directly: the setter of anomalib would sort by path and lose the order of the draw.
+        self._samples = pd.concat([abnormal, normal], ignore_index=True)
+        self._samples.attrs["task"] = task
+        self.num_normal = len(normal)
+        self.num_abnormal = len(abnormal)
+        self.seed = seed
+        self.epoch = 0
+        self.lesions = None if self.num_abnormal else LesionSynthesizer()
+
+    @property
+    def augmentations(self) -> Transform | None:
+        """Transform of the unchanged supports, the model's resize as a rule; it precedes the eleven versions."""
+        return self._augmentations
+
+    @augmentations.setter
+    def augmentations(self, augmentations: Transform | None) -> None:
+        self._augmentations = augmentations
+        self._cache: dict[int, ImageItem] = {}  # decoded and resized supports; there are few of them
+
+    @property
+    def has_anomalous(self) -> bool:
+        """Always: real ones or normal supports with a lesion drawn in."""
+        return True
+
+    @property
+    def name(self) -> str:
+        """Name of the dataset."""
+        return "Support"
+
+    def __len__(self) -> int:
+        """Count eleven versions of each, half of them abnormal when lesions are drawn."""
+        return NUM_VERSIONS * ((self.num_abnormal or self.num_normal) + self.num_normal)
+
+    def support(self, index: int) -> ImageItem:
+        """Give a support unchanged, abnormal ones first."""
+        if index not in self._cache:
+            self._cache[index] = super().__getitem__(index)
+        return self._cache[index]
+
+    def __getitem__(self, index: int) -> ImageItem:
+        """Give one version: all versions of the abnormal block, then of the normal block."""
+        block = self.num_abnormal or self.num_normal
+        abnormal = index < NUM_VERSIONS * block
+        if abnormal:
+            version, position = divmod(index, block)
+        else:
+            version, position = divmod(index - NUM_VERSIONS * block, self.num_normal)
+            position += self.num_abnormal
+        item = self.support(position)
+        image = support_version(item.image.as_subclass(Tensor)[None], version)[0]
+        mask = None
+        if item.gt_mask is not None:
+            mask = support_version(item.gt_mask.as_subclass(Tensor)[None, None].float(), version)[0, 0] > 0.5
+        if abnormal and self.lesions is not None:
+            generator = torch.Generator().manual_seed(hash((self.seed, self.epoch, index)) % 2**63)
+            donor = self.support((position + 1) % self.num_normal).image.as_subclass(Tensor)
+            image, mask = self.lesions(image, generator, donor)
+        return ImageItem(
+            image=Image(image),
+            gt_mask=None if mask is None else Mask(mask),
+            gt_label=torch.tensor(int(abnormal)),
+            image_path=item.image_path,
+            mask_path=item.mask_path,
+        )
+
+
+class _EpochSampler(DistributedSampler):  # type: ignore[type-arg]
+    """Order that depends on seed and epoch alone, so that a resumed training sees what it would have seen."""
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(epoch)
+        self.dataset.epoch = epoch  # type: ignore[attr-defined]
+
+
+class FewShot(AnomalibDataModule):
+    """Keeps k normal and k abnormal supports of any anomalib datamodule for training.
+
+    Training batches are the eleven versions of each support. Supports, and files with the same content, are taken out of
+    validation and test. Normal supports come from the training images; abnormal ones from the validation part, or from
+    the test part when that is all there is, which then is said in the log.
+
+    Args:
+        source: The datamodule to draw from, or its ``class_path`` and ``init_args`` as a mapping. Its splits get the seed
+            0 unless it has one, so that the test part is the same for every draw of supports.
+        k_shot: Number of supports of each class.
+        seed: Seed of the draw. The supports for a small ``k_shot`` are among those for a larger one.
+        support_list: File in the published text format that names the supports; ``k_shot`` and ``seed`` are then not
+            used.
+        draw: Which draw of the file.
+        abnormal_source: ``"auto"`` as described above, ``"validation"``, ``"test"``, or ``"synthetic"``: no abnormal
+            image is used, lesions are drawn on the normal supports.
+        shuffle: Whether to shuffle the training images in each epoch. The order depends on seed and epoch alone.
+        train_batch_size: Images a training step; the released code can only do one.
+
+    Raises:
+        ValueError: In ``setup``, if there are fewer images than shots, or the source cannot be read.
+
+    Example:
+        >>> from anomalib.data import Folder
+        >>> folder = Folder("mri", normal_dir="normal", abnormal_dir="abnormal", mask_dir="masks", root="DATA")
+        >>> FewShot(folder, k_shot=4).k_shot
+        4
+    """
+
+    def __init__(
+        self,
+        source: AnomalibDataModule,
+        k_shot: int = 4,
+        seed: int = 0,
+        support_list: str | Path | None = None,
+        draw: int = 0,
+        abnormal_source: str = "auto",
+        shuffle: bool = True,
+        train_batch_size: int = 1,
+    ) -> None:
+        if isinstance(source, Mapping):
+            source = get_datamodule(dict(source))
+        if not isinstance(source, AnomalibDataModule):
+            msg = f"source must be an anomalib datamodule such as Folder or MVTecAD, got {type(source).__name__}."
+            raise TypeError(msg)
+        if k_shot < 1:
+            msg = f"k_shot must be at least 1, got {k_shot}."
+            raise ValueError(msg)
+        if abnormal_source not in ABNORMAL_SOURCES:
+            msg = f"abnormal_source must be one of {', '.join(ABNORMAL_SOURCES)}, got '{abnormal_source}'."
+            raise ValueError(msg)
+        super().__init__(
+            train_batch_size=train_batch_size,
+            eval_batch_size=source.eval_batch_size,
+            num_workers=source.num_workers,
+            val_augmentations=source.val_augmentations,
+            test_augmentations=source.test_augmentations,
+            val_split_mode=source.val_split_mode,
+            test_split_mode=source.test_split_mode,
+            seed=seed,
+        )
+        self.source = source
+        self.k_shot = k_shot
+        self.support_list = support_list
+        self.draw = draw
+        self.abnormal_source = abnormal_source
+        self.shuffle = shuffle
+
+    @property
+    def name(self) -> str:
+        """Name of the source."""
+        return self.source.name
+
+    @property
+    def category(self) -> str:
+        """Category of the source."""
+        return self.source.category
+
+    @category.setter
+    def category(self, category: str) -> None:
+        self.source.category = category
+
+    @property
+    def class_name(self) -> str | None:
+        """Name for the prompts: the source's own, or that of its category; ``None`` if it has neither."""
+        own = getattr(self.source, "class_name", None)
+        return own or (published_class_name(self.category) if self.category else None)
+
+    @property
+    def support(self) -> Support:
+        """The supports, at the size that the model reads.
+
+        Returns:
+            Eleven versions of the normal supports; the abnormal supports unchanged, or the normal ones with lesions.
+        """
+        data: SupportDataset = self.train_data  # type: ignore[assignment]
+        normal = torch.stack([data.support(data.num_abnormal + index).image for index in range(data.num_normal)])
+        abnormal = torch.stack([data[index].image for index in range(data.num_abnormal or data.num_normal)])
+        return Support(support_versions(normal.as_subclass(Tensor)), abnormal.as_subclass(Tensor))
+
+    def prepare_data(self) -> None:
+        """Let the source fetch its data."""
+        self.source.prepare_data()
+
+    def _setup(self, _stage: str | None = None) -> None:
+        train, val, test = self._source_parts()
+        normal, abnormal = self._draw_supports(train, val, test)
+        for part in (normal, abnormal, val, test):
+            if part is not None:
+                check_masks(part.samples if isinstance(part, AnomalibDataset) else part)
+        supports = pd.concat([normal, abnormal])
+        synthetic = abnormal.empty
+        task = "segmentation" if synthetic else str(test.samples.attrs["task"])
+        self.train_data = SupportDataset(normal, abnormal, task, seed=self.seed or 0)
+        self.test_data = _without(test, supports, "test")
+        if val is not None:
+            self.val_data = _without(val, supports, "validation")
+        logger.info(
+            "Supports: %d normal, %s; %d validation and %d test images remain.",
+            len(normal),
+            "lesions are drawn on them" if synthetic else f"{len(abnormal)} abnormal",
+            0 if val is None else len(self.val_data),
+            len(self.test_data),
+        )
+
+    def _source_parts(self) -> tuple[AnomalibDataset, AnomalibDataset | None, AnomalibDataset]:
+        """Set the source up and give its train, validation and test parts."""
+        source = self.source
+        if source.seed is None:
+            source.seed = 0
+        try:
+            source.setup()
+        except Exception as error:
+            where = getattr(source, "root", None)
+            msg = f"{type(source).__name__}{f' at {where}' if where else ''} could not be read: {error}"
+            raise ValueError(msg) from error
+        return source.train_data, getattr(source, "val_data", None), source.test_data
+
+    def _create_test_split(self) -> None:
+        """The source has split already."""
+
+    def _create_val_split(self) -> None:
+        """The source has split already."""
+
+    def _draw_supports(
+        self,
+        train: AnomalibDataset,
+        val: AnomalibDataset | None,
+        test: AnomalibDataset,
+    ) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Choose the rows of the normal and of the abnormal supports."""
+        parts = [part for part in (val, train, test) if part is not None]
+        if self.support_list is not None:
+            return self._listed_supports(parts)
+
+        def rows(part: AnomalibDataset | None, label: LabelName) -> pd.DataFrame:
+            samples = (train if part is None else part).samples
+            return samples[samples.label_index == label] if part is not None else samples.iloc[:0]
+
+        normal = self._choose(rows(train, LabelName.NORMAL), "normal", "training")
+        if self.abnormal_source == "synthetic":
+            return normal, normal.iloc[:0]
+        in_val, in_test = rows(val, LabelName.ABNORMAL), rows(test, LabelName.ABNORMAL)
+        from_test = self.abnormal_source == "test" or (self.abnormal_source == "auto" and in_val.empty)
+        if not from_test:
+            return normal, self._choose(in_val, "abnormal", "validation")
+        abnormal = self._choose(in_test, "abnormal", "test")
+        logger.warning(
+            "The %d abnormal supports were taken from the test part, which no longer holds them, because there is no "
+            "abnormal validation image or because abnormal_source='test'.",
+            len(abnormal),
+        )
+        return normal, abnormal
+
+    def _choose(self, candidates: pd.DataFrame, kind: str, part: str) -> pd.DataFrame:
+        """Draw ``k_shot`` rows."""
+        if len(candidates) < self.k_shot:
+            msg = (
+                f"{self.k_shot} {kind} supports were asked for, but the {part} part of {self.name} {self.category} has "
+                f"{len(candidates)} {kind} images. Lower k_shot"
+            )
+            msg += ", or set abnormal_source to 'test' or 'synthetic'." if kind == "abnormal" else ", or add images."
+            raise ValueError(msg)
+        order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(self.seed or 0))
+        return candidates.iloc[order[: self.k_shot].tolist()]
+
+    def _listed_supports(self, parts: list[AnomalibDataset]) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Find the supports that a list names: in the first part (validation first) that holds any of them."""
+        path = Path(self.support_list or "")
+        names = read_support_list(path, self.draw)
+        pool = pd.concat([part.samples for part in parts]).drop_duplicates("image_path", ignore_index=True)
+        found = [
+            pool.iloc[find_support(pool, listed, label, path=path, draw=self.draw)]
+            for listed, label in zip(names, (LabelName.NORMAL, LabelName.ABNORMAL), strict=True)
+        ]
+        return found[0], found[1]
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Give the training images: in this process, since the decoded supports are kept."""
+        replicas, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        sampler = _EpochSampler(
+            self.train_data,
+            num_replicas=replicas,
+            rank=rank,
+            shuffle=self.shuffle,
+            seed=self.seed or 0,
+        )
+        return DataLoader(
+            self.train_data,
+            batch_size=self.train_batch_size,
+            sampler=sampler,
+            collate_fn=self.external_collate_fn or self.train_data.collate_fn,
+        )
+
+    def val_dataloader(self) -> EVAL_DATALOADERS:
+        """Give the validation images without the supports; nothing if the source has no validation part."""
+        return super().val_dataloader() if hasattr(self, "val_data") and len(self.val_data) else []
+
+
+def _without(part: AnomalibDataset, supports: pd.DataFrame, name: str) -> AnomalibDataset:
+    """Take the supports, and files with the same content, out of a part."""
+    paths = {Path(path).resolve() for path in supports.image_path}
+    sizes = {path.stat().st_size for path in paths}
+    digests = {_digest(path) for path in paths}
+    keep, copies = [], 0
+    for position, path in enumerate(part.samples.image_path):
+        resolved = Path(path).resolve()
+        if resolved in paths:
+            continue
+        if resolved.stat().st_size in sizes and _digest(resolved) in digests:
+            copies += 1
+            continue
+        keep.append(position)
+    if copies:
+        logger.warning("%d images of the %s part are copies of supports and were left out.", copies, name)
+    return part.subsample(keep)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,127 @@
+# Copyright (C) 2026 The anomalib-mvfa authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Support lists: text files that fix which images are the supports of a few-shot run.
+
+The format is that of the lists released with MVFA (https://github.com/MediaBrain-SJTU/MVFA-AD), one file a set and
+shot. A draw of supports has one line for its normal and one for its abnormal images, file names separated by blanks::
+
+    n-0: 17.png 203.png
+    a-0: 8.png 54.png
+    n-1: ...
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from anomalib.data import AnomalibDataset
+from anomalib.data.utils import LabelName
+from pandas import DataFrame
+
+__all__ = ["find_support", "read_support_list", "write_support_list"]
+
+
+def read_support_list(path: Path | str, draw: int = 0) -> tuple[list[str], list[str]]:
+    """Read one draw of supports.
+
+    Args:
+        path: The list.
+        draw: Number of the draw.
+
+    Returns:
+        File names of the normal and of the abnormal supports, in the order of the list. The abnormal ones are empty if
+        the draw has no ``a`` line.
+
+    Raises:
+        ValueError: If a line is malformed, a key or a name stands twice, or the draw has no ``n`` line.
+    """
+    lines = _parse(Path(path))
+    if f"n-{draw}" not in lines:
+        msg = f"{path} has no line 'n-{draw}:', it has {', '.join(lines) or 'no lines'}. Pass one of its draws."
+        raise ValueError(msg)
+    return lines[f"n-{draw}"], lines.get(f"a-{draw}", [])
+
+
+def write_support_list(path: Path | str, normal: Sequence[str], abnormal: Sequence[str], draw: int = 0) -> None:
+    """Write one draw of supports; other draws already in the file stay.
+
+    Args:
+        path: The list. Its folder must exist.
+        normal: Normal supports: file names, or paths of which the file name is written.
+        abnormal: Abnormal supports, likewise; may be empty.
+        draw: Number of the draw.
+
+    Raises:
+        ValueError: If a file name holds a blank, which the format cannot express.
+    """
+    path = Path(path)
+    lines = _parse(path) if path.exists() else {}
+    lines[f"n-{draw}"] = [Path(name).name for name in normal]
+    lines[f"a-{draw}"] = [Path(name).name for name in abnormal]
+    blank = [name for name in lines[f"n-{draw}"] + lines[f"a-{draw}"] if re.search(r"\s", name)]
+    if blank:
+        msg = f"{path} separates file names by blanks and cannot hold {blank[0]!r}: rename the image."
+        raise ValueError(msg)
+    path.write_text("".join(" ".join([f"{key}:", *names]) + "\n" for key, names in lines.items()), encoding="utf-8")
+
+
+def find_support(
+    data: AnomalibDataset | DataFrame,
+    names: Sequence[str],
+    label: int,
+    *,
+    path: Path | str = "the support list",
+    draw: int = 0,
+) -> list[int]:
+    """Find the supports of a list among the images of a split.
+
+    An image matches by its file name, or by its stem if the list leaves the extension out.
+
+    Args:
+        data: The split, or its table of samples.
+        names: File names from :func:`read_support_list`.
+        label: Label of the supports, 0 (normal) or 1 (abnormal); images of the other label are not looked at.
+        path: The list, for the error message.
+        draw: Number of the draw, for the error message.
+
+    Returns:
+        Row numbers in ``data``, in the order of ``names``.
+
+    Raises:
+        ValueError: If a name matches no image of that label, or several.
+    """
+    samples = data.samples if isinstance(data, AnomalibDataset) else data
+    rows: dict[str, list[int]] = {}
+    for row, (image_path, label_index) in enumerate(zip(samples["image_path"], samples["label_index"], strict=True)):
+        if label_index == label:
+            for key in {Path(image_path).name, Path(image_path).stem}:
+                rows.setdefault(key, []).append(row)
+    matches = [rows.get(Path(name).name, []) for name in names]
+    wrong = [f"{name} ({len(found)} matches)" for name, found in zip(names, matches, strict=True) if len(found) != 1]
+    if wrong:
+        kind = "normal" if label == LabelName.NORMAL else "abnormal"
+        msg = (
+            f"{path}, line {kind[0]}-{draw}: {len(wrong)} of {len(names)} names do not name one {kind} image "
+            f"of the split: {', '.join(wrong[:5])}. Use the list of this set, or correct the names."
+        )
+        raise ValueError(msg)
+    return [found[0] for found in matches]
+
+
+def _parse(path: Path) -> dict[str, list[str]]:
+    """File names by line key (``n-0``, ``a-0``, ...), in the order of the file."""
+    lines: dict[str, list[str]] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        if not line.strip():
+            continue
+        key, _, rest = line.partition(":")
+        names = rest.split()
+        if not re.fullmatch(r"[na]-\d+", key.strip()):
+            msg = f"{path}, line {number}: expected 'n-<draw>: names' or 'a-<draw>: names', found {line[:60]!r}."
+            raise ValueError(msg)
+        if key.strip() in lines or len(set(names)) != len(names):
+            msg = f"{path}, line {number}: {key.strip()} or one of its file names stands twice; keep one of them."
+            raise ValueError(msg)
+        lines[key.strip()] = names
+    return lines

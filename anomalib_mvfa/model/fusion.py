@@ -1,0 +1,58 @@
+# Copyright (C) 2026 The anomalib-mvfa authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Scaling and blending of the language branch and the memory branch."""
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Fusion"]
+
+
+class Fusion(nn.Module):
+    """Min-max scale each branch, then blend them half and half.
+
+    The ranges are buffers, so that a checkpoint and an exported model carry them. The released code takes them from the
+    whole test set; by default they come from the supports (see
+    :class:`~anomalib_mvfa.model.lightning_model.MVFA`). Values outside the range are extrapolated, not clipped.
+
+    Args:
+        language_weight: Share of the language branch; the memory branch has the rest.
+    """
+
+    def __init__(self, language_weight: float = 0.5) -> None:
+        super().__init__()
+        self.language_weight = language_weight
+        for name in ("language_map", "memory_map", "language_score", "memory_score"):
+            self.register_buffer(name, torch.tensor([0.0, 1.0]))
+
+    def fit(self, **values: Tensor) -> None:
+        """Take ranges from values.
+
+        Args:
+            **values: Tensors of any shape named ``language_map``, ``memory_map``, ``language_score`` or
+                ``memory_score``. A constant tensor gives a range of width one.
+        """
+        for name, value in values.items():
+            low, high = value.min(), value.max()
+            high = torch.where(high > low, high, low + 1)
+            getattr(self, name).copy_(torch.stack([low, high]))
+
+    def forward(self, language: Tensor, memory: Tensor, kind: str) -> Tensor:
+        """Blend the two branches.
+
+        Args:
+            language: Values of the language branch, of any shape.
+            memory: Values of the memory branch, of the same shape.
+            kind: ``"map"`` or ``"score"``: which ranges to use.
+
+        Returns:
+            Blended values of the same shape.
+        """
+        scaled_language = self._scale(language, getattr(self, f"language_{kind}"))
+        scaled_memory = self._scale(memory, getattr(self, f"memory_{kind}"))
+        return self.language_weight * scaled_language + (1 - self.language_weight) * scaled_memory
+
+    @staticmethod
+    def _scale(values: Tensor, value_range: Tensor) -> Tensor:
+        return (values - value_range[0]) / (value_range[1] - value_range[0])

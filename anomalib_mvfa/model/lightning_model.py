@@ -1,0 +1,512 @@
+# Copyright (C) 2026 The anomalib-mvfa authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""MVFA as an anomalib model: training, calibration, checkpoints.
+
+The adapters learn from labelled supports (:class:`~anomalib_mvfa.data.FewShot`), or from normal images with synthetic
+lesions when a datamodule has no abnormal training images. The memory bank and the ranges of the fusion are made from the
+supports before each validation and at the end of training; nothing of the test set is used unless
+``fusion_scale="test"`` asks for it.
+
+Paper:
+    Adapting Visual-Language Models for Generalizable Anomaly Detection in Medical Images (CVPR 2024),
+    https://arxiv.org/abs/2403.12570
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib import LearningType
+from anomalib.data import Batch, ImageBatch
+from anomalib.metrics import AUPR, AUROC, Evaluator, F1Score
+from anomalib.models.components import AnomalibModule
+from anomalib.visualization import Visualizer
+from lightning.pytorch import Callback
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from anomalib_mvfa.lesions import LesionSynthesizer
+
+from .backbone import resolve_backbone
+from .loss import dice_loss, focal_loss, score_loss
+from .memory import Support
+from .processing import MVFAPostProcessor, MVFAPreProcessor
+from .prompts import published_class_name
+from .results import MVFAVisualizer, PredictionTable
+from .torch_model import BranchOutput, MVFAModel
+from .variant import Variant
+from .weights import load_adapters, write_adapters
+
+__all__ = ["MVFA"]
+
+logger = logging.getLogger(__name__)
+
+ADAM_BETAS = (0.5, 0.999)
+PUBLISHED_EPOCHS = 50
+LIGHTNING_EPOCHS = 1000  # what Lightning sets when nobody gave a number
+FUSION_SCALES = ("support", "test")
+CHECKPOINT_KEY = "mvfa"
+TOWER = "model.tower."
+BANKS = ("model.seg_memory.", "model.det_memory.")
+
+
+class MVFA(AnomalibModule):
+    """Multi-level adapted CLIP for anomaly detection in medical images.
+
+    Args:
+        backbone: Vision transformer of open_clip, ``hf-hub:owner/name``, a JSON configuration, or ``"tiny"``, the small
+            demonstration model inside this package. Defaults to ``"ViT-L-14-336"``.
+        pretrained: Tag, local file or ``"random"``. Defaults to the backbone's own, or ``"openai"``.
+        image_size: Input size in pixels. Defaults to 240 for ``ViT-L-14-336``, otherwise to the backbone's own.
+        levels: One-based blocks to read. Defaults to the ends of the quarters, ``[6, 12, 18, 24]`` for ViT-L.
+        class_name: What the images show, for the prompts. Defaults to the name that the datamodule gives, the published
+            one for the sets of BMAD, or ``"object"``.
+        adapters: File of trained adapters (``.pth`` in the released format, or ``.safetensors``). The model then is not
+            trained any more. Defaults to ``None``.
+        memory: Whether to use the memory branch. Without it the model is zero-shot. Defaults to ``True``.
+        max_support: For datamodules that know no supports: how many normal training images go into the bank.
+            Defaults to ``32``.
+        learning_rate: Step size of Adam. Published: 1e-3 in few-shot, 1e-4 in zero-shot. Defaults to ``1e-3``.
+        fusion_scale: ``"support"`` takes the ranges of the two branches from the supports; ``"test"`` from the whole
+            evaluated set, as in the published protocol. Defaults to ``"support"``.
+        language_weight: Share of the language branch in the fusion. Defaults to ``0.5``.
+        variant: ``"released"`` or ``"paper"``; sets the following choices, each of which can be given by itself.
+            See :class:`~anomalib_mvfa.model.variant.Variant`.
+        quick_gelu: Activation of the tower.
+        normalize_input: Whether to apply CLIP's mean and standard deviation.
+        activation: Non-linearity of the adapters.
+        residual: Shares of token, segmentation output and detection output.
+        last_level_projector: Whether the last level's hidden vector is linear.
+        pooling: ``"mean"`` or ``"max"`` over positions for the image score.
+        level_reduction: ``"sum"`` or ``"mean"`` over levels.
+        bce_as_logits: Whether the cross-entropy takes the score for a logit.
+        residual_norm: Whether adapters' outputs are rescaled to the token's length.
+        window_sizes: Side lengths of windows in which patches are averaged.
+        map_blur: Standard deviation in pixels of a blur of the map.
+        background_dice: Whether to add a Dice term on the normal state.
+        pre_processor: Pre-processor, or whether to use the default. Defaults to ``True``.
+        post_processor: Post-processor, or whether to use the default. Defaults to ``True``.
+        evaluator: Evaluator, or whether to use the default. Defaults to ``True``.
+        visualizer: Visualizer, or whether to use the default. Defaults to ``True``.
+
+    Raises:
+        ValueError: If backbone, sizes or choices are unknown or do not fit.
+
+    Example:
+        >>> model = MVFA(backbone="tiny")
+        >>> model.learning_type
+        <LearningType.ONE_CLASS: 'one_class'>
+    """
+
+    def __init__(
+        self,
+        backbone: str = "ViT-L-14-336",
+        pretrained: str | None = None,
+        image_size: int | tuple[int, int] | None = None,
+        levels: Sequence[int] | None = None,
+        class_name: str | None = None,
+        adapters: str | Path | None = None,
+        memory: bool = True,
+        max_support: int = 32,
+        learning_rate: float = 1e-3,
+        fusion_scale: str = "support",
+        language_weight: float = 0.5,
+        variant: str = "released",
+        quick_gelu: bool | None = None,
+        normalize_input: bool | None = None,
+        activation: str | None = None,
+        residual: Sequence[float] | None = None,
+        last_level_projector: bool | None = None,
+        pooling: str | None = None,
+        level_reduction: str | None = None,
+        bce_as_logits: bool | None = None,
+        residual_norm: bool | None = None,
+        window_sizes: Sequence[int] | None = None,
+        map_blur: float | None = None,
+        background_dice: bool | None = None,
+        pre_processor: nn.Module | bool = True,
+        post_processor: nn.Module | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        if fusion_scale not in FUSION_SCALES:
+            msg = f"fusion_scale must be one of {', '.join(FUSION_SCALES)}, got '{fusion_scale}'."
+            raise ValueError(msg)
+        own_size = resolve_backbone(backbone, pretrained, image_size).image_size
+        # anomalib's constructor asks for the learning type and writes the arguments down as hyper-parameters.
+        object.__setattr__(self, "_given_adapters", adapters is not None)
+        object.__setattr__(self, "_zero_shot", not memory)
+        super().__init__(
+            pre_processor=self.configure_pre_processor(own_size) if pre_processor is True else pre_processor,
+            post_processor=post_processor,
+            evaluator=evaluator,
+            visualizer=visualizer,
+        )
+        self._variant()  # refuses unknown choices before anything is loaded
+        self._lesions: LesionSynthesizer | None = None
+        self._memory_step = -1
+
+    def _variant(self) -> Variant:
+        names = Variant.__dataclass_fields__
+        return Variant.from_name(self.hparams["variant"], **{name: self.hparams[name] for name in names})
+
+    # The network is built late, so that `anomalib predict --model MVFA --ckpt_path ...` needs no argument but the
+    # checkpoint, which knows the backbone.
+
+    def configure_model(self) -> None:
+        """Build the network, unless it is there or a checkpoint is about to say how.
+
+        Raises:
+            FileNotFoundError: If the backbone's weights are not there.
+            ValueError: If adapters do not fit.
+        """
+        awaits_checkpoint = self._trainer is not None and self.trainer.ckpt_path is not None
+        if "model" not in self._modules and not awaits_checkpoint:
+            self._build()
+
+    def _build(self) -> None:
+        arguments = ("backbone", "pretrained", "image_size", "levels", "class_name", "language_weight")
+        self.model = MVFAModel(variant=self._variant(), **{name: self.hparams[name] for name in arguments})
+        if self.hparams["adapters"] is not None:
+            facts = load_adapters(self.hparams["adapters"], self.model.seg_adapters, self.model.det_adapters)
+            self.model.has_masks = bool(facts.get("has_masks", True))
+
+    def forward(self, batch: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - anomalib's signature
+        """Pre-process, predict and post-process images ``(B, 3, H, W)`` in [0, 1]."""
+        self.configure_model()
+        return super().forward(batch, *args, **kwargs)
+
+    @property
+    def learning_type(self) -> LearningType:
+        """One-class while adapters have to be trained; zero- or few-shot once they were given."""
+        if not self._given_adapters:
+            return LearningType.ONE_CLASS
+        return LearningType.ZERO_SHOT if self._zero_shot else LearningType.FEW_SHOT
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """No validation before the first training step: there is nothing to validate yet."""
+        return {"num_sanity_val_steps": 0}
+
+    @staticmethod
+    def configure_pre_processor(image_size: tuple[int, int] | None = None) -> MVFAPreProcessor:
+        """Configure the default pre-processor: the published resize, nothing else.
+
+        Args:
+            image_size: Height and width; 240 x 240 by default.
+        """
+        return MVFAPreProcessor(image_size or (240, 240))
+
+    def configure_post_processor(self) -> MVFAPostProcessor:
+        """Configure the default post-processor: adaptive F1 threshold, normalisation that keeps the order of scores."""
+        return MVFAPostProcessor()
+
+    @staticmethod
+    def configure_evaluator() -> Evaluator:
+        """Configure the default metrics: AUROC, AUPR and F1 of images and of pixels."""
+        kinds = (("image_", "pred_score", "pred_label", "gt_label"), ("pixel_", "anomaly_map", "pred_mask", "gt_mask"))
+        metrics = []
+        for prefix, score, label, truth in kinds:
+            strict = prefix == "image_"
+            metrics += [
+                AUROC(fields=[score, truth], prefix=prefix, strict=strict),
+                AUPR(fields=[score, truth], prefix=prefix, strict=strict),
+                F1Score(fields=[label, truth], prefix=prefix, strict=strict),
+            ]
+        return Evaluator(test_metrics=metrics)
+
+    @classmethod
+    def configure_visualizer(cls) -> MVFAVisualizer:
+        """Configure the default visualizer: each panel at the size of its image."""
+        return MVFAVisualizer()
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """Add the table of predictions to anomalib's components."""
+        return [*super().configure_callbacks(), PredictionTable()]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam over the adapters, as published."""
+        adapters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return torch.optim.Adam(adapters, lr=self.hparams["learning_rate"], betas=ADAM_BETAS)
+
+    # Training
+
+    def setup(self, stage: str) -> None:
+        """Take the published number of epochs where none was given.
+
+        Args:
+            stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
+        """
+        loop = self.trainer.fit_loop
+        if stage == TrainerFn.FITTING and loop.max_epochs == LIGHTNING_EPOCHS and self.trainer.max_steps == -1:
+            loop.max_epochs = PUBLISHED_EPOCHS
+            logger.info("Training for %d epochs, as published; --trainer.max_epochs changes it.", PUBLISHED_EPOCHS)
+            if self.trainer.check_val_every_n_epoch == 1:
+                self.trainer.check_val_every_n_epoch = PUBLISHED_EPOCHS
+                logger.info("Validating after the last epoch; --trainer.check_val_every_n_epoch changes it.")
+
+    def on_fit_start(self) -> None:
+        """Learn from the datamodule what the images show, whether they have masks, and whether lesions must be drawn."""
+        self._take_class_name()
+        data = self._train_data()
+        has_anomalous = bool(getattr(data, "has_anomalous", True))
+        samples = getattr(data, "samples", None)
+        with_masks = samples is None or samples.attrs.get("task", "segmentation") == "segmentation"
+        self.model.has_masks = with_masks or not has_anomalous
+        if not has_anomalous:
+            self._lesions = LesionSynthesizer()
+            logger.info("No abnormal training images: lesions are drawn on half of the normal ones.")
+
+    def _train_data(self) -> Any:  # noqa: ANN401 - any dataset
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if datamodule is not None:
+            return getattr(datamodule, "train_data", None)
+        return getattr(self.trainer.train_dataloader, "dataset", None)
+
+    def _take_class_name(self) -> None:
+        """Choose the class name: the argument, the datamodule's, what is known already, or ``"object"``."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        category = getattr(datamodule, "category", None)
+        from_data = getattr(datamodule, "class_name", None) or (published_class_name(category) if category else None)
+        name = self.hparams["class_name"] or self.model.class_name or from_data or "object"
+        if name != self.model.class_name:
+            logger.info("Prompts are written for the class '%s'.", name)
+            self.model.set_class_name(name)
+
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+        """Compute the loss of a batch.
+
+        Args:
+            batch: Images ``(B, 3, H, W)``, labels ``(B,)``, and masks ``(B, H, W)`` for sets that have them.
+            batch_idx: Number of the batch in the epoch.
+
+        Returns:
+            Mean loss over the samples.
+
+        Raises:
+            ValueError: If the batch has no labels.
+        """
+        images, masks, labels = batch.image, batch.gt_mask, batch.gt_label
+        if self._lesions is not None:
+            images, masks, labels = self._draw_lesions(batch, batch_idx)
+        if labels is None:
+            msg = "MVFA learns from labelled images, but this batch has no labels."
+            raise ValueError(msg)
+        terms = self.losses(images, labels, masks if self.model.has_masks else None)
+        for name, values in terms.items():
+            self.log(f"train_{name}", values.mean(), batch_size=len(images), on_step=False, on_epoch=True)
+        loss = torch.stack(list(terms.values())).sum(dim=0).mean()
+        self.log("train_loss", loss, batch_size=len(images), on_step=False, on_epoch=True, prog_bar=True)
+        return loss
+
+    def losses(self, images: Tensor, labels: Tensor, masks: Tensor | None) -> dict[str, Tensor]:
+        """Compute the terms of the loss, summed over the levels.
+
+        Args:
+            images: ``(B, 3, H, W)`` in [0, 1].
+            labels: ``(B,)``.
+            masks: ``(B, H, W)``; ``None`` for sets without masks, whose images do not move the segmentation adapters.
+
+        Returns:
+            ``bce`` and, with masks, ``focal`` and ``dice``, one value ``(B,)`` each.
+        """
+        hidden = self.model.hidden_tokens(images, frozen_segmentation=masks is None)
+        scores = [self.model.level_probabilities(tokens)[1] for tokens in hidden.detection]
+        terms = {"bce": _sum(score_loss(score, labels, self.model.variant.bce_as_logits) for score in scores)}
+        if masks is not None:
+            maps = [self.model.level_probabilities(tokens)[0] for tokens in hidden.segmentation]
+            terms["focal"] = _sum(focal_loss(state_map, masks) for state_map in maps)
+            terms["dice"] = _sum(dice_loss(state_map[:, 1], masks) for state_map in maps)
+            if self.model.variant.background_dice:
+                background = ~masks.bool()
+                terms["background_dice"] = _sum(dice_loss(state_map[:, 0], background) for state_map in maps)
+        return terms
+
+    def _draw_lesions(self, batch: ImageBatch, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw lesions on every second image; which ones depends on the epoch, so that every image serves both ways."""
+        images = batch.image.as_subclass(Tensor).clone()
+        masks = torch.zeros(len(images), *images.shape[-2:], dtype=torch.bool, device=images.device)
+        labels = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+        generator = torch.Generator().manual_seed(hash((self.current_epoch, batch_idx)) % 2**63)
+        lesions = self._lesions or LesionSynthesizer()
+        for index in range((self.current_epoch + batch_idx) % 2, len(images), 2):
+            donor = images[(index + 1) % len(images)].cpu()
+            image, mask = lesions(images[index].cpu(), generator, donor)
+            images[index], masks[index], labels[index] = image.to(images.device), mask.to(images.device), True
+        return images, masks, labels
+
+    # Memory bank and ranges of the fusion
+
+    def on_train_epoch_end(self) -> None:
+        """Remember the supports when a checkpoint may follow that no validation precedes."""
+        if not self.trainer.enable_validation:
+            self._remember()
+
+    def on_train_end(self) -> None:
+        """Leave a bank that fits the final adapters."""
+        self._remember()
+
+    def on_validation_start(self) -> None:
+        """Remember the supports with the present adapters."""
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            self._take_class_name()
+        self._remember()
+        if self.hparams["fusion_scale"] == "test":
+            self._scale_by(self.trainer.val_dataloaders)
+
+    def on_test_start(self) -> None:
+        """Warn of untrained adapters; in the published protocol take the ranges from the test set."""
+        self._check_ready()
+        if self.hparams["fusion_scale"] == "test":
+            logger.warning("fusion_scale='test': the ranges of both branches are taken from the whole test set.")
+            self._scale_by(self.trainer.test_dataloaders)
+
+    def on_predict_start(self) -> None:
+        """Warn of untrained adapters."""
+        self._check_ready()
+
+    def _check_ready(self) -> None:
+        self._take_class_name()
+        if self._memory_step < 0 and not self._given_adapters:
+            logger.warning(
+                "The adapters are untrained: train first, or give --ckpt_path or --model.adapters. "
+                "The predictions mean nothing.",
+            )
+
+    def _remember(self) -> None:
+        """Build the bank, unless it fits the present adapters already."""
+        if self._memory_step == self.global_step and not self._given_adapters:
+            return
+        self._memory_step = self.global_step
+        support = None if self._zero_shot else self._support()
+        if support is not None:
+            self.model.remember(support)
+
+    def _support(self) -> Support | None:
+        """Ask the datamodule for its supports, or take a sample of its normal training images."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if hasattr(datamodule, "support"):
+            support: Support | None = datamodule.support
+            return support
+        data = self._train_data()
+        samples = getattr(data, "samples", None)
+        if samples is None:
+            logger.warning("The training data have no samples to remember: the memory branch is off.")
+            return None
+        normal = [position for position, label in enumerate(samples.label_index) if label == 0]
+        if not normal:
+            return None
+        count = min(len(normal), self.hparams["max_support"])
+        chosen = [normal[position * len(normal) // count] for position in range(count)]
+        images = torch.stack([self._pre_processed(data[position].image) for position in chosen])
+        return Support(images.unsqueeze(0), images[:0])
+
+    def _pre_processed(self, image: Tensor) -> Tensor:
+        if self.pre_processor is not None and self.pre_processor.transform is not None:
+            image = self.pre_processor.transform(image)
+        return image.as_subclass(Tensor)
+
+    @torch.no_grad()
+    def _scale_by(self, loaders: DataLoader[Any] | Sequence[DataLoader[Any]]) -> None:
+        """Take the fusion's ranges from all images of a loader."""
+        extremes: list[tuple[BranchOutput, BranchOutput]] = []
+        for loader in [loaders] if isinstance(loaders, DataLoader) else loaders:
+            for batch in loader:
+                images = self._pre_processed(batch.image).to(self.device)
+                language, memory = self.model.branches(images)
+                if memory is None:
+                    return
+                extremes.append((_extremes(language), _extremes(memory)))
+        if extremes:
+            self.model.set_fusion_range(extremes)
+
+    def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> Batch:  # noqa: ANN401
+        """Predict a batch for thresholds and normalisation."""
+        del args, kwargs
+        predictions = self.model(batch.image)
+        return batch.update(**predictions._asdict())
+
+    # Files
+
+    def save_adapters(self, path: str | Path, dtype: torch.dtype | None = None) -> Path:
+        """Save the adapters alone.
+
+        Args:
+            path: ``.safetensors``, or ``.pth`` for the released format.
+            dtype: Storage type; ``None`` keeps float32.
+
+        Returns:
+            The path.
+        """
+        facts: dict[str, object] = {
+            "backbone": self.hparams["backbone"],
+            "fingerprint": self.model.fingerprint,
+            "levels": list(self.model.levels),
+            "image_size": list(self.model.image_size),
+            "class_name": self.model.class_name,
+            "has_masks": self.model.has_masks,
+            "variant": self.hparams["variant"],
+        }
+        return write_adapters(path, self.model.seg_adapters, self.model.det_adapters, facts, dtype)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the frozen backbone out and store the bank in half precision."""
+        super().on_save_checkpoint(checkpoint)
+        state = checkpoint["state_dict"]
+        for name in list(state):
+            if name.startswith(TOWER):
+                del state[name]
+            elif name.startswith(BANKS):
+                state[name] = state[name].half()
+        checkpoint[CHECKPOINT_KEY] = {
+            "fingerprint": self.model.fingerprint,
+            "class_name": self.model.class_name,
+            "has_masks": self.model.has_masks,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Build the network that the checkpoint describes.
+
+        Arguments of the checkpoint go before those of this object, except ``pretrained`` where one was given here.
+
+        Raises:
+            ValueError: If the checkpoint is not one of MVFA, or was made with other backbone weights.
+        """
+        facts = checkpoint.get(CHECKPOINT_KEY)
+        if facts is None:
+            msg = "This checkpoint was not made by MVFA. Give one that `anomalib train --model MVFA` has written."
+            raise ValueError(msg)
+        saved = dict(checkpoint["hyper_parameters"])
+        if self.hparams["pretrained"] is not None:
+            saved["pretrained"] = self.hparams["pretrained"]
+        saved["adapters"] = None  # the checkpoint holds them
+        changed = {name: value for name, value in saved.items() if name in self.hparams and self.hparams[name] != value}
+        if "model" not in self._modules or changed.keys() - {"adapters", "learning_rate", "class_name"}:
+            self.hparams.update(changed)
+            self._build()
+        object.__setattr__(self, "_zero_shot", not self.hparams["memory"])
+        super().on_load_checkpoint(checkpoint)
+        if self.model.fingerprint != facts["fingerprint"]:
+            msg = (
+                f"The checkpoint was made with other weights of backbone '{saved['backbone']}' than those at hand "
+                f"(pretrained={saved['pretrained']!r}). Name the right ones with --model.pretrained."
+            )
+            raise ValueError(msg)
+        self.model.has_masks = facts["has_masks"]
+        self.model.restore_class_name(facts["class_name"])
+        self._memory_step = int(checkpoint.get("global_step", 0))
+        tower = {TOWER + name: value for name, value in self.model.tower.state_dict().items()}
+        checkpoint["state_dict"].update(tower)
+
+
+def _sum(terms: Any) -> Tensor:  # noqa: ANN401 - any iterable of tensors
+    return torch.stack(list(terms)).sum(dim=0)
+
+
+def _extremes(output: BranchOutput) -> BranchOutput:
+    """Keep the least and the largest value, which is all that a range needs."""
+    return BranchOutput(*(torch.stack([values.min(), values.max()]) for values in output))

@@ -1,0 +1,91 @@
+# Copyright (C) 2026 The anomalib-mvfa authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Memory branch: patches compared with a bank of normal patches."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from anomalib.models.components import DynamicBufferMixin
+from torch import Tensor, nn
+from torch.nn import functional
+
+__all__ = ["MemoryBank", "Support", "bank_distance"]
+
+BANK_CHUNK = 8192
+
+
+class Support(NamedTuple):
+    """The labelled images that few-shot MVFA learns from and remembers.
+
+    Args:
+        normal: ``(V, K, 3, H, W)``: V versions of K normal images, the unchanged version first.
+        abnormal: ``(A, 3, H, W)``: abnormal images, unchanged. May be empty.
+    """
+
+    normal: Tensor
+    abnormal: Tensor
+
+
+def bank_distance(queries: Tensor, bank: Tensor) -> Tensor:
+    """Find how far each query lies from the nearest entry of the bank.
+
+    The matrix of all distances is never held at once: the bank is read in chunks.
+
+    Args:
+        queries: ``(B, P, E)``, of any length.
+        bank: ``(N, E)`` of unit length.
+
+    Returns:
+        Cosine distances ``(B, P)``, 0 for a query that points the same way as an entry.
+    """
+    queries = functional.normalize(queries, dim=-1)
+    nearest: Tensor | None = None
+    for chunk in bank.split(BANK_CHUNK):
+        similarity = (queries @ chunk.to(queries.dtype).T).amax(dim=-1)
+        nearest = similarity if nearest is None else torch.maximum(nearest, similarity)
+    if nearest is None:
+        msg = "The memory bank is empty: build it from normal images before it is searched."
+        raise RuntimeError(msg)
+    return 1 - nearest
+
+
+class MemoryBank(DynamicBufferMixin, nn.Module):
+    """One bank per level of the hidden vectors of normal images.
+
+    The entries are stored at unit length. The class token of each image is an entry, as in the released code.
+
+    Args:
+        num_levels: Number of levels.
+    """
+
+    def __init__(self, num_levels: int) -> None:
+        super().__init__()
+        self.num_levels = num_levels
+        for level in range(num_levels):
+            self.register_buffer(f"level_{level}", torch.empty(0))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was remembered yet."""
+        return self[0].numel() == 0
+
+    def __getitem__(self, level: int) -> Tensor:
+        """Give the entries ``(N, E)`` of a level."""
+        entries: Tensor = getattr(self, f"level_{level}")
+        return entries
+
+    def remember(self, tokens: Sequence[Tensor]) -> None:
+        """Replace the contents.
+
+        Args:
+            tokens: One tensor ``(..., E)`` of hidden vectors a level.
+        """
+        for level, hidden in enumerate(tokens):
+            setattr(self, f"level_{level}", functional.normalize(hidden.detach().flatten(0, -2).float(), dim=-1))
+
+    def forget(self) -> None:
+        """Drop the contents."""
+        for level in range(self.num_levels):
+            setattr(self, f"level_{level}", torch.empty(0, device=self[level].device))

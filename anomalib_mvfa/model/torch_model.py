@@ -1,0 +1,401 @@
+# Copyright (C) 2026 The anomalib-mvfa authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""PyTorch model of MVFA: images in, anomaly maps and scores out.
+
+Read :meth:`MVFAModel.forward` first: adapt the tokens of a frozen CLIP at several levels, compare the hidden vectors with
+text (language branch) and with normal patches (memory branch), fuse the two.
+
+Paper:
+    Adapting Visual-Language Models for Generalizable Anomaly Detection in Medical Images (CVPR 2024),
+    https://arxiv.org/abs/2403.12570
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from anomalib.data import InferenceBatch
+from open_clip import CLIP
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as image_functional
+
+from .adapters import ResidualAdapter
+from .alignment import abnormal_map, abnormal_score, patch_windows, state_logits, upsample
+from .backbone import fingerprint, load_clip, resolve_backbone
+from .fusion import Fusion
+from .memory import MemoryBank, Support, bank_distance
+from .prompts import encode_states
+from .tower import FrozenTower, quarter_levels
+from .variant import Variant
+
+__all__ = ["BranchOutput", "HiddenTokens", "MVFAModel"]
+
+logger = logging.getLogger(__name__)
+
+
+class HiddenTokens(NamedTuple):
+    """Hidden vectors of all levels, the class token first.
+
+    Args:
+        segmentation: One ``(B, L, E)`` a level, from the segmentation adapters.
+        detection: One ``(B, L, E)`` a level, from the detection adapters.
+        last: Tokens ``(B, L, D)`` that leave the last stage.
+    """
+
+    segmentation: list[Tensor]
+    detection: list[Tensor]
+    last: Tensor
+
+
+class BranchOutput(NamedTuple):
+    """What one branch says, levels reduced.
+
+    Args:
+        anomaly_map: ``(B, H, W)``.
+        score: ``(B,)``.
+    """
+
+    anomaly_map: Tensor
+    score: Tensor
+
+
+class MVFAModel(nn.Module):
+    """Multi-level visual feature adaptation of a frozen CLIP.
+
+    Args:
+        backbone: open_clip vision transformer, ``hf-hub:owner/name``, JSON configuration, or ``"tiny"``.
+        pretrained: Tag, local file or ``"random"``; ``None`` takes the backbone's own or ``"openai"``.
+        image_size: Input size in pixels; ``None`` takes 240 for ``ViT-L-14-336``, otherwise the backbone's own.
+        levels: One-based blocks to read; ``None`` takes the ends of the quarters. Blocks behind the last one are dropped.
+        class_name: What the images show, for the prompts.
+        variant: Choices in which the paper and the released code differ.
+        language_weight: Share of the language branch in the fusion.
+
+    Attributes:
+        has_masks: Whether the training data had masks. With masks the map comes from the segmentation adapters, and
+            in few-shot the image score is the maximum of the fused map. Without masks the segmentation adapters never
+            learn, so that map and score come from the detection adapters.
+        text_features: ``(E, 2)``: normal, abnormal.
+
+    Raises:
+        ValueError: If backbone, image size, levels or a choice of the variant are unknown or do not fit.
+        FileNotFoundError: If the backbone's weights are not there.
+
+    Example:
+        >>> model = MVFAModel(backbone="tiny", class_name="Brain").eval()
+        >>> prediction = model(torch.rand(2, 3, 112, 112))
+        >>> prediction.anomaly_map.shape, prediction.pred_score.shape
+        (torch.Size([2, 112, 112]), torch.Size([2]))
+    """
+
+    def __init__(
+        self,
+        backbone: str = "ViT-L-14-336",
+        pretrained: str | None = None,
+        image_size: int | tuple[int, int] | None = None,
+        levels: Sequence[int] | None = None,
+        class_name: str | None = "object",
+        variant: Variant | str = "released",
+        language_weight: float = 0.5,
+    ) -> None:
+        super().__init__()
+        self.variant = Variant.from_name(variant) if isinstance(variant, str) else variant
+        self.backbone = resolve_backbone(backbone, pretrained, image_size, self.variant.quick_gelu)
+        self.image_size = self.backbone.image_size
+        clip, tokenizer = load_clip(self.backbone)
+        self.fingerprint = fingerprint(clip.visual)
+        self.tower = FrozenTower(
+            clip.visual,
+            levels or quarter_levels(len(clip.visual.transformer.resblocks)),
+            self.variant.normalize_input,
+        )
+        self.levels = self.tower.levels
+        width, text_width = self.tower.width, self.tower.text_width
+        self.seg_adapters = self._make_adapters(width, text_width)
+        self.det_adapters = self._make_adapters(width, text_width)
+        self.seg_memory = MemoryBank(len(self.levels))
+        self.det_memory = MemoryBank(len(self.levels))
+        self.fusion = Fusion(language_weight)
+        self.has_masks = True
+        self.class_name: str | None = None
+        self.register_buffer("text_features", torch.zeros(text_width, 2))
+        self.text_features: Tensor
+        # The text tower is kept, outside the module tree, only until the class is known.
+        clip.visual = nn.Identity()
+        self._text: tuple[CLIP, Callable[[list[str]], Tensor]] | None = (clip, tokenizer)
+        if class_name is not None:
+            self.set_class_name(class_name)
+
+    def _make_adapters(self, width: int, text_width: int) -> nn.ModuleList:
+        last = len(self.levels) - 1
+        return nn.ModuleList(
+            ResidualAdapter(
+                width,
+                text_width,
+                activation=self.variant.activation,
+                linear=self.variant.last_level_projector and level == last,
+            )
+            for level in range(len(self.levels))
+        )
+
+    def set_class_name(self, class_name: str) -> None:
+        """Encode the text features of a class and drop the text tower.
+
+        Changing the name later reads the text tower's weights again.
+
+        Args:
+            class_name: What the images show.
+        """
+        if class_name == self.class_name:
+            return
+        self.text_features = self.encode_classes([class_name])[class_name]
+        self.class_name = class_name
+
+    def restore_class_name(self, class_name: str | None) -> None:
+        """Take a class name whose text features come with a state dict; the text tower is not needed then.
+
+        Args:
+            class_name: What the images show.
+        """
+        self.class_name = class_name
+        if class_name is not None:
+            self._text = None
+
+    def encode_classes(self, class_names: Sequence[str]) -> dict[str, Tensor]:
+        """Encode the text features of several classes, then drop the text tower.
+
+        Args:
+            class_names: What the images show.
+
+        Returns:
+            Text features ``(E, 2)`` by class name.
+        """
+        clip, tokenizer = self._text or load_clip(self.backbone)
+        device = self.text_features.device
+        features = {name: encode_states(clip, tokenizer, name).to(device) for name in class_names}
+        self._text = None
+        return features
+
+    def forward(self, images: Tensor) -> InferenceBatch:
+        """Find anomalies.
+
+        Args:
+            images: ``(B, 3, H, W)`` in [0, 1], of the model's image size.
+
+        Returns:
+            ``anomaly_map`` ``(B, H, W)`` and ``pred_score`` ``(B,)``, both float32 and larger where more abnormal.
+
+        Raises:
+            ValueError: If the images have another size.
+            RuntimeError: If no class name was given yet.
+        """
+        return self.fuse(*self.branches(images))
+
+    def branches(self, images: Tensor) -> tuple[BranchOutput, BranchOutput | None]:
+        """Let both branches speak, before they are scaled and fused.
+
+        Args:
+            images: ``(B, 3, H, W)`` in [0, 1].
+
+        Returns:
+            Language branch, and memory branch or ``None`` while the bank is empty (zero-shot).
+        """
+        hidden = self.hidden_tokens(images)
+        language = self.language_branch(hidden.segmentation if self.has_masks else hidden.detection)
+        if self.has_masks:
+            language = language._replace(score=self.language_branch(hidden.detection).score)
+        memory = None if self.memory.is_empty else self.memory_branch(self.own_tokens(hidden), self.memory)
+        return language, memory
+
+    def fuse(self, language: BranchOutput, memory: BranchOutput | None) -> InferenceBatch:
+        """Blend the two branches into one map and one score.
+
+        Args:
+            language: Language branch.
+            memory: Memory branch, ``None`` in zero-shot.
+
+        Returns:
+            ``anomaly_map`` ``(B, H, W)`` and ``pred_score`` ``(B,)``.
+        """
+        anomaly_map, score = language
+        if memory is not None:
+            anomaly_map = self.fusion(language.anomaly_map, memory.anomaly_map, kind="map")
+            score = anomaly_map.amax(dim=(1, 2))
+            if not self.has_masks:
+                score = self.fusion(language.score, memory.score, kind="score")
+        if self.variant.map_blur:
+            kernel = 2 * round(3 * self.variant.map_blur) + 1
+            anomaly_map = image_functional.gaussian_blur(anomaly_map, [kernel], [self.variant.map_blur])
+        return InferenceBatch(pred_score=score, anomaly_map=anomaly_map)
+
+    def hidden_tokens(self, images: Tensor, frozen_segmentation: bool = False) -> HiddenTokens:
+        """Run the tower with its adapters.
+
+        Args:
+            images: ``(B, 3, H, W)`` in [0, 1].
+            frozen_segmentation: Keep gradients away from the segmentation adapters' weights, as for training images
+                of sets without masks.
+
+        Returns:
+            The hidden vectors of every level.
+        """
+        tokens = self.tower.embed(images)
+        segmentation, detection = [], []
+        for stage, (seg_adapter, det_adapter) in enumerate(zip(self.seg_adapters, self.det_adapters, strict=True)):
+            tokens = self.tower.run_stage(tokens, stage)
+            seg_hidden, seg_output = seg_adapter(tokens, frozen=frozen_segmentation)
+            det_hidden, det_output = det_adapter(tokens)
+            segmentation.append(seg_hidden)
+            detection.append(det_hidden)
+            tokens = self._mix(tokens, seg_output, det_output)
+        return HiddenTokens(segmentation, detection, tokens)
+
+    def _mix(self, tokens: Tensor, seg_output: Tensor, det_output: Tensor) -> Tensor:
+        """Make the input of the next stage: ``0.8 x + 0.1 seg + 0.1 det`` as released."""
+        if self.variant.residual_norm:
+            length = tokens.norm(dim=-1, keepdim=True)
+            seg_output = nn.functional.normalize(seg_output, dim=-1) * length
+            det_output = nn.functional.normalize(det_output, dim=-1) * length
+        keep, seg_share, det_share = self.variant.residual
+        return keep * tokens + seg_share * seg_output + det_share * det_output
+
+    def own_tokens(self, hidden: HiddenTokens) -> list[Tensor]:
+        """Give the hidden vectors that the memory branch works on: segmentation with masks, detection without."""
+        return hidden.segmentation if self.has_masks else hidden.detection
+
+    @property
+    def memory(self) -> MemoryBank:
+        """The bank in use: segmentation with masks, detection without."""
+        return self.seg_memory if self.has_masks else self.det_memory
+
+    def level_probabilities(self, hidden: Tensor, text_features: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Compare one level's patches with text.
+
+        Args:
+            hidden: ``(B, L, E)``, the class token first; it is not compared.
+            text_features: ``(E, 2)`` or ``(B, E, 2)``; ``None`` takes the model's own.
+
+        Returns:
+            State probabilities ``(B, 2, H, W)`` and image scores ``(B,)``, in float32.
+
+        Raises:
+            RuntimeError: If no class name was given yet.
+        """
+        if text_features is None:
+            if self.class_name is None:
+                msg = "No class name yet: call set_class_name('Brain') or give class_name, so that prompts can be written."
+                raise RuntimeError(msg)
+            text_features = self.text_features
+        with self._full_precision(hidden):
+            patches = patch_windows(hidden[:, 1:].float(), self.tower.grid_size, self.variant.window_sizes)
+            logits = state_logits(patches, text_features.float())
+            probabilities = abnormal_map(logits, self.tower.grid_size, self.image_size)
+            return probabilities, abnormal_score(logits, self.variant.pooling)
+
+    def language_branch(self, hidden: Sequence[Tensor]) -> BranchOutput:
+        """Compare all levels with text.
+
+        Args:
+            hidden: One ``(B, L, E)`` a level.
+
+        Returns:
+            Abnormal probability as a map and as a score, summed over the levels.
+        """
+        levels = [self.level_probabilities(tokens) for tokens in hidden]
+        maps = torch.stack([probabilities[:, 1] for probabilities, _ in levels])  # (levels, B, H, W)
+        scores = torch.stack([score for _, score in levels])  # (levels, B)
+        return BranchOutput(self._reduce_levels(maps), self._reduce_levels(scores))
+
+    def memory_branch(self, hidden: Sequence[Tensor], banks: Sequence[Tensor] | MemoryBank) -> BranchOutput:
+        """Compare all levels with the bank of normal patches.
+
+        Args:
+            hidden: One ``(B, L, E)`` a level.
+            banks: One ``(N, E)`` of unit length a level.
+
+        Returns:
+            Distance to the bank as a map and as a score, summed over the levels.
+        """
+        maps = []
+        for level, tokens in enumerate(hidden):
+            with self._full_precision(tokens):
+                patches = patch_windows(tokens[:, 1:].float(), self.tower.grid_size, self.variant.window_sizes)
+                distance = bank_distance(patches, banks[level])  # (B, P)
+                grid = distance.unflatten(1, self.tower.grid_size).unsqueeze(1)  # (B, 1, h, w)
+                maps.append(upsample(grid, self.image_size).squeeze(1))
+        stacked = torch.stack(maps)  # (levels, B, H, W)
+        scores = stacked.amax(dim=(2, 3)) if self.variant.pooling == "max" else stacked.mean(dim=(2, 3))
+        return BranchOutput(self._reduce_levels(stacked), self._reduce_levels(scores))
+
+    def _reduce_levels(self, values: Tensor) -> Tensor:
+        return values.sum(dim=0) if self.variant.level_reduction == "sum" else values.mean(dim=0)
+
+    @staticmethod
+    def _full_precision(tensor: Tensor) -> "torch.autocast | nullcontext[None]":
+        """Leave autocast, so that scores are computed in float32."""
+        kind = tensor.device.type
+        return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+    @torch.no_grad()
+    def remember(self, support: Support, batch_size: int = 8) -> None:
+        """Build the memory bank from the normal supports and take the fusion's ranges from all supports.
+
+        A normal support is compared with the bank of the *other* normal supports (of its own changed versions when it
+        is the only one), so that its distances are those of an image that is not in the bank.
+
+        Args:
+            support: Labelled images of the model's image size.
+            batch_size: Images in one forward pass.
+        """
+        versions, count = support.normal.shape[:2]
+        normal = self._tokens_in_batches(support.normal.flatten(0, 1), batch_size)
+        self.memory.remember(self.own_tokens(normal))
+
+        by_source = [tokens.unflatten(0, (versions, count)) for tokens in self.own_tokens(normal)]  # (V, K, L, E)
+        outputs: list[tuple[BranchOutput, BranchOutput]] = []
+        for index in range(count):
+            keep = torch.ones(versions, count, dtype=torch.bool)
+            keep[:, index] = False
+            if count == 1:
+                keep[1:] = True
+            if not keep.any():
+                continue
+            others = [nn.functional.normalize(tokens[keep].flatten(0, 1).float(), dim=-1) for tokens in by_source]
+            unchanged = HiddenTokens(*([tokens[index : index + 1] for tokens in kind] for kind in normal[:2]), normal.last)
+            outputs.append(self._branches_of(unchanged, others))
+        if len(support.abnormal):
+            abnormal = self._tokens_in_batches(support.abnormal, batch_size)
+            outputs.append(self._branches_of(abnormal, self.memory))
+        if outputs:
+            self.set_fusion_range(outputs)
+
+    def set_fusion_range(self, outputs: Sequence[tuple[BranchOutput, BranchOutput]]) -> None:
+        """Take the fusion's ranges from what the branches said of some images.
+
+        Args:
+            outputs: Language and memory branch, one pair a batch.
+        """
+        self.fusion.fit(
+            **{
+                f"{branch}_{kind}": torch.cat([getattr(pair[index], field).flatten() for pair in outputs])
+                for index, branch in enumerate(("language", "memory"))
+                for kind, field in (("map", "anomaly_map"), ("score", "score"))
+            },
+        )
+
+    def _branches_of(self, hidden: HiddenTokens, banks: Sequence[Tensor] | MemoryBank) -> tuple[BranchOutput, BranchOutput]:
+        tokens = self.own_tokens(hidden)
+        return self.language_branch(tokens), self.memory_branch(tokens, banks)
+
+    def _tokens_in_batches(self, images: Tensor, batch_size: int) -> HiddenTokens:
+        """Run the tower over many images; the hidden vectors of all come back, the last tokens do not."""
+        device = self.text_features.device
+        batches = [self.hidden_tokens(batch.to(device)) for batch in images.split(batch_size)]
+        segmentation, detection = (
+            [torch.cat([getattr(batch, kind)[level] for batch in batches]) for level in range(len(self.levels))]
+            for kind in ("segmentation", "detection")
+        )
+        return HiddenTokens(segmentation, detection, batches[-1].last)

@@ -1,0 +1,115 @@
+# Copyright (C) 2026 The anomalib-mvfa authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""The choices in which the released code, the paper and later work differ."""
+
+from dataclasses import dataclass, fields, replace
+
+from .adapters import ACTIVATIONS
+
+__all__ = ["VARIANTS", "Variant"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to read the method. The defaults are those of the released code.
+
+    Args:
+        quick_gelu: Activation of the tower. OpenAI's weights were trained with QuickGELU; the released code runs the
+            exact GELU at 240 px, and the released adapters expect that.
+        normalize_input: Apply CLIP's mean and standard deviation. The released code feeds [0, 1].
+        activation: Non-linearity of the adapters, ``"leaky_relu"`` or ``"relu"`` (paper).
+        residual: Shares of the token, the segmentation output and the detection output in what enters the next stage.
+            The paper's gamma = 0.1 for one adapter is shared by two here: (0.9, 0.05, 0.05).
+        last_level_projector: Whether the hidden vector of the last level is a linear projection (paper).
+        pooling: Image score from the patches: ``"mean"`` or ``"max"`` (paper).
+        level_reduction: Levels added up by ``"sum"`` or ``"mean"`` (paper).
+        bce_as_logits: Whether the cross-entropy takes the probability for a logit. The paper's formula does not.
+        residual_norm: Rescale the adapters' outputs to the token's own length first. Source: AA-CLIP, MoECLIP.
+        window_sizes: Average each patch with its neighbours at these odd side lengths. Source: MoECLIP.
+        map_blur: Standard deviation in pixels of a Gaussian blur of the anomaly map, 0 for none. Source: AA-CLIP.
+        background_dice: Add a Dice term on the normal state's map. Source: later work on MVFA.
+    """
+
+    quick_gelu: bool = False
+    normalize_input: bool = False
+    activation: str = "leaky_relu"
+    residual: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    last_level_projector: bool = False
+    pooling: str = "mean"
+    level_reduction: str = "sum"
+    bce_as_logits: bool = True
+    residual_norm: bool = False
+    window_sizes: tuple[int, ...] = (1,)
+    map_blur: float = 0.0
+    background_dice: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the choices.
+
+        Raises:
+            ValueError: If one is unknown.
+        """
+        object.__setattr__(self, "residual", tuple(self.residual))
+        object.__setattr__(self, "window_sizes", tuple(self.window_sizes))
+        choices = {
+            "activation": tuple(ACTIVATIONS),
+            "pooling": ("mean", "max"),
+            "level_reduction": ("sum", "mean"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                msg = f"{name} must be one of {', '.join(allowed)}, got '{getattr(self, name)}'."
+                raise ValueError(msg)
+        if len(self.residual) != 3:
+            msg = f"residual takes three shares (token, segmentation, detection), got {list(self.residual)}."
+            raise ValueError(msg)
+        if not self.window_sizes or any(side < 1 or side % 2 == 0 for side in self.window_sizes):
+            msg = f"window_sizes must be odd side lengths such as [1, 3, 5], got {list(self.window_sizes)}."
+            raise ValueError(msg)
+        if self.map_blur < 0:
+            msg = f"map_blur is a standard deviation in pixels and cannot be negative, got {self.map_blur}."
+            raise ValueError(msg)
+
+    @classmethod
+    def from_name(cls, name: str, **choices: object) -> "Variant":
+        """Take a preset and change single choices.
+
+        Args:
+            name: ``"released"`` or ``"paper"``.
+            **choices: Fields by name; ``None`` keeps the preset's choice.
+
+        Returns:
+            The variant.
+
+        Raises:
+            ValueError: If the preset or a choice is unknown.
+
+        Example:
+            >>> Variant.from_name("paper", pooling="mean").pooling
+            'mean'
+        """
+        if name not in VARIANTS:
+            msg = f"variant must be one of {', '.join(VARIANTS)}, got '{name}'."
+            raise ValueError(msg)
+        unknown = choices.keys() - {field.name for field in fields(cls)}
+        if unknown:
+            msg = f"Unknown choices: {', '.join(sorted(unknown))}."
+            raise ValueError(msg)
+        given = {key: value for key, value in choices.items() if value is not None}
+        return replace(VARIANTS[name], **given)  # type: ignore[arg-type]
+
+
+VARIANTS: dict[str, Variant] = {
+    "released": Variant(),
+    "paper": Variant(
+        quick_gelu=True,
+        normalize_input=True,
+        activation="relu",
+        residual=(0.9, 0.05, 0.05),
+        last_level_projector=True,
+        pooling="max",
+        level_reduction="mean",
+        bce_as_logits=False,
+    ),
+}

@@ -1,0 +1,155 @@
+# Copyright (C) 2026 The anomalib-mvfa authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Adapters in and out of files: the released ``.pth`` format and safetensors."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+__all__ = ["AdapterFile", "load_adapters", "read_adapters", "write_adapters"]
+
+KINDS = ("seg_adapters", "det_adapters")
+METADATA_KEY = "anomalib_mvfa"
+
+
+class AdapterFile(NamedTuple):
+    """Contents of an adapters file.
+
+    Args:
+        weights: For ``"seg_adapters"`` and ``"det_adapters"`` the tensors by name, such as ``"0.fc1.0.weight"``.
+        metadata: Plain facts about the training; empty for the released format.
+    """
+
+    weights: dict[str, dict[str, Tensor]]
+    metadata: dict[str, object]
+
+
+def read_adapters(path: str | Path) -> AdapterFile:
+    """Read an adapters file without executing code from it.
+
+    Args:
+        path: A ``.pth`` in the released format, or a safetensors file of :func:`write_adapters`.
+
+    Returns:
+        Weights and metadata.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged or holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        msg = f"No adapters file at {path}. Give the path of a released .pth or of a .safetensors file."
+        raise FileNotFoundError(msg)
+    metadata: dict[str, object] = {}
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+                flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            contents: object = {
+                kind: {name.removeprefix(f"{kind}."): value for name, value in flat.items() if name.startswith(f"{kind}.")}
+                for kind in KINDS
+            }
+        else:
+            contents = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        msg = (
+            f"{path} could not be read as adapters ({type(error).__name__}). It may be damaged, or hold Python objects, "
+            "which are not loaded. Expected a .pth in the released format or a .safetensors file."
+        )
+        raise ValueError(msg) from error
+    if not isinstance(contents, dict) or not all(_is_state_dict(contents.get(kind)) for kind in KINDS):
+        found = ", ".join(map(str, list(contents)[:5])) if isinstance(contents, dict) else type(contents).__name__
+        msg = f"{path} is no adapters file: expected tensors under {' and '.join(KINDS)}, found {found or 'nothing'}."
+        raise ValueError(msg)
+    return AdapterFile({kind: contents[kind] for kind in KINDS}, metadata)
+
+
+def _is_state_dict(value: object) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(tensor, Tensor) for tensor in value.values())
+
+
+def load_adapters(path: str | Path, seg_adapters: nn.ModuleList, det_adapters: nn.ModuleList) -> dict[str, object]:
+    """Copy adapters from a file into a model.
+
+    Nothing is changed when the file does not fit.
+
+    Args:
+        path: File that :func:`read_adapters` understands.
+        seg_adapters: Segmentation adapters, one a level.
+        det_adapters: Detection adapters, one a level.
+
+    Returns:
+        The file's metadata.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is no adapters file, or was made for another width or number of levels.
+    """
+    weights, metadata = read_adapters(path)
+    modules = dict(zip(KINDS, (seg_adapters, det_adapters), strict=True))
+    for kind, module in modules.items():
+        expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+        found = {name: tuple(value.shape) for name, value in weights[kind].items()}
+        if expected == found:
+            continue
+        differing = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        name = differing[0]
+        msg = (
+            f"{path} does not fit this model: {kind}.{name} is {found.get(name, 'missing')} in the file and "
+            f"{expected.get(name, 'unknown')} in the model. Build the model with the backbone and the levels that the "
+            "adapters were trained with."
+        )
+        raise ValueError(msg)
+    for kind, module in modules.items():
+        module.load_state_dict(weights[kind])
+    return metadata
+
+
+def write_adapters(
+    path: str | Path,
+    seg_adapters: nn.ModuleList,
+    det_adapters: nn.ModuleList,
+    metadata: dict[str, object] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Save adapters; the suffix chooses the format.
+
+    Args:
+        path: ``.pth`` writes the released format (without metadata), ``.safetensors`` ours.
+        seg_adapters: Segmentation adapters, one a level.
+        det_adapters: Detection adapters, one a level.
+        metadata: Facts that JSON can hold.
+        dtype: Storage type; ``None`` keeps float32, which makes a round trip exact. ``torch.float16`` halves the file.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: If the suffix is neither.
+    """
+    path = Path(path)
+    states = {
+        kind: {name: value.detach().to("cpu", dtype).contiguous() for name, value in module.state_dict().items()}
+        for kind, module in zip(KINDS, (seg_adapters, det_adapters), strict=True)
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Written under another name first: a file under its own name is always complete.
+    partial = path.with_name(path.name + ".partial")
+    if path.suffix == ".safetensors":
+        flat = {f"{kind}.{name}": value for kind, state in states.items() for name, value in state.items()}
+        save_file(flat, partial, metadata={METADATA_KEY: json.dumps(metadata or {}), "format": "pt"})
+    elif path.suffix == ".pth":
+        torch.save(states, partial)
+    else:
+        msg = f"Adapters are saved as .safetensors, or as .pth in the released format; got '{path.name}'."
+        raise ValueError(msg)
+    partial.replace(path)
+    return path

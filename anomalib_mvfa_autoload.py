@@ -1,0 +1,69 @@
+# Copyright (C) 2026 The anomalib-mvfa authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Makes the stock ``anomalib`` command know MVFA.
+
+``import torch`` calls :func:`install` through the entry point group ``torch.backends``. It only puts an import hook in
+place; the package itself is imported when anomalib's models are. Programs without anomalib pay nothing, and a failure
+here becomes a warning.
+"""
+
+import importlib.abc
+import importlib.machinery
+import sys
+import warnings
+from collections.abc import Sequence
+from types import ModuleType
+
+__all__ = ["install"]
+
+# The second name serves when torch is first imported from within the first.
+TRIGGERS = ("anomalib.models.components", "anomalib.models.image")
+
+
+class _RegisterAfterImport(importlib.abc.MetaPathFinder):
+    """Finds the trigger modules as usual and registers MVFA once one of them was executed."""
+
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None,
+        target: ModuleType | None = None,
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname not in TRIGGERS:
+            return None
+        for finder in sys.meta_path:
+            if finder is self:
+                continue
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    self._register_after(spec.loader)
+                return spec
+        return None
+
+    def _register_after(self, loader: importlib.abc.Loader) -> None:
+        execute = loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+                _register()
+
+        loader.exec_module = exec_module  # type: ignore[method-assign]
+
+
+def _register() -> None:
+    if "anomalib_mvfa" in sys.modules:  # being imported right now; it registers itself
+        return
+    try:
+        import anomalib_mvfa  # noqa: F401, PLC0415
+    except Exception as error:  # noqa: BLE001 - anomalib must go on without us
+        warnings.warn(f"anomalib-mvfa could not be registered with anomalib: {error!r}", stacklevel=2)
+
+
+def install() -> None:
+    """Put the import hook in place, once."""
+    if not any(isinstance(finder, _RegisterAfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _RegisterAfterImport())

@@ -1,0 +1,877 @@
+# Copyright (C) 2026 The anomalib-mvfa authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Readers: every format, made here with known numbers, against values worked out by hand."""
+
+import io
+import logging
+import os
+import pickle
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from anomalib.data.utils import read_image as anomalib_read_image
+from PIL import Image
+
+from anomalib_mvfa.data.readers import (
+    CT_WINDOWS,
+    IMAGE_SUFFIXES,
+    ImageRef,
+    IntensityRule,
+    UnreadableImageError,
+    list_images,
+    read_image,
+    read_mask,
+    read_volume,
+    volume_slice,
+    write_volume,
+)
+
+pydicom = pytest.importorskip("pydicom")
+nibabel = pytest.importorskip("nibabel")
+
+PATIENT = "Doe^Jane"
+RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
+RGB = np.stack([RAMP, RAMP[::-1], RAMP.T], axis=-1)
+
+
+def grey(image: torch.Tensor) -> np.ndarray:
+    """Return the grey levels ``(H, W)`` of an image that must have three equal channels."""
+    assert image.dtype == torch.float32
+    assert image.shape[0] == 3
+    assert torch.equal(image[0], image[1])
+    assert torch.equal(image[0], image[2])
+    return image[0].numpy()
+
+
+def write_dicom(path: Path, pixels: np.ndarray | bytes | None, **attributes: Any) -> Path:  # noqa: ANN401
+    """Write a DICOM file of grey pixels ``(H, W)``; attributes overrule what is derived from them."""
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID = attributes.pop("sop_class", "1.2.840.10008.5.1.4.1.1.2")
+    meta.MediaStorageSOPInstanceUID = generate_uid()
+    meta.TransferSyntaxUID = attributes.pop("syntax", ExplicitVRLittleEndian)
+    dataset = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
+    dataset.SOPClassUID, dataset.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+    dataset.PatientName, dataset.PatientID = PATIENT, "ID-4711"
+    if isinstance(pixels, np.ndarray):
+        bits = 8 * pixels.itemsize
+        dataset.Rows, dataset.Columns = pixels.shape[:2]
+        dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
+        dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = bits, bits, bits - 1
+        dataset.PixelRepresentation = int(pixels.dtype.kind == "i")
+        data = pixels.tobytes()
+        dataset.PixelData = data + b"\0" * (len(data) % 2)
+        dataset["PixelData"].VR = "OW" if bits > 8 else "OB"
+    for name, value in attributes.items():
+        setattr(dataset, name, value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    dataset.save_as(path, enforce_file_format=True)
+    return path
+
+
+def item(**attributes: Any) -> Any:  # noqa: ANN401
+    """Make a sequence of one item."""
+    dataset = pydicom.Dataset()
+    for name, value in attributes.items():
+        setattr(dataset, name, value)
+    return pydicom.Sequence([dataset])
+
+
+def write_nifti(path: Path, data: np.ndarray, affine: np.ndarray | None = None) -> Path:
+    """Write a NIfTI volume."""
+    nibabel.save(nibabel.Nifti1Image(data, np.eye(4) if affine is None else affine), path)
+    return path
+
+
+class TestIntensityRule:
+    """Configuration of grey levels."""
+
+    @pytest.mark.parametrize(
+        ("rule", "kind", "values"),
+        [
+            ("auto", "auto", ()),
+            ("dicom", "dicom", ()),
+            ("percentile", "percentile", (0.5, 99.5)),
+            ("lung", "window", (-600.0, 1500.0)),
+            ([40, 80], "window", (40.0, 80.0)),
+            ({"window": [40, 80]}, "window", (40.0, 80.0)),
+            ({"percentile": [2, 98]}, "percentile", (2.0, 98.0)),
+            ('{"window": [40, 80]}', "window", (40.0, 80.0)),
+        ],
+    )
+    def test_plain_data_parse_and_round_trip(self, rule: Any, kind: str, values: tuple[float, ...]) -> None:  # noqa: ANN401
+        parsed = IntensityRule.parse(rule)
+        assert (parsed.kind, parsed.values) == (kind, values)
+        assert IntensityRule.parse(str(parsed)) == IntensityRule.parse(parsed.to_dict()) == parsed
+
+    def test_named_windows_are_the_usual_ones(self) -> None:
+        assert CT_WINDOWS == {
+            "brain": (40, 80),
+            "subdural": (80, 200),
+            "stroke": (40, 40),
+            "bone": (400, 1800),
+            "lung": (-600, 1500),
+            "mediastinum": (50, 350),
+            "abdomen": (50, 400),
+            "liver": (30, 150),
+            "soft_tissue": (40, 400),
+        }
+
+    @pytest.mark.parametrize(
+        "rule",
+        [
+            "nonsense",
+            {"window": [40, 0]},
+            {"window": [40]},
+            {"window": [40, float("nan")]},
+            {"percentile": [99, 1]},
+            {"percentile": [0, 101]},
+            {"auto": [1, 2]},
+            {"window": [40, 80], "percentile": [1, 99]},
+            "{broken",
+        ],
+    )
+    def test_malformed_rules_are_refused(self, rule: Any) -> None:  # noqa: ANN401
+        with pytest.raises(ValueError, match=r"\S"):
+            IntensityRule.parse(rule)
+
+    def test_an_unknown_name_lists_the_choices(self) -> None:
+        with pytest.raises(ValueError, match=r"nonsense.*percentile.*soft_tissue"):
+            IntensityRule.parse("nonsense")
+
+
+class TestRaster:
+    """Images read through Pillow."""
+
+    @pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "tif", "webp"])
+    @pytest.mark.parametrize("pixels", [RAMP, RGB], ids=["grey", "rgb"])
+    def test_eight_bit_files_equal_anomalib(self, tmp_path: Path, suffix: str, pixels: np.ndarray) -> None:
+        path = tmp_path / f"image.{suffix}"
+        Image.fromarray(pixels).save(path)
+        assert torch.equal(read_image(path), anomalib_read_image(path, as_tensor=True))
+
+    def test_grey_png_is_value_over_255(self, tmp_path: Path) -> None:
+        Image.fromarray(RAMP).save(tmp_path / "a.png")
+        np.testing.assert_allclose(grey(read_image(tmp_path / "a.png")), RAMP / 255.0, atol=1e-7)
+
+    def test_exif_orientation_is_ignored_as_in_anomalib(self, tmp_path: Path) -> None:
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        path = tmp_path / "rotated.jpg"
+        Image.fromarray(RGB[:8]).save(path, exif=exif)
+        image = read_image(path)
+        assert image.shape == (3, 8, 16)
+        assert torch.equal(image, anomalib_read_image(path, as_tensor=True))
+
+    def test_one_bit_and_cmyk(self, tmp_path: Path) -> None:
+        Image.fromarray(RAMP > 99).save(tmp_path / "bit.png")
+        np.testing.assert_array_equal(grey(read_image(tmp_path / "bit.png")), RAMP > 99)
+        Image.new("CMYK", (2, 2), (255, 0, 0, 0)).save(tmp_path / "ink.tif")
+        assert read_image(tmp_path / "ink.tif")[:, 0, 0].tolist() == [0.0, 1.0, 1.0]
+
+    def test_palette_gives_its_colours(self, tmp_path: Path) -> None:
+        image = Image.fromarray(np.array([[0, 1], [2, 1]], dtype=np.uint8)).convert("P")
+        image.putpalette([10, 20, 30, 51, 102, 204, 0, 255, 0])
+        image.save(tmp_path / "p.png")
+        expected = np.array([[[10, 20, 30], [51, 102, 204]], [[0, 255, 0], [51, 102, 204]]]) / 255
+        np.testing.assert_allclose(read_image(tmp_path / "p.png").permute(1, 2, 0), expected, atol=1e-7)
+
+    @pytest.mark.parametrize("mode", ["RGBA", "LA"])
+    def test_transparent_pixels_are_laid_on_black(self, tmp_path: Path, mode: str) -> None:
+        colour = [200] * (len(mode) - 1)
+        pixels = np.array([[[*colour, 255], [*colour, 0]], [[*colour, 128], [*colour, 51]]], dtype=np.uint8)
+        Image.fromarray(pixels, mode).save(tmp_path / "a.png")
+        expected = np.array([[200, 0], [200 * 128 / 255, 200 * 51 / 255]]) / 255
+        np.testing.assert_allclose(grey(read_image(tmp_path / "a.png")), expected, atol=0.51 / 255)
+
+    def test_palette_transparency_is_laid_on_black(self, tmp_path: Path) -> None:
+        image = Image.fromarray(np.array([[0, 1]], dtype=np.uint8)).convert("P")
+        image.putpalette([255, 255, 255, 255, 255, 255])
+        image.save(tmp_path / "p.png", transparency=0)
+        assert grey(read_image(tmp_path / "p.png")).tolist() == [[0.0, 1.0]]
+
+    def test_sixteen_bit_png_spans_its_percentiles(self, tmp_path: Path) -> None:
+        # 0, 10, 20 ... 10000: percentile p is 100 p, so 50 becomes 0 and 9950 becomes 1
+        pixels = (np.arange(1001) * 10).astype(np.uint16).reshape(7, 143)
+        Image.fromarray(pixels).save(tmp_path / "a.png")
+        expected = np.clip((pixels - 50.0) / 9900.0, 0, 1)
+        np.testing.assert_allclose(grey(read_image(tmp_path / "a.png")), expected, atol=1e-6)
+
+    @pytest.mark.parametrize("dtype", [np.int32, np.float32])
+    def test_wide_tiff_takes_window_and_percentiles(self, tmp_path: Path, dtype: type) -> None:
+        pixels = np.linspace(-1000, 1000, 2001).astype(dtype).reshape(3, 667)
+        Image.fromarray(pixels).save(tmp_path / "a.tif")
+        windowed = grey(read_image(tmp_path / "a.tif", "brain"))
+        np.testing.assert_allclose(windowed, np.clip(pixels / 80, 0, 1), atol=1e-6)
+        stretched = grey(read_image(tmp_path / "a.tif", {"percentile": [0, 100]}))
+        np.testing.assert_allclose(stretched, (pixels + 1000.0) / 2000, atol=1e-6)
+
+    def test_nan_pixels_become_the_minimum(self, tmp_path: Path) -> None:
+        Image.fromarray(np.array([[np.nan, 2], [3, 4]], dtype=np.float32)).save(tmp_path / "a.tif")
+        image = grey(read_image(tmp_path / "a.tif", {"percentile": [0, 100]}))
+        np.testing.assert_allclose(image, [[0, 0], [0.5, 1]])
+
+    def test_sparse_image_survives_coinciding_percentiles(self, tmp_path: Path) -> None:
+        pixels = np.zeros((32, 32), dtype=np.uint16)
+        pixels[3, 4] = 1000
+        Image.fromarray(pixels).save(tmp_path / "a.png")
+        image = grey(read_image(tmp_path / "a.png"))
+        assert image[3, 4] == 1
+        assert image.sum() == 1
+
+    def test_constant_wide_image_is_black(self, tmp_path: Path) -> None:
+        Image.fromarray(np.full((4, 4), 700, dtype=np.uint16)).save(tmp_path / "a.png")
+        assert grey(read_image(tmp_path / "a.png")).max() == 0
+
+    def test_dicom_rule_is_refused_with_the_file_named(self, tmp_path: Path) -> None:
+        Image.fromarray(RAMP).save(tmp_path / "a.png")
+        with pytest.raises(UnreadableImageError, match=r"a\.png.*no VOI LUT or window"):
+            read_image(tmp_path / "a.png", "dicom")
+
+
+class TestDicom:
+    """DICOM files."""
+
+    stored = np.array([[1024, 1064], [1084, 1104]], dtype=np.uint16)
+    ct: dict[str, Any] = {"RescaleSlope": 1, "RescaleIntercept": -1024}  # 0, 40, 60, 80 HU  # noqa: RUF012
+
+    def test_named_window_counts_in_hounsfield_units(self, tmp_path: Path) -> None:
+        path = write_dicom(tmp_path / "ct.dcm", self.stored, **self.ct)
+        np.testing.assert_allclose(grey(read_image(path, "brain")), [[0, 0.5], [0.75, 1]], atol=1e-7)
+
+    def test_slope_multiplies_before_the_window(self, tmp_path: Path) -> None:
+        path = write_dicom(tmp_path / "ct.dcm", self.stored, RescaleSlope=0.5, RescaleIntercept=-512)
+        np.testing.assert_allclose(grey(read_image(path, [40, 80])), [[0, 0.25], [0.375, 0.5]], atol=1e-7)
+
+    @pytest.mark.parametrize("rule", ["auto", "dicom"])
+    def test_own_window_follows_the_standards_linear_function(self, tmp_path: Path, rule: str) -> None:
+        path = write_dicom(tmp_path / "ct.dcm", self.stored, WindowCenter=[40, 300], WindowWidth=[81, 1500], **self.ct)
+        # ((x - (c - 0.5)) / (w - 1) + 0.5) with c = 40, w = 81
+        expected = np.clip((np.array([[0, 40], [60, 80]]) - 39.5) / 80 + 0.5, 0, 1)
+        np.testing.assert_allclose(grey(read_image(path, rule)), expected, atol=1e-6)
+
+    def test_own_window_functions_linear_exact_and_sigmoid(self, tmp_path: Path) -> None:
+        window = {"WindowCenter": 40, "WindowWidth": 80, **self.ct}
+        exact = write_dicom(tmp_path / "exact.dcm", self.stored, VOILUTFunction="LINEAR_EXACT", **window)
+        np.testing.assert_allclose(grey(read_image(exact)), [[0, 0.5], [0.75, 1]], atol=1e-7)
+        sigmoid = write_dicom(tmp_path / "sigmoid.dcm", self.stored, VOILUTFunction="SIGMOID", **window)
+        expected = 1 / (1 + np.exp(-4 * (np.array([[0, 40], [60, 80]]) - 40) / 80))
+        np.testing.assert_allclose(grey(read_image(sigmoid)), expected, atol=1e-6)
+
+    @pytest.mark.parametrize("bits", [8, 12])
+    def test_voi_lut_wins_over_the_window(self, tmp_path: Path, bits: int) -> None:
+        full = 2**bits - 1
+        table = np.linspace(full, 0, 301).astype(int)
+        lut = item(LUTDescriptor=[301, 1000, bits], LUTData=table.tolist())
+        lut[0]["LUTDescriptor"].VR = lut[0]["LUTData"].VR = "US"
+        stored = np.array([[0, 1000], [1290, 4000]], dtype=np.uint16)
+        path = write_dicom(tmp_path / "a.dcm", stored, VOILUTSequence=lut, WindowCenter=40, WindowWidth=80)
+        np.testing.assert_allclose(grey(read_image(path)), [[1, 1], [table[290] / full, 0]], atol=1e-6)
+
+    def test_modality_lut_comes_before_the_window(self, tmp_path: Path) -> None:
+        lut = item(LUTDescriptor=[4, 0, 16], LUTData=[0, 100, 50, 25], ModalityLUTType="US")
+        lut[0]["LUTDescriptor"].VR = lut[0]["LUTData"].VR = "US"
+        stored = np.array([[0, 1], [2, 3]], dtype=np.uint16)
+        path = write_dicom(tmp_path / "a.dcm", stored, ModalityLUTSequence=lut)
+        np.testing.assert_allclose(grey(read_image(path, [50, 100])), [[0, 1], [0.5, 0.25]], atol=1e-7)
+
+    def test_monochrome1_is_inverted(self, tmp_path: Path) -> None:
+        path = write_dicom(tmp_path / "a.dcm", self.stored, PhotometricInterpretation="MONOCHROME1", **self.ct)
+        np.testing.assert_allclose(grey(read_image(path, "brain")), [[1, 0.5], [0.25, 0]], atol=1e-7)
+
+    def test_signed_values_stay_negative(self, tmp_path: Path) -> None:
+        stored = np.array([[-1350, -600], [150, -975]], dtype=np.int16)
+        path = write_dicom(tmp_path / "a.dcm", stored)
+        np.testing.assert_allclose(grey(read_image(path, "lung")), [[0, 0.5], [1, 0.25]], atol=1e-6)
+
+    def test_without_a_window_auto_takes_percentiles(self, tmp_path: Path) -> None:
+        stored = (np.arange(1001) * 10).astype(np.uint16).reshape(7, 143)
+        path = write_dicom(tmp_path / "a.dcm", stored, RescaleSlope=2, RescaleIntercept=-5)
+        np.testing.assert_allclose(grey(read_image(path)), np.clip((stored - 50.0) / 9900, 0, 1), atol=1e-6)
+
+    @pytest.mark.parametrize("window", [{}, {"WindowCenter": 40, "WindowWidth": 0}, {"WindowCenter": None}])
+    def test_dicom_rule_needs_a_window(self, tmp_path: Path, window: dict[str, Any]) -> None:
+        path = write_dicom(tmp_path / "a.dcm", self.stored, **window)
+        with pytest.raises(UnreadableImageError, match=r"a\.dcm.*no VOI LUT or window"):
+            read_image(path, "dicom")
+
+    def test_padding_is_black_and_outside_percentiles(self, tmp_path: Path) -> None:
+        stored = np.array([[-2000, 0], [500, 1000]], dtype=np.int16)
+        path = write_dicom(
+            tmp_path / "a.dcm",
+            stored,
+            PixelPaddingValue=-2000,
+            PhotometricInterpretation="MONOCHROME1",
+        )
+        np.testing.assert_allclose(grey(read_image(path, {"percentile": [0, 100]})), [[0, 1], [0.5, 0]], atol=1e-7)
+
+    def test_multi_frame_gives_each_frame(self, tmp_path: Path) -> None:
+        stored = np.array([[[0, 100]], [[50, 25]], [[75, 10]]], dtype=np.uint16)
+        path = write_dicom(tmp_path / "a.dcm", stored, Rows=1, Columns=2, NumberOfFrames=3)
+        refs = list_images(path)
+        assert refs == [ImageRef(path, 0), ImageRef(path, 1), ImageRef(path, 2)]
+        assert [ref.name for ref in refs] == ["a_slice000", "a_slice001", "a_slice002"]
+        images = [grey(read_image(ref, [50, 100])).tolist() for ref in refs]
+        np.testing.assert_allclose(images, stored / 100, atol=1e-7)
+        assert list_images(path, slices=(1, 3)) == refs[1:]
+        with pytest.raises(ValueError, match="holds 3 images"):
+            read_image(path)
+        with pytest.raises(ValueError, match="no number 3"):
+            read_image(ImageRef(path, 3))
+
+    def test_enhanced_frames_use_their_own_groups(self, tmp_path: Path) -> None:
+        stored = np.array([[[10, 20]], [[10, 20]]], dtype=np.uint16)
+        groups = pydicom.Sequence(
+            item(FrameVOILUTSequence=item(WindowCenter=c, WindowWidth=w, VOILUTFunction="LINEAR_EXACT"))[0]
+            for c, w in [(40, 40), (30, 40)]
+        )
+        shared = item(PixelValueTransformationSequence=item(RescaleSlope=2, RescaleIntercept=0))
+        path = write_dicom(
+            tmp_path / "a.dcm",
+            stored,
+            Rows=1,
+            Columns=2,
+            NumberOfFrames=2,
+            PerFrameFunctionalGroupsSequence=groups,
+            SharedFunctionalGroupsSequence=shared,
+        )
+        # 20 and 40 under [20, 60] and [10, 50]
+        np.testing.assert_allclose(grey(read_image(ImageRef(path, 0))), [[0, 0.5]], atol=1e-7)
+        np.testing.assert_allclose(grey(read_image(ImageRef(path, 1))), [[0.25, 0.75]], atol=1e-7)
+
+    def test_rgb_is_taken_as_it_is(self, tmp_path: Path) -> None:
+        path = write_dicom(
+            tmp_path / "a.dcm",
+            RGB,
+            SamplesPerPixel=3,
+            PhotometricInterpretation="RGB",
+            PlanarConfiguration=0,
+        )
+        np.testing.assert_allclose(read_image(path).permute(1, 2, 0), RGB / 255, atol=1e-7)
+
+    def test_ybr_becomes_rgb(self, tmp_path: Path) -> None:
+        ybr = np.array([[[76, 85, 255], [150, 44, 21]], [[29, 255, 107], [128, 128, 128]]], dtype=np.uint8)
+        path = write_dicom(
+            tmp_path / "a.dcm",
+            ybr,
+            SamplesPerPixel=3,
+            PhotometricInterpretation="YBR_FULL",
+            PlanarConfiguration=0,
+        )
+        expected = [[[1, 0, 0], [0, 1, 0]], [[0, 0, 1], [0.502, 0.502, 0.502]]]
+        np.testing.assert_allclose(read_image(path).permute(1, 2, 0), expected, atol=0.01)
+
+    def test_palette_colour_uses_the_files_table(self, tmp_path: Path) -> None:
+        tables = {
+            f"{name}PaletteColorLookupTable{part}": value
+            for name, data in (("Red", b"\x00\xff"), ("Green", b"\x33\x00"), ("Blue", b"\x00\x66"))
+            for part, value in (("Descriptor", [2, 0, 8]), ("Data", data))
+        }
+        stored = np.array([[0, 1]], dtype=np.uint8)
+        path = write_dicom(tmp_path / "a.dcm", stored, PhotometricInterpretation="PALETTE COLOR", **tables)
+        np.testing.assert_allclose(read_image(path)[:, 0].T, [[0, 0.2, 0], [1, 0, 0.4]], atol=1e-7)
+
+    def test_jpeg_compressed_colour_equals_the_jpeg(self, tmp_path: Path) -> None:
+        from pydicom.encaps import encapsulate
+        from pydicom.uid import JPEGBaseline8Bit
+
+        smooth = np.stack(np.broadcast_arrays(*np.ogrid[0:32, 0:32], 100), axis=-1).astype(np.uint8) * [4, 4, 1]
+        buffer = io.BytesIO()
+        Image.fromarray(smooth.astype(np.uint8)).save(buffer, "JPEG", quality=95, subsampling=0)
+        path = write_dicom(
+            tmp_path / "a.dcm",
+            smooth.astype(np.uint8),
+            SamplesPerPixel=3,
+            PhotometricInterpretation="YBR_FULL",
+            PlanarConfiguration=0,
+            PixelData=encapsulate([buffer.getvalue()]),
+            syntax=JPEGBaseline8Bit,
+        )
+        expected = np.array(Image.open(buffer)) / 255
+        np.testing.assert_allclose(read_image(path).permute(1, 2, 0), expected, atol=2 / 255)
+
+    def test_run_length_encoding_is_read(self, tmp_path: Path) -> None:
+        from pydicom.uid import RLELossless
+
+        path = write_dicom(tmp_path / "a.dcm", self.stored, **self.ct)
+        dataset = pydicom.dcmread(path)
+        dataset.compress(RLELossless)
+        dataset.save_as(tmp_path / "rle.dcm")
+        np.testing.assert_allclose(grey(read_image(tmp_path / "rle.dcm", "brain")), [[0, 0.5], [0.75, 1]], atol=1e-7)
+
+    def test_missing_decoder_names_the_extra(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        from pydicom.encaps import encapsulate
+        from pydicom.pixels.decoders import JPEGLosslessSV1Decoder
+        from pydicom.uid import JPEGLosslessSV1
+
+        monkeypatch.setattr(JPEGLosslessSV1Decoder, "_available", {})
+        path = write_dicom(
+            tmp_path / "a.dcm",
+            self.stored,
+            PixelData=encapsulate([b"\xff\xd8\xff\xd9"]),
+            syntax=JPEGLosslessSV1,
+        )
+        with pytest.raises(UnreadableImageError, match=r'no decoder.*pip install "anomalib-mvfa\[medical\]"'):
+            read_image(path)
+
+    def test_file_without_suffix_is_known_by_its_preamble(self, tmp_path: Path) -> None:
+        path = write_dicom(tmp_path / "1.2.840.77", self.stored, **self.ct)
+        (tmp_path / "notes.txt").write_text("no image" * 40)
+        refs = list_images(tmp_path)
+        assert refs == [ImageRef(path)]
+        assert refs[0].name == "1.2.840.77"
+        np.testing.assert_allclose(grey(read_image(refs[0], "brain")), [[0, 0.5], [0.75, 1]], atol=1e-7)
+
+
+class TestSeriesOrder:
+    """Order of the files of a DICOM series."""
+
+    def series(self, folder: Path, places: dict[str, dict[str, Any]]) -> list[str]:
+        """Write one single-pixel file a name and return the names in listed order."""
+        for name, attributes in places.items():
+            write_dicom(folder / name, np.zeros((1, 2), np.uint16), **{"SeriesInstanceUID": "1.2.3", **attributes})
+        return [ref.path.name for ref in list_images(folder)]
+
+    def test_geometry_wins_over_instance_number_and_name(self, tmp_path: Path) -> None:
+        axial = {"ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}
+        heights = {"a.dcm": (10.0, 1), "b.dcm": (-20.0, 2), "c.dcm": (100.0, 3), "d.dcm": (2.5, 4)}
+        files = {
+            name: {"ImagePositionPatient": [5, 7, z], "InstanceNumber": number, **axial}
+            for name, (z, number) in heights.items()
+        }
+        assert self.series(tmp_path, files) == ["b.dcm", "d.dcm", "a.dcm", "c.dcm"]
+
+    def test_positions_are_projected_on_the_normal(self, tmp_path: Path) -> None:
+        # plane tilted about x: normal (0, -s, c); raw z alone would order b before a
+        s, c = np.sin(0.5), np.cos(0.5)
+        tilted = {"ImageOrientationPatient": [1, 0, 0, 0, round(c, 6), round(s, 6)]}
+        files = {
+            "a.dcm": {"ImagePositionPatient": [0, 10.0, 1.0], **tilted},  # -10 s + c < 0
+            "b.dcm": {"ImagePositionPatient": [0, 0.0, 0.0], **tilted},
+        }
+        assert self.series(tmp_path, files) == ["a.dcm", "b.dcm"]
+
+    def test_instance_number_stands_in_for_geometry(self, tmp_path: Path) -> None:
+        files = {"a.dcm": {"InstanceNumber": 10}, "b.dcm": {"InstanceNumber": 9}, "c.dcm": {"InstanceNumber": 1}}
+        files["a.dcm"] |= {"ImagePositionPatient": [0, 0, 0], "ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}
+        assert self.series(tmp_path, files) == ["c.dcm", "b.dcm", "a.dcm"]
+
+    def test_name_stands_in_for_both(self, tmp_path: Path) -> None:
+        assert self.series(tmp_path, {"b.dcm": {"InstanceNumber": 1}, "a.dcm": {}}) == ["a.dcm", "b.dcm"]
+
+    def test_series_in_one_folder_stay_together(self, tmp_path: Path) -> None:
+        files = {
+            "a.dcm": {"SeriesInstanceUID": "1.1", "InstanceNumber": 2},
+            "b.dcm": {"SeriesInstanceUID": "1.2", "InstanceNumber": 1},
+            "c.dcm": {"SeriesInstanceUID": "1.1", "InstanceNumber": 1},
+        }
+        assert self.series(tmp_path, files) == ["c.dcm", "a.dcm", "b.dcm"]
+
+
+class TestVolume:
+    """NIfTI volumes."""
+
+    shape = (4, 5, 6)
+    ras = np.diag([2.0, 3.0, 4.0, 1.0])
+
+    @pytest.fixture
+    def data(self) -> np.ndarray:
+        """Return voxels that tell their own index: 100 x + 10 y + z."""
+        x, y, z = np.ogrid[0:4, 0:5, 0:6]
+        return (100 * x + 10 * y + z).astype(np.int16)
+
+    def lps(self, data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Store the same anatomy with x and y reversed."""
+        affine = np.array([[-2, 0, 0, 6], [0, -3, 0, 12], [0, 0, 4, 0], [0, 0, 0, 1]], dtype=float)
+        return data[::-1, ::-1], affine
+
+    @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+    @pytest.mark.parametrize("axis", [0, 1, 2])
+    def test_ras_and_lps_files_give_the_same_slices(
+        self,
+        tmp_path: Path,
+        data: np.ndarray,
+        suffix: str,
+        axis: int,
+    ) -> None:
+        ras = write_nifti(tmp_path / f"ras{suffix}", data, self.ras)
+        lps = write_nifti(tmp_path / f"lps{suffix}", *self.lps(data))
+        np.testing.assert_allclose(read_volume(lps)[1], self.ras)
+        for first, second in zip(list_images(ras, axis=axis), list_images(lps, axis=axis), strict=True):
+            assert torch.equal(read_image(first), read_image(second))
+
+    def test_axial_slice_has_anterior_up_and_the_patients_right_on_the_left(
+        self,
+        tmp_path: Path,
+        data: np.ndarray,
+    ) -> None:
+        path = write_nifti(tmp_path / "a.nii", data, self.ras)
+        image = grey(read_image(ImageRef(path, 2), [500, 1000]))
+        # row i is y = 4 - i, column j is x = 3 - j
+        expected = [[(100 * (3 - j) + 10 * (4 - i) + 2) / 1000 for j in range(4)] for i in range(5)]
+        np.testing.assert_allclose(image, expected, atol=1e-6)
+
+    def test_coronal_and_sagittal_slices_have_superior_up(self, tmp_path: Path, data: np.ndarray) -> None:
+        path = write_nifti(tmp_path / "a.nii", data, self.ras)
+        coronal = grey(read_image(ImageRef(path, 1, axis=1), [500, 1000]))
+        expected = [[(100 * (3 - j) + 10 + (5 - i)) / 1000 for j in range(4)] for i in range(6)]
+        np.testing.assert_allclose(coronal, expected, atol=1e-6)
+        sagittal = grey(read_image(ImageRef(path, 1, axis=0), [500, 1000]))
+        expected = [[(100 + 10 * (4 - j) + (5 - i)) / 1000 for j in range(5)] for i in range(6)]
+        np.testing.assert_allclose(sagittal, expected, atol=1e-6)
+
+    def test_percentiles_are_those_of_the_volume(self, tmp_path: Path) -> None:
+        data = np.arange(1001, dtype=np.float32).reshape(7, 11, 13) * 10
+        path = write_nifti(tmp_path / "a.nii", data)
+        expected = np.clip((data[::-1, ::-1, 0].T - 50) / 9900, 0, 1)
+        np.testing.assert_allclose(grey(read_image(ImageRef(path, 0))), expected, atol=1e-6)
+
+    def test_slope_and_intercept_are_applied(self, tmp_path: Path, data: np.ndarray) -> None:
+        image = nibabel.Nifti1Image(data, self.ras)
+        image.header.set_slope_inter(0.5, -7)
+        nibabel.save(image, tmp_path / "a.nii")
+        stored = np.asarray(nibabel.load(tmp_path / "a.nii").dataobj.get_unscaled())
+        voxels, _ = read_volume(tmp_path / "a.nii")
+        np.testing.assert_allclose(voxels, stored * 0.5 - 7)
+        assert voxels.dtype == np.float32
+
+    def test_first_of_several_volumes_is_read(self, tmp_path: Path, data: np.ndarray) -> None:
+        path = write_nifti(tmp_path / "a.nii.gz", np.stack([data, -data], axis=-1), self.ras)
+        np.testing.assert_array_equal(read_volume(path)[0], data)
+
+    def test_empty_slices_are_skipped(self, tmp_path: Path) -> None:
+        data = np.zeros((8, 8, 6), dtype=np.float32)
+        data[2:6, 2:6, 2:5] = 1000
+        data[0, 0, 1] = 5  # noise, 0.5 % of the foreground
+        data[:, :, 5] = 300  # constant
+        path = write_nifti(tmp_path / "a.nii.gz", data)
+        refs = list_images(path)
+        assert [ref.frame for ref in refs] == [2, 3, 4]
+        assert [ref.name for ref in refs] == ["a_slice002", "a_slice003", "a_slice004"]
+        assert [ref.frame for ref in list_images(path, slices=(3, 6))] == [3, 4]
+        assert [ref.frame for ref in list_images(path, axis=0)] == list(range(8))
+
+    def test_single_lesion_voxel_keeps_its_slice(self, tmp_path: Path) -> None:
+        data = np.zeros((8, 8, 3), dtype=np.float32)
+        data[4, 4, 1] = 1
+        assert [ref.frame for ref in list_images(write_nifti(tmp_path / "a.nii", data))] == [1]
+
+    def test_nan_voxels_become_the_minimum(self, tmp_path: Path) -> None:
+        data = np.array([-5, np.nan, np.inf, 10], dtype=np.float32).reshape(2, 2, 1)
+        voxels, _ = read_volume(write_nifti(tmp_path / "a.nii", data))
+        np.testing.assert_array_equal(voxels.ravel(), [-5, -5, -5, 10])
+
+    def test_two_dimensional_file_is_one_image(self, tmp_path: Path) -> None:
+        path = write_nifti(tmp_path / "a.nii", np.array([[0, 1], [2, 4]], dtype=np.float32))
+        np.testing.assert_allclose(grey(read_image(path, [2, 4])), [[1, 0.25], [0.5, 0]])
+
+    def test_volume_is_loaded_once_and_again_when_rewritten(
+        self,
+        tmp_path: Path,
+        data: np.ndarray,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        loads = []
+        load = nibabel.load
+        monkeypatch.setattr(nibabel, "load", lambda path: loads.append(path) or load(path))
+        path = write_nifti(tmp_path / "a.nii", data, self.ras)
+        for ref in list_images(path):
+            read_image(ref)
+        assert len(loads) == 1
+        write_nifti(path, data + np.int16(1), self.ras)
+        os.utime(path, ns=(1, 1))
+        np.testing.assert_array_equal(read_volume(path)[0], data + 1)
+        assert len(loads) == 2
+
+    def test_written_volume_overlays_its_input(self, tmp_path: Path, data: np.ndarray) -> None:
+        stored, affine = self.lps(data)
+        permuted = stored.transpose(2, 0, 1), affine[:, [2, 0, 1, 3]]
+        like = write_nifti(tmp_path / "like.nii.gz", *permuted)
+        header = nibabel.load(like)
+        header.header["descrip"] = PATIENT
+        header.header.set_xyzt_units("mm")
+        nibabel.save(header, like)
+        voxels, _ = read_volume(like)
+        np.testing.assert_array_equal(voxels, data)
+        write_volume(tmp_path / "out" / "map.nii.gz", voxels * 2, like)
+        written = nibabel.load(tmp_path / "out" / "map.nii.gz")
+        np.testing.assert_allclose(written.affine, nibabel.load(like).affine)
+        np.testing.assert_array_equal(written.get_fdata(), permuted[0] * 2.0)
+        assert written.get_data_dtype() == np.float32
+        assert written.header.get_xyzt_units()[0] == "mm"
+        assert PATIENT.encode() not in written.header.binaryblock
+
+    def test_map_lands_where_its_slice_came_from(self, tmp_path: Path, data: np.ndarray) -> None:
+        like = write_nifti(tmp_path / "like.nii", *self.lps(data))
+        volume = np.zeros(self.shape, dtype=np.float32)
+        for ref in list_images(like):
+            volume_slice(volume, ref.frame)[...] = grey(read_image(ref, [500, 1000])) * 1000
+        write_volume(tmp_path / "map.nii", volume, like)
+        np.testing.assert_allclose(nibabel.load(tmp_path / "map.nii").get_fdata(), self.lps(data)[0], atol=1e-3)
+
+    @pytest.mark.parametrize("shape", [(5, 4, 6), (4, 5), (4, 5, 6, 1)])
+    def test_volume_of_another_shape_is_not_written(
+        self,
+        tmp_path: Path,
+        data: np.ndarray,
+        shape: tuple[int, ...],
+    ) -> None:
+        like = write_nifti(tmp_path / "like.nii", data)
+        with pytest.raises(ValueError, match=r"like\.nii"):
+            write_volume(tmp_path / "map.nii", np.zeros(shape), like)
+        with pytest.raises(ValueError, match=r"\.nii or \.nii\.gz"):
+            write_volume(tmp_path / "map.png", data, like)
+
+
+class TestListing:
+    """Folders."""
+
+    def test_nested_folders_of_mixed_formats_come_sorted(self, tmp_path: Path) -> None:
+        for name in ("b/2.png", "b/1.JPG", "a.tif", ".hidden.png", ".cache/x.png", "c/readme.md"):
+            path = tmp_path / name
+            path.parent.mkdir(exist_ok=True)
+            if path.suffix == ".md":
+                path.write_text("text")
+            else:
+                Image.fromarray(RAMP).save(path)
+        write_dicom(tmp_path / "b" / "scan.dcm", TestDicom.stored)
+        write_nifti(tmp_path / "v.nii.gz", np.arange(8, dtype=np.float32).reshape(2, 2, 2))
+        refs = list_images(tmp_path)
+        keys = ["a.tif", "b/1.JPG", "b/2.png", "b/scan.dcm", "v.nii.gz#0", "v.nii.gz#1"]
+        assert [ref.key for ref in refs] == keys
+        assert [ref.name for ref in refs] == ["a", "b/1", "b/2", "b/scan", "v_slice000", "v_slice001"]
+        assert all(read_image(ref).shape[0] == 3 for ref in refs)
+
+    def test_linked_folders_are_followed_once(self, tmp_path: Path) -> None:
+        Image.fromarray(RAMP).save(tmp_path / "a.png")
+        data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+        (data / "sub").mkdir(parents=True)
+        elsewhere.mkdir()
+        Image.fromarray(RAMP).save(data / "sub" / "a.png")
+        Image.fromarray(RAMP).save(elsewhere / "b.png")
+        (data / "sub" / "loop").symlink_to(data, target_is_directory=True)
+        (data / "again").symlink_to(data / "sub", target_is_directory=True)
+        (data / "linked").symlink_to(elsewhere, target_is_directory=True)
+        (data / "self.png").symlink_to(data / "self.png")
+        (data / "gone.png").symlink_to(data / "nowhere.png")
+        assert [ref.key for ref in list_images(data)] == ["linked/b.png", "sub/a.png"]
+
+    def test_listing_dicom_decodes_no_pixels(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = write_dicom(tmp_path / "a.dcm", np.zeros((512, 512), np.uint16))
+        calls = []
+        read = pydicom.dcmread
+        monkeypatch.setattr(pydicom, "dcmread", lambda *args, **options: calls.append(options) or read(*args, **options))
+        assert list_images(tmp_path) == [ImageRef(path)]
+        assert [options["stop_before_pixels"] for options in calls] == [True]
+
+    def test_dicom_objects_that_are_no_images_are_left_out(self, tmp_path: Path) -> None:
+        write_dicom(tmp_path / "DICOMDIR", None, sop_class="1.2.840.10008.1.3.10")
+        write_dicom(tmp_path / "report.dcm", None, sop_class="1.2.840.10008.5.1.4.1.1.88.11")
+        image = write_dicom(tmp_path / "image.dcm", TestDicom.stored)
+        assert list_images(tmp_path) == [ImageRef(image)]
+
+    def test_unreadable_files_are_listed_and_refused_on_reading(self, tmp_path: Path) -> None:
+        for name in ("a.dcm", "b.nii.gz", "c.png"):
+            (tmp_path / name).write_bytes(b"rubbish" * 50)
+        refs = list_images(tmp_path)
+        assert [ref.key for ref in refs] == ["a.dcm", "b.nii.gz", "c.png"]
+        for ref in refs:
+            with pytest.raises(UnreadableImageError):
+                read_image(ref)
+
+    def test_missing_and_empty_folders_name_the_suffixes(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match="nowhere") as missing:
+            list_images(tmp_path / "nowhere")
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(ValueError, match="empty") as empty:
+            list_images(tmp_path / "empty")
+        for suffix in IMAGE_SUFFIXES:
+            assert suffix in str(missing.value)
+            assert suffix in str(empty.value)
+
+    def test_axis_is_checked(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="axis"):
+            list_images(tmp_path, axis=3)
+
+
+class TestMask:
+    """Masks."""
+
+    def test_every_value_above_zero_is_foreground(self, tmp_path: Path) -> None:
+        expected = np.array([[False, True], [True, False]])
+        for name, pixels in {
+            "bytes.png": np.array([[0, 1], [255, 0]], np.uint8),
+            "words.png": np.array([[0, 1], [65535, 0]], np.uint16),
+            "colour.png": np.array([[[0, 0, 0], [1, 0, 0]], [[0, 0, 9], [0, 0, 0]]], np.uint8),
+            "bits.png": expected,
+        }.items():
+            Image.fromarray(pixels).save(tmp_path / name)
+            mask = read_mask(tmp_path / name)
+            assert mask.dtype == torch.bool
+            np.testing.assert_array_equal(mask, expected)
+
+    def test_jpeg_ringing_is_no_foreground(self, tmp_path: Path) -> None:
+        expected = np.zeros((32, 32), dtype=bool)
+        expected[9:20, 11:23] = True
+        Image.fromarray(expected.astype(np.uint8) * 255).save(tmp_path / "a.jpg", quality=60)
+        assert (np.array(Image.open(tmp_path / "a.jpg")) > 0).sum() > expected.sum()
+        np.testing.assert_array_equal(read_mask(tmp_path / "a.jpg"), expected)
+
+    def test_dicom_mask_ignores_a_rescale(self, tmp_path: Path) -> None:
+        stored = np.array([[0, 1], [2, 0]], np.uint8)
+        path = write_dicom(tmp_path / "a.dcm", stored, RescaleSlope=1, RescaleIntercept=-1024)
+        np.testing.assert_array_equal(read_mask(path), stored > 0)
+
+    def test_volume_mask_lies_on_its_image(self, tmp_path: Path) -> None:
+        mask = np.zeros((4, 5, 6), dtype=np.uint8)
+        mask[3, 4, 2] = 1  # right, anterior: top left
+        path = write_nifti(tmp_path / "a.nii.gz", mask)
+        expected = np.zeros((5, 4), dtype=bool)
+        expected[0, 0] = True
+        np.testing.assert_array_equal(read_mask(ImageRef(path, 2)), expected)
+
+
+class TestUnreadable:
+    """Files that give no image."""
+
+    @staticmethod
+    def cases(folder: Path) -> dict[str, Path]:
+        """Write one file of every kind of damage."""
+        noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+        cases = {}
+        for suffix in ("png", "jpg", "bmp", "tif", "webp"):
+            whole = io.BytesIO()
+            Image.fromarray(noise).save(whole, {"jpg": "JPEG", "tif": "TIFF"}.get(suffix, suffix))
+            cases[f"truncated {suffix}"] = folder / f"cut.{suffix}"
+            cases[f"truncated {suffix}"].write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+        for suffix in ("png", "dcm", "nii", "nii.gz"):
+            cases[f"zero-byte {suffix}"] = folder / f"zero.{suffix}"
+            cases[f"zero-byte {suffix}"].touch()
+            cases[f"text {suffix}"] = folder / f"text.{suffix}"
+            cases[f"text {suffix}"].write_text(PATIENT * 100)
+        whole_dicom = write_dicom(folder / "whole.dcm", noise[..., 0]).read_bytes()
+        for kept in (140, 300, len(whole_dicom) - 1000):
+            cases[f"truncated dcm {kept}"] = folder / f"cut{kept}.dcm"
+            cases[f"truncated dcm {kept}"].write_bytes(whole_dicom[:kept])
+        for suffix in ("nii", "nii.gz"):
+            whole_volume = write_nifti(folder / f"whole.{suffix}", noise).read_bytes()
+            for kept in (100, len(whole_volume) - 1000):
+                cases[f"truncated {suffix} {kept}"] = folder / f"cut{kept}.{suffix}"
+                cases[f"truncated {suffix} {kept}"].write_bytes(whole_volume[:kept])
+        cases["no pixels"] = write_dicom(folder / "empty.dcm", None, Rows=2, Columns=2)
+        cases["contradictory size"] = write_dicom(folder / "size.dcm", TestDicom.stored, Rows=500)
+        cases["bad number"] = write_dicom(folder / "number.dcm", TestDicom.stored, NumberOfFrames=1)
+        damaged = cases["bad number"].read_bytes().replace(b"\x28\x00\x08\x00IS\x02\x001 ", b"\x28\x00\x08\x00IS\x02\x00x ")
+        cases["bad number"].write_bytes(damaged)
+        cases["nan volume"] = write_nifti(folder / "nan.nii", np.full((2, 2, 2), np.nan, dtype=np.float32))
+        cases["infinite volume"] = write_nifti(folder / "inf.nii", np.full((2, 2, 2), np.inf, dtype=np.float32))
+        cases["complex volume"] = write_nifti(folder / "complex.nii", np.ones((2, 2, 2), dtype=np.complex64))
+        cases["nan image"] = folder / "nan.tif"
+        Image.fromarray(np.full((2, 2), np.nan, dtype=np.float32)).save(cases["nan image"])
+        return cases
+
+    def test_every_damage_is_told_with_path_and_reason(
+        self,
+        tmp_path: Path,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        for case, path in self.cases(tmp_path).items():
+            with warnings.catch_warnings(record=True) as caught, caplog.at_level(logging.DEBUG):
+                warnings.simplefilter("always")
+                with pytest.raises(UnreadableImageError) as error:
+                    read_image(ImageRef(path, 0))
+            assert not caught, case
+            assert error.value.path == path, case
+            assert str(error.value) == f"{path}: {error.value.reason}", case
+            assert error.value.__suppress_context__ or error.value.__context__ is None, case
+            for secret in ("Doe", "Jane", "4711"):
+                assert secret not in str(error.value), case
+                assert secret not in caplog.text, case
+
+    def test_reasons_tell_the_cause(self, tmp_path: Path) -> None:
+        cases = self.cases(tmp_path)
+        for case, reason in {
+            "truncated png": "truncated",
+            "zero-byte png": "empty",
+            "zero-byte dcm": "empty",
+            "text png": "not an image",
+            "text dcm": "not a DICOM file",
+            "text nii": "not a NIfTI file",
+            "no pixels": "no pixel data",
+            f"truncated dcm {cases['truncated dcm 300'].stat().st_size}": "no pixel data|truncated",
+            "nan volume": "no finite value",
+            "complex volume": "real numbers",
+        }.items():
+            with pytest.raises(UnreadableImageError, match=reason):
+                read_image(ImageRef(cases[case], 0))
+
+    def test_warnings_of_odd_headers_stay_inside(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        path = write_dicom(tmp_path / "a.dcm", TestDicom.stored, WindowCenter="40", WindowWidth="80", SeriesInstanceUID="1.2")
+        odd = path.read_bytes().replace(b"UI\x04\x001.2\x00", b"UI\x04\x00DOE\x00")
+        path.write_bytes(odd)
+        with warnings.catch_warnings(record=True) as caught, caplog.at_level(logging.DEBUG):
+            warnings.simplefilter("always")
+            (ref,) = list_images(path)
+            read_image(ref)
+        assert b"DOE" in odd
+        assert not caught
+        assert "DOE" not in caplog.text
+
+    @pytest.mark.parametrize("factor", [1.5, 3.0])
+    def test_decompression_bomb_is_refused(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        factor: float,
+    ) -> None:
+        Image.fromarray(RAMP).save(tmp_path / "a.png")
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", int(256 / factor))
+        with pytest.raises(UnreadableImageError, match="MAX_IMAGE_PIXELS"):
+            read_image(tmp_path / "a.png")
+
+    def test_permission_denied_is_told(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = tmp_path / "a.png"
+        Image.fromarray(RAMP).save(path)
+
+        def refuse(*_: object) -> None:
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(Path, "open", refuse)
+        with pytest.raises(UnreadableImageError, match="permission denied"):
+            read_image(path)
+
+    def test_folder_is_no_image(self, tmp_path: Path) -> None:
+        with pytest.raises(UnreadableImageError, match="directory"):
+            read_image(tmp_path)
+
+    def test_missing_file_is_a_missing_file(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match=r"gone\.png"):
+            read_image(tmp_path / "gone.png")
+
+    def test_error_survives_pickling(self) -> None:
+        error = pickle.loads(pickle.dumps(UnreadableImageError("a.png", "the file is empty")))  # noqa: S301
+        assert (error.path, error.reason) == (Path("a.png"), "the file is empty")
+
+    @pytest.mark.parametrize(("module", "name"), [("pydicom", "a.dcm"), ("nibabel", "a.nii")])
+    def test_missing_reader_names_the_extra(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        module: str,
+        name: str,
+    ) -> None:
+        write_dicom(tmp_path / "a.dcm", TestDicom.stored)
+        write_nifti(tmp_path / "a.nii", np.ones((2, 2, 2), dtype=np.float32))
+        for loaded in [entry for entry in sys.modules if entry.partition(".")[0] == module]:
+            monkeypatch.setitem(sys.modules, loaded, None)
+        for function in (read_image, list_images):
+            with pytest.raises(ImportError, match=r'pip install "anomalib-mvfa\[medical\]"'):
+                function(tmp_path / name)
