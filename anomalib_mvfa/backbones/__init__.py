@@ -24,7 +24,10 @@ TINY = "tiny"
 TINY_CONFIG: dict[str, Any] = json.loads(Path(__file__).with_name("tiny.json").read_text(encoding="utf-8"))
 TINY_SEED = 2403
 BLOCK_GAIN = 0.1
-"""Standard deviation of what a block adds, relative to PyTorch's default: small keeps blocks close to the identity."""
+"""Size of what a block adds, relative to a usual start: small keeps blocks close to the identity."""
+COMMON_STD = 0.3
+"""Size of the vector that all positions share: it keeps the noise of dark patches small beside it."""
+POSITION_STD = 0.1
 
 
 @torch.no_grad()
@@ -40,14 +43,16 @@ def initialise_tiny(model: CLIP) -> None:
     )
     generator = torch.Generator().manual_seed(TINY_SEED)
     for name, parameter in model.named_parameters():
-        if parameter.ndim < 2:  # biases and norms keep open_clip's zeros and ones
-            if name.endswith("class_embedding"):
-                nn.init.normal_(parameter, std=0.02, generator=generator)
-            continue
-        fan_in = parameter[0].numel()
-        std = fan_in**-0.5
-        if "positional_embedding" in name or "token_embedding" in name:
+        if name.endswith("class_embedding") or "token_embedding" in name:
             std = 0.02
-        elif name.endswith(("out_proj.weight", "c_proj.weight")):
-            std *= BLOCK_GAIN
+        elif parameter.ndim < 2:  # biases, norms and the temperature keep open_clip's zeros and ones
+            continue
+        elif "positional_embedding" in name:
+            std = POSITION_STD
+        else:
+            std = parameter[0].numel() ** -0.5
+            if name.endswith(("out_proj.weight", "c_proj.weight")):
+                std *= BLOCK_GAIN
         nn.init.normal_(parameter, std=std, generator=generator)
+        if name == "visual.positional_embedding":
+            parameter.add_(COMMON_STD * torch.randn(parameter.shape[1], generator=generator))

@@ -158,15 +158,24 @@ class MVFA(AnomalibModule):
     # checkpoint, which knows the backbone.
 
     def configure_model(self) -> None:
-        """Build the network, unless it is there or a checkpoint is about to say how.
+        """Build the network for training, unless it is there.
+
+        Validation, testing and prediction may still be given a checkpoint: they build when they start.
 
         Raises:
             FileNotFoundError: If the backbone's weights are not there.
             ValueError: If adapters do not fit.
         """
-        awaits_checkpoint = self._trainer is not None and self.trainer.ckpt_path is not None
-        if "model" not in self._modules and not awaits_checkpoint:
-            self._build()
+        if self._trainer is None or self.trainer.state.fn == TrainerFn.FITTING:
+            self._ensure_model()
+
+    def _ensure_model(self) -> None:
+        if "model" in self._modules:
+            return
+        self._build()
+        if self._trainer is not None:
+            self.trainer.precision_plugin.convert_module(self.model)
+            self.model.to(self.device)
 
     def _build(self) -> None:
         arguments = ("backbone", "pretrained", "image_size", "levels", "class_name", "language_weight")
@@ -177,7 +186,7 @@ class MVFA(AnomalibModule):
 
     def forward(self, batch: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - anomalib's signature
         """Pre-process, predict and post-process images ``(B, 3, H, W)`` in [0, 1]."""
-        self.configure_model()
+        self._ensure_model()
         return super().forward(batch, *args, **kwargs)
 
     @property
@@ -353,6 +362,7 @@ class MVFA(AnomalibModule):
     def on_validation_start(self) -> None:
         """Remember the supports with the present adapters."""
         if self.trainer.state.fn != TrainerFn.FITTING:
+            self._ensure_model()
             self._take_class_name()
         self._remember()
         if self.hparams["fusion_scale"] == "test":
@@ -370,6 +380,7 @@ class MVFA(AnomalibModule):
         self._check_ready()
 
     def _check_ready(self) -> None:
+        self._ensure_model()
         self._take_class_name()
         if self._memory_step < 0 and not self._given_adapters:
             logger.warning(

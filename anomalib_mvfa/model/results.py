@@ -67,7 +67,7 @@ class MVFAVisualizer(ImageVisualizer):
                 field_size=size,
                 fields_config=self.fields_config,
                 overlay_fields_config=self.overlay_fields_config,
-                text_config=self.text_config,
+                text_config={**self.text_config, "size": self.text_config["size"] or max(8, size[0] // 20)},
             )
             if picture is not None:
                 picture.save(self._target(item.image_path, folder, trainer))
