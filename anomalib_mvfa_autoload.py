@@ -58,8 +58,8 @@ def _register() -> None:
     if "anomalib_mvfa" in sys.modules:  # being imported right now; it registers itself
         return
     try:
-        import anomalib_mvfa  # noqa: F401, PLC0415
-    except Exception as error:  # noqa: BLE001 - anomalib must go on without us
+        import anomalib_mvfa  # noqa: F401
+    except Exception as error:
         warnings.warn(f"anomalib-mvfa could not be registered with anomalib: {error!r}", stacklevel=2)
 
 

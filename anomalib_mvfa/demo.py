@@ -41,7 +41,8 @@ def main() -> None:
         *("--default_root_dir", str(ROOT), "--seed_everything", "0"),
     )
     trained = max(
-        (ROOT / "MVFA" / "MedicalBMAD" / SET).glob("v*/weights/lightning/model.ckpt"), key=lambda path: path.stat().st_mtime
+        (ROOT / "MVFA" / "MedicalBMAD" / SET).glob("v*/weights/lightning/model.ckpt"),
+        key=lambda path: path.stat().st_mtime,
     )
     _anomalib(
         *("predict", "--model", "MVFA", "--ckpt_path", str(trained)),

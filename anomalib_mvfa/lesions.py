@@ -14,11 +14,12 @@ interpolation and its successors, pasted patches to CutPaste (arXiv 2104.04015).
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Generator, Tensor
 from torch.nn import functional as nnf
 from torchvision.transforms.v2 import functional as tvf
@@ -284,7 +285,7 @@ def _keep_visible(image: Tensor, changed: Tensor, outline: Outline) -> tuple[Ten
     return torch.where(mask, (image + change).clamp(0, 1), image), mask
 
 
-def _solid(mask: np.ndarray, share: float) -> np.ndarray:
+def _solid(mask: NDArray[Any], share: float) -> NDArray[np.uint8]:
     """Keep components of at least ``share`` of the largest one's area, without holes; ``(H, W)`` uint8 in and out."""
     contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     areas = [cv2.contourArea(contour) for contour in contours]

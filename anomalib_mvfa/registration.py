@@ -3,8 +3,8 @@
 
 """Makes our classes attributes of ``anomalib.models`` and ``anomalib.data``.
 
-The command line finds classes among the imported subclasses; ``get_model({"class_path": ...})`` and the benchmark pipeline
-look for attributes of these two modules.
+The command line finds classes among the imported subclasses; ``get_model({"class_path": ...})`` and the benchmark
+pipeline look for attributes of these two modules.
 """
 
 import sys
@@ -17,7 +17,7 @@ def register() -> None:
 
     Works while ``anomalib.models`` is still being imported, and any number of times.
     """
-    from anomalib_mvfa import data, model  # noqa: PLC0415 - these import anomalib
+    from anomalib_mvfa import data, model
 
     setattr(sys.modules["anomalib.models"], "MVFA", model.MVFA)  # noqa: B010 - mypy knows no such attribute
     for name in data.DATAMODULES:

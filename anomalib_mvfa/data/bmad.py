@@ -17,7 +17,6 @@ untouched until the final evaluation, so validation uses the ``valid`` split.
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 

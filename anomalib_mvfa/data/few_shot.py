@@ -82,7 +82,7 @@ class SupportDataset(AnomalibDataset):
     def support(self, index: int) -> ImageItem:
         """Give a support unchanged, abnormal ones first."""
         if index not in self._cache:
-            self._cache[index] = super().__getitem__(index)
+            self._cache[index] = super().__getitem__(index)  # type: ignore[assignment]
         return self._cache[index]
 
     def __getitem__(self, index: int) -> ImageItem:
@@ -95,13 +95,13 @@ class SupportDataset(AnomalibDataset):
             version, position = divmod(index - NUM_VERSIONS * block, self.num_normal)
             position += self.num_abnormal
         item = self.support(position)
-        image = support_version(item.image.as_subclass(Tensor)[None], version)[0]
+        image = support_version(_plain(item.image)[None], version)[0]
         mask = None
         if item.gt_mask is not None:
-            mask = support_version(item.gt_mask.as_subclass(Tensor)[None, None].float(), version)[0, 0] > 0.5
+            mask = support_version(_plain(item.gt_mask)[None, None].float(), version)[0, 0] > 0.5
         if abnormal and self.lesions is not None:
-            generator = torch.Generator().manual_seed(hash((self.seed, self.epoch, index)) % 2**63)
-            donor = self.support((position + 1) % self.num_normal).image.as_subclass(Tensor)
+            generator = torch.Generator().manual_seed(hash((self.seed, self.epoch, index)) % 2**63)  # the same anywhere
+            donor = _plain(self.support((position + 1) % self.num_normal).image)
             image, mask = self.lesions(image, generator, donor)
         return ImageItem(
             image=Image(image),
@@ -123,13 +123,13 @@ class _EpochSampler(DistributedSampler):  # type: ignore[type-arg]
 class FewShot(AnomalibDataModule):
     """Keeps k normal and k abnormal supports of any anomalib datamodule for training.
 
-    Training batches are the eleven versions of each support. Supports, and files with the same content, are taken out of
-    validation and test. Normal supports come from the training images; abnormal ones from the validation part, or from
-    the test part when that is all there is, which then is said in the log.
+    Training batches are the eleven versions of each support. Supports, and files with the same content, are taken out
+    of validation and test. Normal supports come from the training images; abnormal ones from the validation part, or
+    from the test part when that is all there is, which then is said in the log.
 
     Args:
-        source: The datamodule to draw from, or its ``class_path`` and ``init_args`` as a mapping. Its splits get the seed
-            0 unless it has one, so that the test part is the same for every draw of supports.
+        source: The datamodule to draw from, or its ``class_path`` and ``init_args`` as a mapping. Its splits get the
+            seed 0 unless it has one, so that the test part is the same for every draw of supports.
         k_shot: Number of supports of each class.
         seed: Seed of the draw. The supports for a small ``k_shot`` are among those for a larger one.
         support_list: File in the published text format that names the supports; ``k_shot`` and ``seed`` are then not
@@ -190,7 +190,7 @@ class FewShot(AnomalibDataModule):
         self.shuffle = shuffle
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # type: ignore[override]  # as anomalib's own datamodules
         """Name of the source."""
         return self.source.name
 
@@ -217,9 +217,9 @@ class FewShot(AnomalibDataModule):
             Eleven versions of the normal supports; the abnormal supports unchanged, or the normal ones with lesions.
         """
         data: SupportDataset = self.train_data  # type: ignore[assignment]
-        normal = torch.stack([data.support(data.num_abnormal + index).image for index in range(data.num_normal)])
-        abnormal = torch.stack([data[index].image for index in range(data.num_abnormal or data.num_normal)])
-        return Support(support_versions(normal.as_subclass(Tensor)), abnormal.as_subclass(Tensor))
+        normal = [_plain(data.support(data.num_abnormal + index).image) for index in range(data.num_normal)]
+        abnormal = [_plain(data[index].image) for index in range(data.num_abnormal or data.num_normal)]
+        return Support(support_versions(torch.stack(normal)), torch.stack(abnormal))
 
     def prepare_data(self) -> None:
         """Let the source fetch its data."""
@@ -357,6 +357,11 @@ def _without(part: AnomalibDataset, supports: pd.DataFrame, name: str) -> Anomal
     if copies:
         logger.warning("%d images of the %s part are copies of supports and were left out.", copies, name)
     return part.subsample(keep)
+
+
+def _plain(image: Any) -> Tensor:  # noqa: ANN401 - torchvision's tensors, which anomalib's items may lack
+    """Drop torchvision's wrapper, so that tensor operations do what they say."""
+    return torch.as_tensor(image).as_subclass(Tensor)
 
 
 def _digest(path: Path) -> str:

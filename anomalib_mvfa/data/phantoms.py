@@ -26,6 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -38,7 +39,7 @@ __all__ = ["LESIONS", "MODALITIES", "Phantom", "contact_sheet", "draw_phantom", 
 MODALITIES: tuple[str, ...] = ("brain_mri", "chest_xray", "liver_ct", "retinal_oct", "histology", "breast_ultrasound")
 LESIONS: tuple[str, ...] = ("bright", "dark", "ring", "texture", "displaced")
 
-Field = npt.NDArray[np.float32]
+Field = npt.NDArray[np.floating[Any]]
 Mask = npt.NDArray[np.bool_]
 Points = Sequence[tuple[float, float]]
 
@@ -319,7 +320,8 @@ def _brain_mri(rng: np.random.Generator, size: int) -> _Scene:
             ),
         )
         whiteness = whiteness * (1 - u(0.6, 0.95) * _step(nuclei, 0.04))
-        insula = _polyline(side, y, ((0.68, -0.06), (0.55, -0.13), (0.47, -0.05), (0.46, 0.06), (0.50, 0.15)), (0.02, 0.018, 0.02, 0.014, 0.004))
+        path = ((0.68, -0.06), (0.55, -0.13), (0.47, -0.05), (0.46, 0.06), (0.50, 0.15))
+        insula = _polyline(side, y, path, (0.02, 0.018, 0.02, 0.014, 0.004))
         whiteness = whiteness * (1 - _step(insula + 0.045, 0.05))
         sulci = np.maximum(sulci, _step(insula - u(-0.005, 0.01), 0.025))
     elif height == "fossa":
@@ -333,7 +335,8 @@ def _brain_mri(rng: np.random.Generator, size: int) -> _Scene:
         sulci = np.maximum(sulci, 0.8 * _step(0.012 - np.abs(y - tent), 0.02))
         cistern = np.maximum(_ellipse(side, y, (0.0, 0.06), (0.21, 0.17)), _ellipse(side, y, (0, -0.1), (0.2, 0.09)))
         sylvian = _polyline(side, y, ((0.16, -0.12), (0.4, -0.18), (0.62, -0.1)), (0.035, 0.02, 0.02))
-        stem = _join(_ellipse(side, y, (0.0, 0.16), (0.15, 0.12)), _ellipse(side, y, (0.09, 0.04), (0.10, 0.08), -0.6), 0.04)
+        peduncle = _ellipse(side, y, (0.09, 0.04), (0.10, 0.08), -0.6)
+        stem = _join(_ellipse(side, y, (0.0, 0.16), (0.15, 0.12)), peduncle, 0.04)
         sulci = np.maximum(sulci, _step(np.maximum(cistern, sylvian), 0.03)) * (1 - _step(stem, 0.03))
         whiteness = _mix(whiteness, 0.75, _step(stem, 0.03))
         ventricles = _ellipse(side, y, (0.0, 0.28), (0.075 * swell**0.5, 0.045 * swell**0.5))
@@ -346,7 +349,8 @@ def _brain_mri(rng: np.random.Generator, size: int) -> _Scene:
     tissue = _mix(tissue, fluid, ventricle)
     if height in {"ventricle", "basal"}:
         plexus = _ellipse(side, y, (0.22 if height == "ventricle" else 0.27, 0.33), (0.025, 0.05), -0.3)
-        tissue = _mix(tissue, (0.7 if "contrast" in variant else grey) * u(0.8, 1.1), 0.8 * ventricle * _step(plexus, 0.03))
+        bright = (0.7 if "contrast" in variant else grey) * u(0.8, 1.1)
+        tissue = _mix(tissue, bright, 0.8 * ventricle * _step(plexus, 0.03))
     tissue = _mix(tissue, fluid, _step(-depth, 0.02))
     falx = _bump(midline, 0.006) * _step(medial - midline + 0.03, 0.05)
     tissue = tissue + falx * u(-0.15, 0.15)
@@ -354,7 +358,8 @@ def _brain_mri(rng: np.random.Generator, size: int) -> _Scene:
         vein = u(0.15, 0.45)
         spots = _noise(rng, size, 40)
         tissue = tissue + vein * _step(spots - 2.1, 0.6) * _step(0.14 - np.abs(surface - 0.02), 0.05)
-        sinus = np.maximum(_ellipse(x, y, (0, 0.95 * inner), (0.05, 0.04)), _ellipse(x, y, (0, -0.9 * inner), (0.03, 0.03)))
+        sinus = _ellipse(x, y, (0, 0.95 * inner), (0.05, 0.04))
+        sinus = np.maximum(sinus, _ellipse(x, y, (0, -0.9 * inner), (0.03, 0.03)))
         tissue = _mix(tissue, 0.75, _step(sinus, 0.03))
     bone = skull + (marrow - skull) * _bump(rho - 0.5 * (inner + outer), 0.25 * (outer - inner)) * u(0, 1)
     tissue = _mix(tissue, bone, _step(rho - inner, 0.025))
@@ -366,7 +371,9 @@ def _brain_mri(rng: np.random.Generator, size: int) -> _Scene:
     def acquire(channels: Sequence[Field], rng: np.random.Generator) -> Field:
         image = _exposure(rng, channels[0], 0.2, (0.75, 1.25), 0.2)
         if rng.uniform() < 0.15:
-            image = image + rng.uniform(0.03, 0.1) * np.roll(image, round(size * rng.uniform(0.2, 0.5)), rng.integers(2))
+            strength = rng.uniform(0.03, 0.1)
+            ghost = np.roll(image, round(size * rng.uniform(0.2, 0.5)), rng.integers(2))
+            image = image + strength * ghost
         sigma = 0.008 * float(np.exp(rng.uniform(-0.5, 1.5)))
         blur = rng.uniform(0, 0.5)
         image = np.hypot(image + sigma * _grain(rng, size, blur), sigma * _grain(rng, size, blur))
@@ -397,7 +404,8 @@ def _chest_xray(rng: np.random.Generator, size: int) -> _Scene:
     flank = u(0.92, 1.1) + 0.06 * np.cos(3 * y) - side
     body = _step(np.minimum(shoulder, flank), 0.08)
     flesh = u(0.52, 0.66) + 0.05 * _noise(rng, size, 5)
-    flesh = flesh + u(0.04, 0.16) * _step(middle, 0.08) + u(0.1, 0.25) * _step(y - floor, 0.1) * _step(wall - side, 0.15)
+    flesh = flesh + u(0.04, 0.16) * _step(middle, 0.08)
+    flesh = flesh + u(0.1, 0.25) * _step(y - floor, 0.1) * _step(wall - side, 0.15)
     tissue = _mix(flesh, u(0.16, 0.28) + 0.06 * y + 0.02 * _noise(rng, size, 10), 0.95 * air)
 
     dx, dy = side - u(0.15, 0.2), y - u(-0.08, 0.04) + np.where(left, -0.04, 0)
@@ -418,7 +426,8 @@ def _chest_xray(rng: np.random.Generator, size: int) -> _Scene:
     for ribs, gain, half in ((back, u(0.03, 0.11), 0.26), (front, u(0.01, 0.06), 0.28)):
         band = _step(half - np.abs(ribs), 0.2)
         edge = _bump(np.abs(ribs) - half, 0.06) * (0.5 + 0.5 * uneven)
-        fade = (1 + 0.4 * uneven) * cage * (1 - 0.6 * _step(middle, 0.1)) * (1.0 if ribs is back else _step(side - 0.22, 0.2))
+        fade = (1 + 0.4 * uneven) * cage * (1 - 0.6 * _step(middle, 0.1))
+        fade = fade * (1.0 if ribs is back else _step(side - 0.22, 0.2))
         tissue = tissue + gain * fade * (band + 0.5 * edge)
     spine = _step(0.075 - side, 0.05) * (0.6 + 0.4 * np.cos(y * 2 * np.pi / 0.15))
     tissue = tissue + u(0.0, 0.08) * spine
@@ -498,7 +507,8 @@ def _liver_ct(rng: np.random.Generator, size: int) -> _Scene:
     content = np.where(y < u(-0.3, -0.15), 0.02, u(0.4, 0.9)) if u() < 0.6 else u(0.38, 0.5)
     tissue = _mix(tissue, muscle, _step(stomach + 0.02, 0.02))
     tissue = _mix(tissue, _float(content), _step(stomach - 0.02, 0.02))
-    spleen = np.minimum(_ellipse(x, y, (u(0.60, 0.68) * s, u(0.08, 0.2)), (u(0.15, 0.2), u(0.22, 0.3)), 0.3), cavity - 0.02)
+    spleen = _ellipse(x, y, (u(0.60, 0.68) * s, u(0.08, 0.2)), (u(0.15, 0.2), u(0.22, 0.3)), 0.3)
+    spleen = np.minimum(spleen, cavity - 0.02)
     spleen = np.minimum(spleen, -_ellipse(x, y, (0.4 * s, 0.1), (0.17, 0.22)))
     tissue = _mix(tissue, spleen_value, _step(spleen, 0.03))
 
@@ -525,10 +535,14 @@ def _liver_ct(rng: np.random.Generator, size: int) -> _Scene:
         tissue = _mix(tissue, kidney_value, _step(kidney, 0.03))
         pelvis = _ellipse(np.abs(x), y, (0.33, spine_y - 0.05), (0.05, 0.07))
         tissue = _mix(tissue, kidney_value * u(0.6, 0.85), _step(pelvis, 0.04))
-    for centre, radius in (((u(0.02, 0.08), spine_y - 0.2), u(0.045, 0.07)), ((-u(0.08, 0.14), spine_y - 0.22), u(0.05, 0.08))):
-        tissue = _mix(tissue, blood * u(0.94, 1.04), _step(_ellipse(x, y, centre, (radius, radius * u(0.8, 1))), 0.02))
+    aorta = ((u(0.02, 0.08), spine_y - 0.2), u(0.045, 0.07))
+    vena_cava = ((-u(0.08, 0.14), spine_y - 0.22), u(0.05, 0.08))
+    for centre, radius in (aorta, vena_cava):
+        value = blood * u(0.94, 1.04)
+        tissue = _mix(tissue, value, _step(_ellipse(x, y, centre, (radius, radius * u(0.8, 1))), 0.02))
     vertebra = _ellipse(x, y, (0, spine_y), (u(0.12, 0.15), u(0.10, 0.12)))
-    arch = _polyline(np.abs(x), y, ((0.1, spine_y + 0.08), (0.07, spine_y + 0.2), (0, spine_y + 0.26)), (0.035, 0.03, 0.03))
+    path = ((0.1, spine_y + 0.08), (0.07, spine_y + 0.2), (0, spine_y + 0.26))
+    arch = _polyline(np.abs(x), y, path, (0.035, 0.03, 0.03))
     spinous = _polyline(np.abs(x), y, ((0, spine_y + 0.24), (0, spine_y + 0.34)), (0.03, 0.02))
     process = _polyline(np.abs(x), y, ((0.1, spine_y + 0.12), (0.22, spine_y + 0.17)), (0.03, 0.02))
     bone = np.maximum(np.maximum(vertebra, arch), np.maximum(process, spinous))
@@ -555,6 +569,21 @@ def _liver_ct(rng: np.random.Generator, size: int) -> _Scene:
     return _Scene((_float(tissue),), organ, organ & (liver > 0.04), acquire, variant, spread=organ | (cavity > 0.02))
 
 
+# The layers of the retina: place (0 at its inner, 1 at its outer surface) and brightness.
+_RETINA = (
+    (-0.01, 0.0),
+    *((0.0, 0.8), (0.1, 0.8)),  # nerve fibres
+    *((0.13, 0.5), (0.2, 0.48)),  # ganglion cells
+    *((0.24, 0.58), (0.34, 0.56)),  # inner plexiform
+    *((0.37, 0.34), (0.46, 0.33)),  # inner nuclear
+    *((0.49, 0.6), (0.55, 0.58)),  # outer plexiform
+    *((0.58, 0.27), (0.8, 0.25)),  # outer nuclear
+    *((0.815, 0.45), (0.83, 0.3), (0.87, 0.35)),  # limiting membrane
+    *((0.89, 0.85), (0.93, 0.8), (0.95, 0.55)),  # photoreceptors
+    *((1.0, 0.95), (1.03, 0.5)),  # pigment epithelium
+)
+
+
 def _retinal_oct(rng: np.random.Generator, size: int) -> _Scene:
     """Macular B-scan: vitreous, layered retina with or without the fovea, choroid."""
     u = rng.uniform
@@ -568,8 +597,7 @@ def _retinal_oct(rng: np.random.Generator, size: int) -> _Scene:
     t = (y - floor + height) / height  # 0 at the inner limiting membrane, 1 at the pigment epithelium
     level = 1 - (1 - t) * (1 - 0.75 * pit)
     nerve = 0.05 + 0.09 * np.clip(0.5 + u(-1, 1) * x[:1], 0, 1)
-    knots = np.array([-0.01, 0.0, 0.1, 0.13, 0.2, 0.24, 0.34, 0.37, 0.46, 0.49, 0.55, 0.58, 0.80, 0.815, 0.83, 0.87, 0.89, 0.93, 0.95, 1.0, 1.03])
-    values = np.array([0.0, 0.8, 0.8, 0.5, 0.48, 0.58, 0.56, 0.34, 0.33, 0.6, 0.58, 0.27, 0.25, 0.45, 0.3, 0.35, 0.85, 0.8, 0.55, 0.95, 0.5])
+    knots, values = np.array(_RETINA).T
     values = values * (1 + 0.1 * rng.standard_normal(values.size))
     values[0] = 0.0
     shifted = level + (0.1 - nerve) * np.clip(1 - level * 3, 0, 1) * (level > 0.02)
@@ -610,7 +638,14 @@ def _retinal_oct(rng: np.random.Generator, size: int) -> _Scene:
 
     centre = organ & (t > 0.2) & (np.abs(_grid(size)[0]) < 0.85)
     return _Scene(
-        (_float(tissue),), organ, centre, acquire, "macular B-scan", tone=(1.2,), spread=spread, stretch=u(1.2, 2.2),
+        (_float(tissue),),
+        organ,
+        centre,
+        acquire,
+        "macular B-scan",
+        tone=(1.2,),
+        spread=spread,
+        stretch=u(1.2, 2.2),
     )
 
 
@@ -629,7 +664,7 @@ def _histology(rng: np.random.Generator, size: int) -> _Scene:
     grain = _noise(rng, size, 14)
     eosin = u(0.45, 0.65) + 0.08 * grain + 0.06 * _noise(rng, size, 40)
     long, radius = 1.0, 0.36
-    empty = np.zeros_like(x)
+    empty: Field = np.zeros_like(x)
     if variant == "glandular tissue":
         spacing = u(0.55, 0.95) * zoom
         gland_x, gland_y, gap, kind, _ = _cells(rng, x, y, spacing, 0.45)
@@ -703,7 +738,7 @@ def _breast_ultrasound(rng: np.random.Generator, size: int) -> _Scene:
     u = rng.uniform
     x, y = _grid(size)
     convex = u() < 0.3
-    fan = 1.0
+    fan: Field | float = 1.0
     if convex:
         far = u(1.2, 2.2)
         radius = np.hypot(x, y + 1 + far)
@@ -783,7 +818,8 @@ def _outline(rng: np.random.Generator, scene: _Scene, kind: str) -> _Outline:
     room = scene.spread if displaced and scene.spread is not None else scene.organ
     clearance = cv2.distanceTransform(room.astype(np.uint8), cv2.DIST_L2, 3) * (2 / size)
     free = np.where(scene.seat, clearance, 0)
-    radius = float(np.exp(rng.uniform(np.log(0.2), np.log(0.4)) if displaced else rng.uniform(np.log(0.09), np.log(0.32))))
+    low, high = (0.2, 0.4) if displaced else (0.09, 0.32)
+    radius = float(np.exp(rng.uniform(np.log(low), np.log(high))))
     radius = min(radius, 0.85 * float(free.max()))
     roughness = rng.uniform(0.01, 0.2)
     seats = np.flatnonzero(free >= radius * min(1 + 1.5 * roughness, 1.17))
@@ -923,11 +959,14 @@ def draw_phantom(
     anatomy, disease, scanner = (np.random.default_rng(int(s)) for s in rng.integers(2**62, size=3))
     scene = _ANATOMY[modality](anatomy, size)
     channels: Sequence[Field] = scene.channels
-    mask = np.zeros((size, size), dtype=np.bool_)
+    mask: npt.NDArray[np.bool_] = np.zeros((size, size), dtype=np.bool_)
     if lesion is not None:
         kind = LESIONS[disease.integers(len(LESIONS))] if lesion == "random" else lesion
         outline = _outline(disease, scene, kind)
-        channels, mask = _displace(disease, scene, outline) if kind == "displaced" else _grow(disease, scene, outline, kind)
+        if kind == "displaced":
+            channels, mask = _displace(disease, scene, outline)
+        else:
+            channels, mask = _grow(disease, scene, outline, kind)
     image = np.clip(scene.acquire(channels, scanner) * 255 + 0.5, 0, 255).astype(np.uint8)
     if image.ndim == 2:
         image = np.repeat(image[..., None], 3, axis=2)
@@ -1014,8 +1053,8 @@ def contact_sheet(path: str | Path, size: int = 112, seed: int = 0) -> Path:
         for column, lesion in enumerate(columns):
             phantom = draw_phantom(modality, size, lesion, np.random.default_rng((seed, row, column)))
             image = phantom.image.copy()
-            outline = cv2.dilate(phantom.mask.astype(np.uint8), np.ones((3, 3), np.uint8)).astype(np.bool_) ^ phantom.mask
-            image[outline] = (255, 220, 0)
+            grown = cv2.dilate(phantom.mask.astype(np.uint8), np.ones((3, 3), np.uint8)).astype(np.bool_)
+            image[grown & ~phantom.mask] = (255, 220, 0)
             sheet.paste(Image.fromarray(image), (margin + column * size, header + row * size))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

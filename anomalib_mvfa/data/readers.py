@@ -73,6 +73,7 @@ _PIL_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 _DICOM_SUFFIXES = (".dcm", ".dicom")
 _NIFTI_SUFFIXES = (".nii.gz", ".nii")
 _PERCENTILES = (0.5, 99.5)
+_PERCENT = 100
 _INSTALL = 'pip install "anomalib-mvfa[medical]"'
 
 # A slice of a volume is empty when nothing in it rises above this fraction of the foreground level (99.5th percentile).
@@ -143,16 +144,18 @@ class IntensityRule:
             raise ValueError(msg)
         values = tuple(float(value) for value in self.values) or (_PERCENTILES if self.kind == "percentile" else ())
         object.__setattr__(self, "values", values)
-        if self.kind in {"auto", "dicom"}:
-            valid, wanted = not values, "no numbers"
-        elif len(values) != 2 or not all(map(math.isfinite, values)):
-            valid, wanted = False, "two finite numbers"
-        elif self.kind == "window":
-            valid, wanted = values[1] > 0, "[centre, width] with a width above 0"
-        else:
-            valid, wanted = 0 <= values[0] < values[1] <= 100, "[low, high] with 0 <= low < high <= 100"
+        match values:
+            case ():
+                valid = self.kind in {"auto", "dicom"}
+            case (centre, width) if self.kind == "window":
+                valid = math.isfinite(centre) and 0 < width < math.inf
+            case (low, high) if self.kind == "percentile":
+                valid = 0 <= low < high <= _PERCENT
+            case _:
+                valid = False
         if not valid:
-            msg = f"Intensity rule {self.kind!r} takes {wanted}, got {list(values)}."
+            wanted = {"window": "[centre, width], width above 0", "percentile": "[low, high], 0 <= low < high <= 100"}
+            msg = f"Intensity rule {self.kind!r} takes {wanted.get(self.kind, 'no numbers')}; got {list(values)}."
             raise ValueError(msg)
 
     @classmethod
@@ -307,8 +310,8 @@ def read_image(
     rule = IntensityRule.parse(rule)
     readers = {"raster": _raster_image, "dicom": _dicom_image, "nifti": _nifti_image}
     pixels = torch.from_numpy(np.ascontiguousarray(readers[_file_kind(ref.path)](ref, rule)))
-    pixels = pixels.expand(3, -1, -1) if pixels.ndim == 2 else pixels.permute(2, 0, 1)
-    image: torch.Tensor = to_dtype(tv_tensors.Image(pixels.contiguous()), torch.float32, scale=True)
+    pixels = pixels.expand(-1, -1, 3).permute(2, 0, 1).contiguous()
+    image: torch.Tensor = to_dtype(tv_tensors.Image(pixels), torch.float32, scale=True)
     return image
 
 
@@ -336,7 +339,7 @@ def read_mask(source: ImageRef | str | Path) -> torch.Tensor:
     else:
         pixels = _raster_pixels(ref)
     mask = pixels > (_JPEG_MASK_THRESHOLD if _has_suffix(ref.path, (".jpg", ".jpeg")) else 0)
-    return torch.from_numpy(np.ascontiguousarray(mask.any(axis=-1) if mask.ndim == 3 else mask))
+    return torch.from_numpy(mask.any(axis=-1))
 
 
 def read_volume(path: str | Path) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
@@ -405,21 +408,16 @@ def write_volume(path: str | Path, data: _Pixels, like: str | Path) -> None:
     if not _has_suffix(path, _NIFTI_SUFFIXES):
         msg = f"Cannot write a volume to {path}: give it the suffix .nii or .nii.gz."
         raise ValueError(msg)
-    _file_kind(like)
-    with _unreadable(like, "truncated or damaged NIfTI file"):
-        grid = nibabel.load(like)
-        shape = (*grid.shape[:3], *(1,) * (3 - len(grid.shape)))
-        orientation = nibabel.orientations.io_orientation(grid.affine)
-    canonical = nibabel.orientations.axcodes2ornt("RAS")
-    volume = np.asarray(data, dtype=np.float32)
-    if volume.ndim == 3:
-        volume = nibabel.orientations.apply_orientation(
-            volume,
-            nibabel.orientations.ornt_transform(canonical, orientation),
-        )
-    if volume.shape != shape:
-        msg = f"The volume to write has shape {np.shape(data)}, which is not the canonical shape of {like}."
+    shape = read_volume(like)[0].shape
+    if np.shape(data) != shape:
+        msg = f"The volume to write has shape {np.shape(data)}, but the canonical shape of {like} is {shape}."
         raise ValueError(msg)
+    grid = nibabel.load(like)
+    from_canonical = nibabel.orientations.ornt_transform(
+        nibabel.orientations.axcodes2ornt("RAS"),
+        nibabel.orientations.io_orientation(grid.affine),
+    )
+    volume = nibabel.orientations.apply_orientation(np.asarray(data, dtype=np.float32), from_canonical)
     image = nibabel.Nifti1Image(volume, grid.affine)
     image.set_sform(*grid.get_sform(coded=True))
     image.set_qform(*grid.get_qform(coded=True))
@@ -573,7 +571,7 @@ def _refuse_dicom_rule(rule: IntensityRule, path: Path) -> None:
 
 
 def _raster_pixels(ref: ImageRef) -> _Pixels:
-    """Return uint8 colours ``(H, W, 3)``, or stored values ``(H, W)`` of an image of more than 8 bits."""
+    """Return uint8 colours ``(H, W, 3)``, or stored values ``(H, W, 1)`` of an image of more than 8 bits."""
     _frame_index(ref, 1)
     path = ref.path
     with _unreadable(path, "truncated, damaged or of an unsupported pixel format"):
@@ -581,7 +579,7 @@ def _raster_pixels(ref: ImageRef) -> _Pixels:
         try:
             with Image.open(path, formats=_PIL_FORMATS) as image:
                 if image.mode in {"I", "F"} or image.mode.startswith("I;"):
-                    return np.array(image)
+                    return np.array(image)[..., None]
                 if image.has_transparency_data:
                     black = Image.new("RGBA", image.size, "black")
                     return np.array(Image.alpha_composite(black, image.convert("RGBA")).convert("RGB"))
@@ -672,7 +670,7 @@ def _load_dicom(path: Path, _stamp: tuple[int, int]) -> "Dataset":
 
 
 def _dicom_frame(ref: ImageRef) -> tuple[_Pixels, "Dataset", int]:
-    """Return the stored values ``(H, W)``, or the colours ``(H, W, 3)``, of a frame, the dataset and the frame."""
+    """Return the stored values ``(H, W, 1)``, or the colours ``(H, W, 3)``, of a frame, the dataset and the frame."""
     pixels = _optional("pydicom.pixels")
     path = ref.path
     dataset = _load_dicom(path, _stamp(path))
@@ -693,7 +691,8 @@ def _dicom_frame(ref: ImageRef) -> tuple[_Pixels, "Dataset", int]:
             available = False
         if not available:
             raise UnreadableImageError(path, f"no decoder for its compressed pixel data is installed: {_INSTALL}")
-        return pixels.pixel_array(dataset, index=index), dataset, index
+        frame = pixels.pixel_array(dataset, index=index)
+        return frame.reshape((*frame.shape[:2], -1)), dataset, index
 
 
 def _dicom_image(ref: ImageRef, rule: IntensityRule) -> _Pixels:
@@ -701,11 +700,11 @@ def _dicom_image(ref: ImageRef, rule: IntensityRule) -> _Pixels:
     pixels = _optional("pydicom.pixels")
     with _unreadable(ref.path, "damaged or contradictory image attributes in the DICOM header"):
         if dataset.PhotometricInterpretation == "PALETTE COLOR":
-            stored = pixels.apply_color_lut(stored, dataset)[..., :3]
+            stored = pixels.apply_color_lut(stored[..., 0], dataset)[..., :3]
             full_scale = float(np.iinfo(stored.dtype).max)
         else:
             full_scale = 2.0 ** int(dataset.get("BitsStored", 8)) - 1
-        if stored.ndim == 3:
+        if stored.shape[-1] > 1:
             _refuse_dicom_rule(rule, ref.path)
             limits = (0.0, full_scale) if rule.kind == "auto" else _limits(stored, rule)
             return _scale(stored.astype(np.float64), *limits)
@@ -737,7 +736,7 @@ def _functional_group(dataset: "Dataset", index: int, name: str) -> "Dataset":
 
 
 def _padding(stored: _Pixels, dataset: "Dataset") -> _Pixels:
-    """Return where the stored values ``(H, W)`` are padding, not image (DICOM PS3.3, C.7.5.1.1.2)."""
+    """Return where the stored values are padding, not image (DICOM PS3.3, C.7.5.1.1.2)."""
     value = dataset.get("PixelPaddingValue")
     if value is None:
         return np.zeros(stored.shape, dtype=bool)
@@ -780,15 +779,16 @@ def _own_voi(values: _Pixels, group: "Dataset", little_endian: bool) -> _Pixels 
 @lru_cache(maxsize=2)
 def _load_volume(path: Path, _stamp: tuple[int, int]) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     nibabel = _optional("nibabel")
-    with _unreadable(path, "truncated or damaged NIfTI file"):
+    with _unreadable(path, "truncated or damaged NIfTI file, or one without an orientation"):
         try:
             image = nibabel.load(path)
         except nibabel.filebasedimages.ImageFileError:
             raise UnreadableImageError(path, "not a NIfTI file") from None
         if image.get_data_dtype().kind not in "iuf":
             raise UnreadableImageError(path, "its voxels are not single real numbers")
-        if len(image.shape) > 3:
-            image = image.slicer[(..., *(0,) * (len(image.shape) - 3))]
+        if image.shape[3:]:
+            first = (..., *(0 for _ in image.shape[3:]))
+            image = image.slicer[first]
         data = image.get_fdata(dtype=np.float32)
         data = data.reshape((*data.shape, *(1,) * (3 - data.ndim)))
         canonical = nibabel.as_closest_canonical(nibabel.Nifti1Image(data, image.affine))
@@ -815,8 +815,9 @@ def _filled_slices(path: Path, stamp: tuple[int, int], axis: int) -> _Pixels:
 
 
 def _nifti_slice(ref: ImageRef) -> _Pixels:
+    """Return one slice ``(H, W, 1)`` as displayed."""
     data = _load_volume(ref.path, _stamp(ref.path))[0]
-    return volume_slice(data, _frame_index(ref, data.shape[ref.axis]), ref.axis)
+    return volume_slice(data, _frame_index(ref, data.shape[ref.axis]), ref.axis)[..., None]
 
 
 def _nifti_image(ref: ImageRef, rule: IntensityRule) -> _Pixels:

@@ -59,5 +59,6 @@ class ResidualAdapter(nn.Module):
         if not frozen:
             result: Tensor = layer(inputs)
             return result
-        activated: Tensor = layer[1](functional.linear(inputs, layer[0].weight.detach()))
+        linear, activation = layer
+        activated: Tensor = activation(functional.linear(inputs, linear.get_parameter("weight").detach()))
         return activated

@@ -85,7 +85,9 @@ def resolve_backbone(
         raise ValueError(msg)
     if image_size is None:
         image_size = PUBLISHED_IMAGE_SIZE if backbone == PUBLISHED_BACKBONE else vision.get("image_size", 224)
-    height, width = (image_size, image_size) if isinstance(image_size, int) else (int(image_size[0]), int(image_size[1]))
+    height, width = (
+        (image_size, image_size) if isinstance(image_size, int) else (int(image_size[0]), int(image_size[1]))
+    )
     patch = vision.get("patch_size", 16)
     published = (height, width, patch) == (PUBLISHED_IMAGE_SIZE, PUBLISHED_IMAGE_SIZE, 14)
     if not published and (height < patch or width < patch or height % patch or width % patch):
@@ -251,9 +253,9 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             state = state.get("state_dict", state)
     except Exception as error:
         msg = (
-            f"{path} could not be read as weights ({type(error).__name__}). It must be a safetensors file, a state dict "
-            "of plain tensors saved by torch.save, or a TorchScript archive; it may be damaged or hold other objects, "
-            "which are not loaded."
+            f"{path} could not be read as weights ({type(error).__name__}). It must be a safetensors file, a state "
+            "dict of plain tensors saved by torch.save, or a TorchScript archive; it may be damaged or hold other "
+            "objects, which are not loaded."
         )
         raise ValueError(msg) from error
     not_parameters = {"input_resolution", "context_length", "vocab_size"}  # numbers that OpenAI's archives hold
@@ -308,7 +310,9 @@ class _TensorUnpickler(pickle.Unpickler):
         return torch.frombuffer(buffer, dtype=storage.dtype, count=count)
 
     @staticmethod
-    def _rebuild_tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object) -> Tensor:
+    def _rebuild_tensor(
+        storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object
+    ) -> Tensor:
         return torch.as_strided(storage, size, stride, offset)
 
     @staticmethod

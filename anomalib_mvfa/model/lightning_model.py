@@ -4,8 +4,8 @@
 """MVFA as an anomalib model: training, calibration, checkpoints.
 
 The adapters learn from labelled supports (:class:`~anomalib_mvfa.data.FewShot`), or from normal images with synthetic
-lesions when a datamodule has no abnormal training images. The memory bank and the ranges of the fusion are made from the
-supports before each validation and at the end of training; nothing of the test set is used unless
+lesions when a datamodule has no abnormal training images. The memory bank and the ranges of the fusion are made from
+the supports before each validation and at the end of training; nothing of the test set is used unless
 ``fusion_scale="test"`` asks for it.
 
 Paper:
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from anomalib import LearningType
-from anomalib.data import Batch, ImageBatch
+from anomalib.data import ImageBatch
 from anomalib.metrics import AUPR, AUROC, Evaluator, F1Score
 from anomalib.models.components import AnomalibModule
 from anomalib.visualization import Visualizer
@@ -101,6 +101,8 @@ class MVFA(AnomalibModule):
         >>> model.learning_type
         <LearningType.ONE_CLASS: 'one_class'>
     """
+
+    model: MVFAModel
 
     def __init__(
         self,
@@ -218,7 +220,7 @@ class MVFA(AnomalibModule):
     def configure_evaluator() -> Evaluator:
         """Configure the default metrics: AUROC, AUPR and F1 of images and of pixels."""
         kinds = (("image_", "pred_score", "pred_label", "gt_label"), ("pixel_", "anomaly_map", "pred_mask", "gt_mask"))
-        metrics = []
+        metrics: list[Any] = []
         for prefix, score, label, truth in kinds:
             strict = prefix == "image_"
             metrics += [
@@ -235,7 +237,8 @@ class MVFA(AnomalibModule):
 
     def configure_callbacks(self) -> Sequence[Callback]:
         """Add the table of predictions to anomalib's components."""
-        return [*super().configure_callbacks(), PredictionTable()]
+        callbacks = super().configure_callbacks()
+        return [*(callbacks if isinstance(callbacks, Sequence) else [callbacks]), PredictionTable()]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam over the adapters, as published."""
@@ -259,7 +262,7 @@ class MVFA(AnomalibModule):
                 logger.info("Validating after the last epoch; --trainer.check_val_every_n_epoch changes it.")
 
     def on_fit_start(self) -> None:
-        """Learn from the datamodule what the images show, whether they have masks, and whether lesions must be drawn."""
+        """Learn from the data what the images show, whether they have masks, and whether lesions must be drawn."""
         self._take_class_name()
         data = self._train_data()
         has_anomalous = bool(getattr(data, "has_anomalous", True))
@@ -299,7 +302,9 @@ class MVFA(AnomalibModule):
         Raises:
             ValueError: If the batch has no labels.
         """
-        images, masks, labels = batch.image, batch.gt_mask, batch.gt_label
+        images: Tensor = batch.image  # type: ignore[assignment]  # a batch always has images
+        masks: Tensor | None = batch.gt_mask
+        labels: Tensor | None = batch.gt_label
         if self._lesions is not None:
             images, masks, labels = self._draw_lesions(batch, batch_idx)
         if labels is None:
@@ -337,7 +342,7 @@ class MVFA(AnomalibModule):
 
     def _draw_lesions(self, batch: ImageBatch, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
         """Draw lesions on every second image; which ones depends on the epoch, so that every image serves both ways."""
-        images = batch.image.as_subclass(Tensor).clone()
+        images = torch.as_tensor(batch.image).as_subclass(Tensor).clone()
         masks = torch.zeros(len(images), *images.shape[-2:], dtype=torch.bool, device=images.device)
         labels = torch.zeros(len(images), dtype=torch.bool, device=images.device)
         generator = torch.Generator().manual_seed(hash((self.current_epoch, batch_idx)) % 2**63)
@@ -401,7 +406,7 @@ class MVFA(AnomalibModule):
         """Ask the datamodule for its supports, or take a sample of its normal training images."""
         datamodule = getattr(self.trainer, "datamodule", None)
         if hasattr(datamodule, "support"):
-            support: Support | None = datamodule.support
+            support: Support | None = getattr(datamodule, "support")  # noqa: B009 - any datamodule may have it
             return support
         data = self._train_data()
         samples = getattr(data, "samples", None)
@@ -418,14 +423,14 @@ class MVFA(AnomalibModule):
 
     def _pre_processed(self, image: Tensor) -> Tensor:
         if self.pre_processor is not None and self.pre_processor.transform is not None:
-            image = self.pre_processor.transform(image)
+            image = self.pre_processor.transform(image)  # type: ignore[operator]  # a torchvision transform
         return image.as_subclass(Tensor)
 
     @torch.no_grad()
-    def _scale_by(self, loaders: DataLoader[Any] | Sequence[DataLoader[Any]]) -> None:
+    def _scale_by(self, loaders: DataLoader[Any] | Sequence[DataLoader[Any]] | None) -> None:
         """Take the fusion's ranges from all images of a loader."""
         extremes: list[tuple[BranchOutput, BranchOutput]] = []
-        for loader in [loaders] if isinstance(loaders, DataLoader) else loaders:
+        for loader in [loaders] if isinstance(loaders, DataLoader) else loaders or []:
             for batch in loader:
                 images = self._pre_processed(batch.image).to(self.device)
                 language, memory = self.model.branches(images)
@@ -435,7 +440,7 @@ class MVFA(AnomalibModule):
         if extremes:
             self.model.set_fusion_range(extremes)
 
-    def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> Batch:  # noqa: ANN401
+    def validation_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Predict a batch for thresholds and normalisation."""
         del args, kwargs
         predictions = self.model(batch.image)

@@ -16,11 +16,11 @@ from torchvision.tv_tensors import Mask
 __all__ = ["EightBitResize", "MVFAPostProcessor", "MVFAPreProcessor"]
 
 
-class EightBitResize(Resize):
+class EightBitResize(Resize):  # type: ignore[misc]  # torchvision has no types
     """Bicubic resize through eight bits, value for value what the released code reads from its files.
 
-    CLIP was trained on images that Pillow had resized in eight bits; torch's own antialiased resize differs from it by up
-    to 14 of 255 grey levels beside sharp edges. Masks are resized to the nearest pixel centre, as Pillow does. An
+    CLIP was trained on images that Pillow had resized in eight bits; torch's own antialiased resize differs from it by
+    up to 14 of 255 grey levels beside sharp edges. Masks are resized to the nearest pixel centre, as Pillow does. An
     exported graph resizes in floating point instead (anomalib switches ``antialias`` off for export).
 
     Args:
@@ -31,7 +31,7 @@ class EightBitResize(Resize):
         super().__init__(size, interpolation=InterpolationMode.BICUBIC, antialias=True)
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:  # noqa: ANN401 - torchvision's signature
-        """Resize an image ``(..., 3, H, W)`` in [0, 1] or a mask ``(..., H, W)``; what has the size is returned as it is."""
+        """Resize an image ``(..., 3, H, W)`` in [0, 1] or a mask ``(..., H, W)``, unless it has the size."""
         if not isinstance(inpt, Tensor) or list(inpt.shape[-2:]) == list(self.size):
             return inpt
         if isinstance(inpt, Mask):
@@ -48,7 +48,8 @@ class EightBitResize(Resize):
         picture = image_functional.to_pil_image(levels)
         height, width = self.size
         resized = picture.resize((width, height), resample=3)  # Pillow's bicubic
-        return image_functional.pil_to_tensor(resized).to(image.dtype) / 255
+        result: Tensor = image_functional.pil_to_tensor(resized).to(image.dtype) / 255
+        return result
 
 
 class MVFAPreProcessor(PreProcessor):
@@ -62,24 +63,25 @@ class MVFAPreProcessor(PreProcessor):
 
     def __init__(self, image_size: tuple[int, int]) -> None:
         super().__init__(transform=EightBitResize(image_size))
+        self.image_size = image_size
 
     def checkpoint_config(self) -> dict[str, Any]:
         """Give the image size, which is all there is to restore."""
-        return {"image_size": list(self.transform.size)}
+        return {"image_size": list(self.image_size)}
 
     def load_checkpoint_config(self, config: dict[str, Any]) -> None:
         """Restore what :meth:`checkpoint_config` gave."""
         height, width = config["image_size"]
-        super().__init__(transform=EightBitResize((height, width)))
+        MVFAPreProcessor.__init__(self, (height, width))
 
 
 class MVFAPostProcessor(PostProcessor):
     """anomalib's thresholds and normalisation, with soft ends instead of clipping.
 
     anomalib clips normalised scores to [0, 1], so that all scores beyond those of the validation set become equal, and
-    computes its metrics after that. Here the outermost two hundredths on either side bend asymptotically: scores stay in
-    [0, 1], the threshold stays at one half, and no two different scores become equal, so that AUROC and AUPR are those
-    of the raw scores.
+    computes its metrics after that. Here the outermost two hundredths on either side bend asymptotically: scores stay
+    in [0, 1], the threshold stays at one half, and no two different scores become equal, so that AUROC and AUPR are
+    those of the raw scores.
     """
 
     BEND = 0.02

@@ -3,8 +3,8 @@
 
 """State phrases, templates and the text features made of them.
 
-The ensemble is WinCLIP's compositional one in APRIL-GAN's wording, as the released MVFA uses it: 7 normal and 5 abnormal
-states times 35 templates, kept in ``prompts.json`` beside this file.
+The ensemble is WinCLIP's compositional one in APRIL-GAN's wording, as the released MVFA uses it: 7 normal and 5
+abnormal states times 35 templates, kept in ``prompts.json`` beside this file.
 """
 
 import json

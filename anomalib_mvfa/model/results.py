@@ -46,8 +46,8 @@ class MVFAVisualizer(ImageVisualizer):
     def on_test_batch_end(
         self,
         trainer: Trainer,
-        pl_module: "AnomalibModule",
-        outputs: ImageBatch,
+        pl_module: "AnomalibModule",  # type: ignore[override]  # as anomalib's own visualizer
+        outputs: ImageBatch,  # type: ignore[override]
         batch: ImageBatch,
         batch_idx: int,
         dataloader_idx: int = 0,
@@ -56,6 +56,8 @@ class MVFAVisualizer(ImageVisualizer):
         del pl_module, outputs, batch_idx, dataloader_idx
         folder = Path(self.output_dir or results_dir(trainer))
         for item in batch:
+            if item.image_path is None:
+                continue
             size = self.field_size
             if self.own_size:
                 with Image.open(item.image_path) as image:
@@ -92,8 +94,8 @@ class MVFAVisualizer(ImageVisualizer):
 class PredictionTable(Callback):
     """Writes ``predictions.csv`` beside the heatmaps, row by row, in testing and in prediction.
 
-    Columns: ``path``; ``score`` in [0, 1]; ``label`` (1 abnormal, 0 normal, empty without a threshold); ``threshold``, to
-    which the score is compared; ``abnormal_area``, the share of abnormal pixels; in testing also ``true_label``.
+    Columns: ``path``; ``score`` in [0, 1]; ``label`` (1 abnormal, 0 normal, empty without a threshold); ``threshold``,
+    to which the score is compared; ``abnormal_area``, the share of abnormal pixels; in testing also ``true_label``.
     """
 
     COLUMNS = ("path", "score", "label", "threshold", "abnormal_area")
@@ -109,18 +111,18 @@ class PredictionTable(Callback):
 
     def _append(self, trainer: Trainer, module: LightningModule, batch: ImageBatch, with_truth: bool) -> None:
         post_processor = getattr(module, "post_processor", None)
+        threshold = ""
         # Without a threshold of its own anomalib labels raw scores by one half, which means nothing.
-        calibrated = post_processor is not None and not bool(post_processor.image_threshold.isnan())
-        threshold = f"{float(post_processor.normalized_image_threshold):.6g}" if calibrated else ""
+        if post_processor is not None and not post_processor.image_threshold.isnan():
+            threshold = f"{float(post_processor.normalized_image_threshold):.6g}"
         with self._path(trainer).open("a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             for item in batch:
-                label = int(item.pred_label) if calibrated and item.pred_label is not None else ""
-                area = f"{float(item.pred_mask.float().mean()):.6f}" if calibrated and item.pred_mask is not None else ""
-                row = [item.image_path, f"{float(item.pred_score):.8g}", label, threshold, area]
-                if with_truth:
-                    row.append("" if item.gt_label is None else int(item.gt_label))
-                writer.writerow(row)
+                score = "" if item.pred_score is None else f"{float(item.pred_score):.8g}"
+                label = str(int(item.pred_label)) if threshold and item.pred_label is not None else ""
+                area = f"{float(item.pred_mask.float().mean()):.6f}" if threshold and item.pred_mask is not None else ""
+                truth = "" if item.gt_label is None else str(int(item.gt_label))
+                writer.writerow([item.image_path, score, label, threshold, area, *([truth] if with_truth else [])])
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a table."""
@@ -136,9 +138,9 @@ class PredictionTable(Callback):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: ImageBatch,
-        *args: object,
-        **kwargs: object,
+        outputs: Any,  # noqa: ANN401 - an ImageBatch; Lightning says otherwise
+        *args: Any,  # noqa: ANN401
+        **kwargs: Any,  # noqa: ANN401
     ) -> None:
         """Append a batch."""
         del args, kwargs
@@ -148,9 +150,9 @@ class PredictionTable(Callback):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: ImageBatch,
-        *args: object,
-        **kwargs: object,
+        outputs: Any,  # noqa: ANN401 - an ImageBatch; Lightning says otherwise
+        *args: Any,  # noqa: ANN401
+        **kwargs: Any,  # noqa: ANN401
     ) -> None:
         """Append a batch."""
         del args, kwargs

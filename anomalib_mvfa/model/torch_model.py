@@ -3,8 +3,8 @@
 
 """PyTorch model of MVFA: images in, anomaly maps and scores out.
 
-Read :meth:`MVFAModel.forward` first: adapt the tokens of a frozen CLIP at several levels, compare the hidden vectors with
-text (language branch) and with normal patches (memory branch), fuse the two.
+Read :meth:`MVFAModel.forward` first: adapt the tokens of a frozen CLIP at several levels, compare the hidden vectors
+with text (language branch) and with normal patches (memory branch), fuse the two.
 
 Paper:
     Adapting Visual-Language Models for Generalizable Anomaly Detection in Medical Images (CVPR 2024),
@@ -69,7 +69,7 @@ class MVFAModel(nn.Module):
         backbone: open_clip vision transformer, ``hf-hub:owner/name``, JSON configuration, or ``"tiny"``.
         pretrained: Tag, local file or ``"random"``; ``None`` takes the backbone's own or ``"openai"``.
         image_size: Input size in pixels; ``None`` takes 240 for ``ViT-L-14-336``, otherwise the backbone's own.
-        levels: One-based blocks to read; ``None`` takes the ends of the quarters. Blocks behind the last one are dropped.
+        levels: One-based blocks to read; ``None`` takes the ends of the quarters. Blocks behind the last are dropped.
         class_name: What the images show, for the prompts.
         variant: Choices in which the paper and the released code differ.
         language_weight: Share of the language branch in the fusion.
@@ -228,7 +228,7 @@ class MVFAModel(nn.Module):
                 score = self.fusion(language.score, memory.score, kind="score")
         if self.variant.map_blur:
             kernel = 2 * round(3 * self.variant.map_blur) + 1
-            anomaly_map = image_functional.gaussian_blur(anomaly_map, [kernel], [self.variant.map_blur])
+            anomaly_map = image_functional.gaussian_blur(anomaly_map, [kernel, kernel], [self.variant.map_blur])
         return InferenceBatch(pred_score=score, anomaly_map=anomaly_map)
 
     def hidden_tokens(self, images: Tensor, frozen_segmentation: bool = False) -> HiddenTokens:
@@ -286,7 +286,7 @@ class MVFAModel(nn.Module):
         """
         if text_features is None:
             if self.class_name is None:
-                msg = "No class name yet: call set_class_name('Brain') or give class_name, so that prompts can be written."
+                msg = "No class name yet: give class_name, or call set_class_name('Brain'), so that there are prompts."
                 raise RuntimeError(msg)
             text_features = self.text_features
         with self._full_precision(hidden):
@@ -351,10 +351,10 @@ class MVFAModel(nn.Module):
             batch_size: Images in one forward pass.
         """
         versions, count = support.normal.shape[:2]
-        normal = self._tokens_in_batches(support.normal.flatten(0, 1), batch_size)
-        self.memory.remember(self.own_tokens(normal))
+        normal = self._own_tokens_of(support.normal.flatten(0, 1), batch_size)
+        self.memory.remember(normal)
 
-        by_source = [tokens.unflatten(0, (versions, count)) for tokens in self.own_tokens(normal)]  # (V, K, L, E)
+        by_source = [tokens.unflatten(0, (versions, count)) for tokens in normal]  # (V, K, L, E)
         outputs: list[tuple[BranchOutput, BranchOutput]] = []
         for index in range(count):
             keep = torch.ones(versions, count, dtype=torch.bool)
@@ -364,11 +364,11 @@ class MVFAModel(nn.Module):
             if not keep.any():
                 continue
             others = [nn.functional.normalize(tokens[keep].flatten(0, 1).float(), dim=-1) for tokens in by_source]
-            unchanged = HiddenTokens(*([tokens[index : index + 1] for tokens in kind] for kind in normal[:2]), normal.last)
-            outputs.append(self._branches_of(unchanged, others))
+            unchanged = [tokens[0, index : index + 1] for tokens in by_source]  # (1, L, E)
+            outputs.append((self.language_branch(unchanged), self.memory_branch(unchanged, others)))
         if len(support.abnormal):
-            abnormal = self._tokens_in_batches(support.abnormal, batch_size)
-            outputs.append(self._branches_of(abnormal, self.memory))
+            abnormal = self._own_tokens_of(support.abnormal, batch_size)
+            outputs.append((self.language_branch(abnormal), self.memory_branch(abnormal, self.memory)))
         if outputs:
             self.set_fusion_range(outputs)
 
@@ -386,16 +386,8 @@ class MVFAModel(nn.Module):
             },
         )
 
-    def _branches_of(self, hidden: HiddenTokens, banks: Sequence[Tensor] | MemoryBank) -> tuple[BranchOutput, BranchOutput]:
-        tokens = self.own_tokens(hidden)
-        return self.language_branch(tokens), self.memory_branch(tokens, banks)
-
-    def _tokens_in_batches(self, images: Tensor, batch_size: int) -> HiddenTokens:
-        """Run the tower over many images; the hidden vectors of all come back, the last tokens do not."""
+    def _own_tokens_of(self, images: Tensor, batch_size: int) -> list[Tensor]:
+        """Run the tower over many images and keep the hidden vectors that the memory branch works on."""
         device = self.text_features.device
-        batches = [self.hidden_tokens(batch.to(device)) for batch in images.split(batch_size)]
-        segmentation, detection = (
-            [torch.cat([getattr(batch, kind)[level] for batch in batches]) for level in range(len(self.levels))]
-            for kind in ("segmentation", "detection")
-        )
-        return HiddenTokens(segmentation, detection, batches[-1].last)
+        batches = [self.own_tokens(self.hidden_tokens(batch.to(device))) for batch in images.split(batch_size)]
+        return [torch.cat(level) for level in zip(*batches, strict=True)]

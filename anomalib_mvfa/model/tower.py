@@ -118,7 +118,8 @@ class FrozenTower(nn.Module):
         patches = self.conv1(images).flatten(2).transpose(1, 2)  # (B, h * w, D)
         class_token = self.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)  # (B, 1, D)
         tokens = torch.cat([class_token, patches], dim=1) + self.positional_embedding.to(patches.dtype)
-        return self.ln_pre(tokens)
+        embedded: Tensor = self.ln_pre(tokens)
+        return embedded
 
     def run_stage(self, tokens: Tensor, stage: int) -> Tensor:
         """Run the blocks that lead to a level.
@@ -133,10 +134,8 @@ class FrozenTower(nn.Module):
         first = self.levels[stage - 1] if stage else 0
         for block in self.blocks[first : self.levels[stage]]:
             # open_clip up to 2.24 attends over (L, B, D), later releases over (B, L, D).
-            if block.attn.batch_first:
-                tokens = block(tokens)
-            else:
-                tokens = block(tokens.transpose(0, 1)).transpose(0, 1)
+            batch_first = block.attn.batch_first  # type: ignore[union-attr]
+            tokens = block(tokens) if batch_first else block(tokens.transpose(0, 1)).transpose(0, 1)
         return tokens
 
     def pool(self, tokens: Tensor) -> Tensor:

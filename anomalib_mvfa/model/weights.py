@@ -54,15 +54,17 @@ def read_adapters(path: str | Path) -> AdapterFile:
                 metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
                 flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
             contents: object = {
-                kind: {name.removeprefix(f"{kind}."): value for name, value in flat.items() if name.startswith(f"{kind}.")}
+                kind: {
+                    name.removeprefix(f"{kind}."): value for name, value in flat.items() if name.startswith(f"{kind}.")
+                }
                 for kind in KINDS
             }
         else:
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         msg = (
-            f"{path} could not be read as adapters ({type(error).__name__}). It may be damaged, or hold Python objects, "
-            "which are not loaded. Expected a .pth in the released format or a .safetensors file."
+            f"{path} could not be read as adapters ({type(error).__name__}). It may be damaged, or hold Python "
+            "objects, which are not loaded. Expected a .pth in the released format or a .safetensors file."
         )
         raise ValueError(msg) from error
     if not isinstance(contents, dict) or not all(_is_state_dict(contents.get(kind)) for kind in KINDS):

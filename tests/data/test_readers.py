@@ -10,7 +10,7 @@ import pickle
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -49,7 +49,7 @@ def grey(image: torch.Tensor) -> np.ndarray:
     return image[0].numpy()
 
 
-def write_dicom(path: Path, pixels: np.ndarray | bytes | None, **attributes: Any) -> Path:  # noqa: ANN401
+def write_dicom(path: Path, pixels: np.ndarray | bytes | None, **attributes: Any) -> Path:
     """Write a DICOM file of grey pixels ``(H, W)``; attributes overrule what is derived from them."""
     from pydicom.dataset import FileDataset, FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, generate_uid
@@ -77,7 +77,7 @@ def write_dicom(path: Path, pixels: np.ndarray | bytes | None, **attributes: Any
     return path
 
 
-def item(**attributes: Any) -> Any:  # noqa: ANN401
+def item(**attributes: Any) -> Any:
     """Make a sequence of one item."""
     dataset = pydicom.Dataset()
     for name, value in attributes.items():
@@ -107,7 +107,7 @@ class TestIntensityRule:
             ('{"window": [40, 80]}', "window", (40.0, 80.0)),
         ],
     )
-    def test_plain_data_parse_and_round_trip(self, rule: Any, kind: str, values: tuple[float, ...]) -> None:  # noqa: ANN401
+    def test_plain_data_parse_and_round_trip(self, rule: Any, kind: str, values: tuple[float, ...]) -> None:
         parsed = IntensityRule.parse(rule)
         assert (parsed.kind, parsed.values) == (kind, values)
         assert IntensityRule.parse(str(parsed)) == IntensityRule.parse(parsed.to_dict()) == parsed
@@ -139,7 +139,7 @@ class TestIntensityRule:
             "{broken",
         ],
     )
-    def test_malformed_rules_are_refused(self, rule: Any) -> None:  # noqa: ANN401
+    def test_malformed_rules_are_refused(self, rule: Any) -> None:
         with pytest.raises(ValueError, match=r"\S"):
             IntensityRule.parse(rule)
 
@@ -241,7 +241,7 @@ class TestDicom:
     """DICOM files."""
 
     stored = np.array([[1024, 1064], [1084, 1104]], dtype=np.uint16)
-    ct: dict[str, Any] = {"RescaleSlope": 1, "RescaleIntercept": -1024}  # 0, 40, 60, 80 HU  # noqa: RUF012
+    ct: ClassVar[dict[str, Any]] = {"RescaleSlope": 1, "RescaleIntercept": -1024}  # 0, 40, 60, 80 HU
 
     def test_named_window_counts_in_hounsfield_units(self, tmp_path: Path) -> None:
         path = write_dicom(tmp_path / "ct.dcm", self.stored, **self.ct)
@@ -668,7 +668,7 @@ class TestListing:
         path = write_dicom(tmp_path / "a.dcm", np.zeros((512, 512), np.uint16))
         calls = []
         read = pydicom.dcmread
-        monkeypatch.setattr(pydicom, "dcmread", lambda *args, **options: calls.append(options) or read(*args, **options))
+        monkeypatch.setattr(pydicom, "dcmread", lambda path, **options: calls.append(options) or read(path, **options))
         assert list_images(tmp_path) == [ImageRef(path)]
         assert [options["stop_before_pixels"] for options in calls] == [True]
 
@@ -769,8 +769,10 @@ class TestUnreadable:
         cases["no pixels"] = write_dicom(folder / "empty.dcm", None, Rows=2, Columns=2)
         cases["contradictory size"] = write_dicom(folder / "size.dcm", TestDicom.stored, Rows=500)
         cases["bad number"] = write_dicom(folder / "number.dcm", TestDicom.stored, NumberOfFrames=1)
-        damaged = cases["bad number"].read_bytes().replace(b"\x28\x00\x08\x00IS\x02\x001 ", b"\x28\x00\x08\x00IS\x02\x00x ")
-        cases["bad number"].write_bytes(damaged)
+        number_of_frames = b"\x28\x00\x08\x00IS\x02\x00"
+        sound = cases["bad number"].read_bytes()
+        assert number_of_frames + b"1 " in sound
+        cases["bad number"].write_bytes(sound.replace(number_of_frames + b"1 ", number_of_frames + b"x "))
         cases["nan volume"] = write_nifti(folder / "nan.nii", np.full((2, 2, 2), np.nan, dtype=np.float32))
         cases["infinite volume"] = write_nifti(folder / "inf.nii", np.full((2, 2, 2), np.inf, dtype=np.float32))
         cases["complex volume"] = write_nifti(folder / "complex.nii", np.ones((2, 2, 2), dtype=np.complex64))
@@ -806,7 +808,7 @@ class TestUnreadable:
             "text dcm": "not a DICOM file",
             "text nii": "not a NIfTI file",
             "no pixels": "no pixel data",
-            f"truncated dcm {cases['truncated dcm 300'].stat().st_size}": "no pixel data|truncated",
+            "truncated dcm 300": "truncated|no pixel data",
             "nan volume": "no finite value",
             "complex volume": "real numbers",
         }.items():
@@ -814,7 +816,7 @@ class TestUnreadable:
                 read_image(ImageRef(cases[case], 0))
 
     def test_warnings_of_odd_headers_stay_inside(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-        path = write_dicom(tmp_path / "a.dcm", TestDicom.stored, WindowCenter="40", WindowWidth="80", SeriesInstanceUID="1.2")
+        path = write_dicom(tmp_path / "a.dcm", TestDicom.stored, SeriesInstanceUID="1.2")
         odd = path.read_bytes().replace(b"UI\x04\x001.2\x00", b"UI\x04\x00DOE\x00")
         path.write_bytes(odd)
         with warnings.catch_warnings(record=True) as caught, caplog.at_level(logging.DEBUG):
@@ -857,7 +859,7 @@ class TestUnreadable:
             read_image(tmp_path / "gone.png")
 
     def test_error_survives_pickling(self) -> None:
-        error = pickle.loads(pickle.dumps(UnreadableImageError("a.png", "the file is empty")))  # noqa: S301
+        error = pickle.loads(pickle.dumps(UnreadableImageError("a.png", "the file is empty")))
         assert (error.path, error.reason) == (Path("a.png"), "the file is empty")
 
     @pytest.mark.parametrize(("module", "name"), [("pydicom", "a.dcm"), ("nibabel", "a.nii")])

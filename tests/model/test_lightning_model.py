@@ -1,0 +1,209 @@
+# Copyright (C) 2026 The anomalib-mvfa authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Training, checkpoints and results through anomalib's engine, with the embedded backbone and synthetic images."""
+
+import csv
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from anomalib import LearningType
+from anomalib.engine import Engine
+from PIL import Image
+from torch.testing import assert_close
+
+from anomalib_mvfa import MVFA
+from anomalib_mvfa.data import FewShot
+
+
+@pytest.fixture
+def few_shot(make_folder):
+    """Make datamodules with 2 + 2 supports of the same images."""
+    source = []
+
+    def make(k_shot=2, **arguments):
+        source[:] = source or [make_folder(**arguments)]
+        return FewShot(source[0], k_shot=k_shot)
+
+    return make
+
+
+@pytest.fixture
+def engine(tmp_path):
+    def make(**arguments):
+        return Engine(
+            accelerator="cpu",
+            default_root_dir=tmp_path / "results",
+            enable_progress_bar=False,
+            logger=False,
+            **arguments,
+        )
+
+    return make
+
+
+def fit(engine, datamodule, epochs=1, model=None, seed=0, **arguments):
+    torch.manual_seed(seed)
+    model = model or MVFA("tiny", class_name="Brain", visualizer=False)
+    running = engine(max_epochs=epochs)
+    running.fit(model, datamodule=datamodule, **arguments)
+    return model, running, Path(running.trainer.checkpoint_callback.last_model_path or running.best_model_path)
+
+
+def adapters(model):
+    return {name: value.clone() for name, value in model.model.state_dict().items() if "adapters" in name}
+
+
+def rows(tmp_path):
+    (path,) = (tmp_path / "results").rglob("predictions.csv")
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_checkpoint_is_small_and_complete_without_the_backbone(few_shot, engine):
+    datamodule = few_shot(k_shot=1)
+    model, running, path = fit(engine, datamodule)
+    contents = torch.load(path, weights_only=False)
+    assert not [name for name in contents["state_dict"] if name.startswith("model.tower.")]
+    bank = sum(value.numel() for name, value in contents["state_dict"].items() if "_memory." in name)
+    learned = sum(value.numel() for value in adapters(model).values())
+    assert path.stat().st_size < 2 * bank + 3 * 4 * learned + 200_000  # Adam keeps two values a weight
+
+    loaded = MVFA.load_from_checkpoint(path, weights_only=False).eval()
+    assert loaded.model._text is None
+    assert loaded.model.class_name == "Brain"
+    batch = next(iter(datamodule.test_dataloader())).image
+    with torch.no_grad():
+        before, after = model.eval()(batch), loaded(batch)
+    assert_close(after.pred_score, before.pred_score, atol=1e-3, rtol=0)
+    assert_close(after.anomaly_map, before.anomaly_map, atol=1e-3, rtol=0)
+    assert running.trainer.current_epoch == 1
+
+
+def test_resumed_training_equals_uninterrupted_training(few_shot, engine):
+    straight, _, _ = fit(engine, few_shot(k_shot=1), epochs=2)
+    _, _, path = fit(engine, few_shot(k_shot=1), epochs=1)
+    resumed, _, _ = fit(engine, few_shot(k_shot=1), epochs=2, seed=1, ckpt_path=path)
+    for name, value in adapters(straight).items():
+        assert_close(adapters(resumed)[name], value, atol=1e-7, rtol=0)
+
+
+def test_checkpoints_of_other_weights_and_of_other_models_are_refused(few_shot, engine, tmp_path):
+    _, _, path = fit(engine, few_shot(k_shot=1))
+    contents = torch.load(path, weights_only=False)
+    other = {**contents, "mvfa": {**contents["mvfa"], "fingerprint": "0" * 16}}
+    torch.save(other, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match=r"other weights of backbone 'tiny'.*--model\.pretrained"):
+        MVFA.load_from_checkpoint(tmp_path / "other.ckpt", weights_only=False)
+    del contents["mvfa"]
+    torch.save(contents, tmp_path / "foreign.ckpt")
+    with pytest.raises(ValueError, match="not made by MVFA"):
+        MVFA.load_from_checkpoint(tmp_path / "foreign.ckpt", weights_only=False)
+
+
+def test_learning_type_follows_from_adapters_and_memory():
+    assert MVFA("tiny").learning_type == LearningType.ONE_CLASS
+    assert MVFA("tiny", memory=False).learning_type == LearningType.ONE_CLASS
+    assert MVFA("tiny", adapters="a.pth").learning_type == LearningType.FEW_SHOT
+    assert MVFA("tiny", adapters="a.pth", memory=False).learning_type == LearningType.ZERO_SHOT
+
+
+@pytest.mark.parametrize("choice", [{"fusion_scale": "train"}, {"pooling": "median"}, {"variant": "draft"}])
+def test_unknown_choices_are_refused_at_once(choice):
+    with pytest.raises(ValueError, match=next(iter(choice))):
+        MVFA("tiny", **choice)
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_given_adapters_are_evaluated_without_training(few_shot, engine, tmp_path, memory):
+    torch.manual_seed(6)
+    source = MVFA("tiny", class_name="Brain")
+    source.configure_model()
+    path = source.save_adapters(tmp_path / "given.safetensors")
+    model = MVFA("tiny", adapters=path, class_name="Brain", memory=memory, visualizer=False)
+    results = engine().train(model, datamodule=few_shot())
+    assert all(torch.equal(value, adapters(source)[name]) for name, value in adapters(model).items())
+    assert model.model.memory.is_empty is not memory
+    assert 0 <= results[0]["image_AUROC"] <= 1
+
+
+def test_supports_without_masks_leave_the_segmentation_adapters_alone(few_shot, engine):
+    torch.manual_seed(0)
+    model = MVFA("tiny", class_name="Brain", visualizer=False)
+    model.configure_model()
+    before = adapters(model)
+    fit(engine, few_shot(masks=False), model=model)
+    assert model.model.has_masks is False
+    moved = {name for name, value in adapters(model).items() if not torch.equal(value, before[name])}
+    assert moved
+    assert all(name.startswith("det_") for name in moved)
+    assert model.model.seg_memory.is_empty
+    assert not model.model.det_memory.is_empty
+
+
+def test_normal_images_alone_train_with_drawn_lesions(make_folder, engine, caplog):
+    torch.manual_seed(0)
+    model = MVFA("tiny", visualizer=False)
+    model.configure_model()
+    before = adapters(model)
+    with caplog.at_level(logging.INFO, logger="anomalib_mvfa"):
+        fit(engine, make_folder(normal=8, abnormal=0), model=model)
+    assert "lesions are drawn" in caplog.text
+    after = adapters(model)
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert {name for name in after if "fc1" in name} <= moved
+    assert model.model.has_masks is True
+    assert not model.model.seg_memory.is_empty
+
+
+def test_results_have_a_row_and_a_panel_at_its_own_size_for_each_image(few_shot, engine, tmp_path):
+    datamodule = few_shot(size=(100, 64))
+    torch.manual_seed(0)
+    model = MVFA("tiny", class_name="Brain")
+    running = engine(max_epochs=1)
+    running.fit(model, datamodule=datamodule)
+    running.test(model, datamodule=datamodule)
+    paths = set(datamodule.test_data.samples.image_path)
+    table = rows(tmp_path)
+    assert list(table[0]) == ["path", "score", "label", "threshold", "abnormal_area", "true_label"]
+    assert len(table) == len(paths)
+    assert {row["path"] for row in table} == paths
+    assert {row["true_label"] for row in table} == {"0", "1"}
+    pictures = list((tmp_path / "results").rglob("*.png"))
+    assert len(pictures) == len(paths)
+    for picture in pictures:
+        with Image.open(picture) as image:
+            panels, rest = divmod(image.width, 100)
+            assert (image.height, rest) == (64, 0)
+            assert panels >= 3
+
+    running.predict(model, data_path=tmp_path / "data" / "abnormal")
+    table = rows(tmp_path)
+    assert list(table[0]) == ["path", "score", "label", "threshold", "abnormal_area"]
+    assert sorted(row["path"] for row in table) == sorted(map(str, (tmp_path / "data" / "abnormal").glob("*.png")))
+    for row in table:
+        assert 0 <= float(row["score"]) <= 1
+        assert 0 <= float(row["abnormal_area"]) <= 1
+        assert row["label"] == str(int(float(row["score"]) > float(row["threshold"])))
+
+
+def test_fusion_range_comes_from_the_test_set_only_when_asked(make_folder, engine):
+    datamodule = make_folder()
+    model, running, _ = fit(engine, datamodule)
+    fitted = model.model.fusion.language_map.clone()
+    running.test(model, datamodule=datamodule)
+    assert torch.equal(model.model.fusion.language_map, fitted)
+
+    model.hparams["fusion_scale"] = "test"
+    running.test(model, datamodule=datamodule)
+    values = []
+    with torch.no_grad():
+        for batch in datamodule.test_dataloader():
+            language, memory = model.model.branches(model.pre_processor.transform(batch.image))
+            values.append((language, memory))
+    for index, branch in enumerate(("language", "memory")):
+        maps = torch.cat([pair[index].anomaly_map.flatten() for pair in values])
+        expected = torch.stack([maps.min(), maps.max()])
+        assert_close(getattr(model.model.fusion, f"{branch}_map"), expected, atol=1e-5, rtol=0)

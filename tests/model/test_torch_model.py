@@ -1,0 +1,256 @@
+# Copyright (C) 2026 The anomalib-mvfa authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Behaviour of the network that needs no reference numbers: batches, precision, bank, prompts, variants."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from anomalib_mvfa import MVFAModel
+from anomalib_mvfa.data.augmentation import support_versions
+from anomalib_mvfa.model import memory, torch_model
+from anomalib_mvfa.model.memory import Support, bank_distance
+from anomalib_mvfa.model.variant import Variant
+
+PAPER = Variant(
+    quick_gelu=True,
+    normalize_input=True,
+    activation="relu",
+    residual=(0.9, 0.05, 0.05),
+    last_level_projector=True,
+    pooling="max",
+    level_reduction="mean",
+    bce_as_logits=False,
+)
+
+
+@pytest.fixture
+def images():
+    return torch.rand(4, 3, 112, 112, generator=torch.Generator().manual_seed(1))
+
+
+def make_support(normal, abnormal=1, versions=3):
+    pictures = torch.rand(normal + abnormal, 3, 112, 112, generator=torch.Generator().manual_seed(2))
+    return Support(support_versions(pictures[:normal])[:versions], pictures[normal:])
+
+
+@pytest.mark.parametrize("has_masks", [True, False])
+@torch.no_grad()
+def test_batch_equals_single_images(tiny, images, has_masks):
+    tiny.has_masks = has_masks
+    tiny.remember(make_support(2))
+    batch = tiny(images)
+    singles = [tiny(image[None]) for image in images]
+    assert_close(batch.anomaly_map, torch.cat([single.anomaly_map for single in singles]), atol=1e-4, rtol=0)
+    assert_close(batch.pred_score, torch.cat([single.pred_score for single in singles]), atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_early_exit_drops_blocks_and_keeps_the_levels_before(tiny, images):
+    short = MVFAModel("tiny", levels=[2, 4], class_name="Brain").eval()
+    assert (len(tiny.tower.blocks), len(short.tower.blocks)) == (8, 4)
+    for kind in ("seg_adapters", "det_adapters"):
+        for level in range(2):
+            getattr(short, kind)[level].load_state_dict(getattr(tiny, kind)[level].state_dict())
+    full, early = tiny.hidden_tokens(images), short.hidden_tokens(images)
+    for level in range(2):
+        assert torch.equal(full.segmentation[level], early.segmentation[level])
+        assert torch.equal(full.detection[level], early.detection[level])
+
+
+@pytest.mark.parametrize("levels", [[0, 2], [4, 2], [2, 2], [2, 9]])
+def test_levels_outside_the_tower_are_refused(levels):
+    with pytest.raises(ValueError, match="between 1 and 8"):
+        MVFAModel("tiny", levels=levels)
+
+
+@torch.no_grad()
+def test_autocast_gives_float32_scores_near_full_precision(tiny, images):
+    tiny.remember(make_support(2))
+    full = tiny.branches(images)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = tiny.branches(images)
+        fused = tiny(images)
+    assert fused.pred_score.dtype == fused.anomaly_map.dtype == torch.float32
+    assert bool(fused.anomaly_map.isfinite().all())
+    assert_close(low[0].score / len(tiny.levels), full[0].score / len(tiny.levels), atol=0.05, rtol=0)
+    assert_close(low[1].score / len(tiny.levels), full[1].score / len(tiny.levels), atol=0.02, rtol=0)
+
+
+def recorded_ranges(model, monkeypatch, support):
+    recorded = []
+    monkeypatch.setattr(model, "set_fusion_range", recorded.extend)
+    model.remember(support)
+    return recorded
+
+
+@torch.no_grad()
+def test_normal_support_is_compared_with_the_others_only(tiny, monkeypatch):
+    support = make_support(3)
+    recorded = recorded_ranges(tiny, monkeypatch, support)
+    assert len(recorded) == 4
+    own = tiny.own_tokens(tiny.hidden_tokens(support.normal[0]))
+    for index in range(3):
+        rest = [position for position in range(3) if position != index]
+        with monkeypatch.context() as patch:
+            patch.setattr(tiny, "set_fusion_range", lambda _: None)
+            tiny.remember(Support(support.normal[:, rest], support.abnormal))
+        expected = tiny.memory_branch([tokens[index : index + 1] for tokens in own], tiny.memory)
+        assert_close(recorded[index][1].anomaly_map, expected.anomaly_map, atol=1e-4, rtol=0)
+        assert float(recorded[index][1].anomaly_map.min()) > 1e-3
+
+
+@torch.no_grad()
+def test_only_normal_support_is_compared_with_its_changed_versions(tiny, monkeypatch):
+    support = make_support(1, abnormal=0)
+    recorded = recorded_ranges(tiny, monkeypatch, support)
+    assert len(recorded) == 1
+    assert tiny.memory[0].shape[0] == 3 * 197
+    assert float(recorded[0][1].score) > 1e-3
+
+
+@torch.no_grad()
+def test_bank_excludes_abnormal_supports(tiny):
+    support = make_support(2)
+    tiny.remember(support)
+    with_abnormal = [tiny.memory[level].clone() for level in range(4)]
+    tiny.remember(Support(support.normal, support.abnormal[:0]))
+    assert all(torch.equal(tiny.memory[level], entries) for level, entries in enumerate(with_abnormal))
+
+
+@torch.no_grad()
+def test_image_in_the_bank_has_no_distance(tiny):
+    support = make_support(2)
+    tiny.remember(support)
+    known = tiny.branches(support.normal[0])[1]
+    new = tiny.branches(support.abnormal)[1]
+    assert float(known.anomaly_map.abs().max()) < 1e-5
+    assert float(new.anomaly_map.max()) > 1e-2
+
+
+def test_search_in_chunks_equals_the_full_matrix(monkeypatch):
+    generator = torch.Generator().manual_seed(4)
+    queries = torch.randn(2, 9, 16, generator=generator)
+    bank = torch.nn.functional.normalize(torch.randn(101, 16, generator=generator), dim=-1)
+    full = 1 - torch.einsum("bpe,ne->bpn", torch.nn.functional.normalize(queries, dim=-1), bank).amax(dim=-1)
+    for chunk in (7, 100, 101, 500):
+        monkeypatch.setattr(memory, "BANK_CHUNK", chunk)
+        assert_close(bank_distance(queries, bank), full, atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_forgetting_the_bank_gives_zero_shot_back(tiny, images):
+    before = tiny(images[:1])
+    tiny.remember(make_support(1))
+    assert tiny.branches(images[:1])[1] is not None
+    tiny.memory.forget()
+    assert tiny.branches(images[:1])[1] is None
+    assert torch.equal(tiny(images[:1]).anomaly_map, before.anomaly_map)
+
+
+def test_gradients_reach_the_adapters_and_never_the_tower(tiny, images):
+    tiny.train()
+    assert not tiny.tower.training
+    language, _ = tiny.branches(images)
+    (language.anomaly_map.mean() + language.score.sum()).backward()
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in tiny.tower.parameters())
+    assert float(tiny.seg_adapters[0].fc1[0].weight.grad.abs().max()) > 0
+    assert float(tiny.det_adapters[0].fc1[0].weight.grad.abs().max()) > 0
+
+
+def test_text_tower_is_dropped_once_the_class_is_known(images):
+    model = MVFAModel("tiny", class_name=None)
+    assert model._text is not None
+    with pytest.raises(RuntimeError, match="set_class_name"):
+        model(images[:1])
+    model.set_class_name("Brain")
+    assert model._text is None
+    assert not any("token_embedding" in name for name in model.state_dict())
+    assert_close(model.text_features.norm(dim=0), torch.ones(2))
+
+
+def test_class_change_encodes_again_and_the_same_class_does_not(tiny, monkeypatch):
+    calls = []
+    load = torch_model.load_clip
+    monkeypatch.setattr(torch_model, "load_clip", lambda config: calls.append(config) or load(config))
+    brain = tiny.text_features.clone()
+    tiny.set_class_name("Brain")
+    assert calls == []
+    tiny.set_class_name("Liver")
+    assert len(calls) == 1
+    assert float((tiny.text_features - brain).abs().max()) > 1e-3
+    tiny.set_class_name("Brain")
+    assert_close(tiny.text_features, brain)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
+@torch.no_grad()
+def test_constant_images_and_supports_give_finite_values(tiny, value):
+    constant = torch.full((2, 3, 112, 112), value)
+    tiny.remember(Support(support_versions(constant), constant[:0]))
+    prediction = tiny(constant)
+    assert bool(prediction.anomaly_map.isfinite().all())
+    assert bool(prediction.pred_score.isfinite().all())
+
+
+def test_images_of_another_size_are_refused(tiny):
+    with pytest.raises(ValueError, match="112 x 112 pixels, got 96 x 112"):
+        tiny(torch.zeros(1, 3, 96, 112))
+
+
+def test_paper_preset_sets_every_choice_that_differs():
+    assert Variant.from_name("paper") == PAPER
+    assert Variant.from_name("released") == Variant()
+    assert Variant.from_name("paper", pooling="mean", residual=[0.8, 0.1, 0.1]).residual == (0.8, 0.1, 0.1)
+
+
+@torch.no_grad()
+def test_paper_variant_runs_its_choices(images):
+    model = MVFAModel("tiny", class_name="Brain", variant="paper")
+    hidden = model.hidden_tokens(images[:1]).segmentation
+    assert all(float(tokens.min()) >= 0 for tokens in hidden[:-1])  # ReLU
+    assert float(hidden[-1].min()) < 0  # linear
+    probabilities, score = model.level_probabilities(hidden[0])
+    assert float(score) >= float(probabilities[:, 1].max()) - 1e-5  # maximum over patches
+    assert 0 <= float(model(images[:1]).pred_score) <= 1  # mean over levels
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"activation": "gelu"},
+        {"pooling": "median"},
+        {"level_reduction": "max"},
+        {"residual": (0.9, 0.1)},
+        {"window_sizes": (2,)},
+        {"window_sizes": ()},
+        {"map_blur": -1.0},
+        {"sharpness": 3},
+    ],
+)
+def test_unknown_choices_are_refused_by_name(choice):
+    with pytest.raises(ValueError, match=next(iter(choice))):
+        Variant.from_name("released", **choice)
+
+
+def test_unknown_preset_is_refused():
+    with pytest.raises(ValueError, match="released, paper"):
+        MVFAModel("tiny", variant="draft")
+
+
+@pytest.mark.parametrize("choice", [{"window_sizes": (1, 3, 5)}, {"map_blur": 2.0}, {"residual_norm": True}])
+@torch.no_grad()
+def test_later_choices_change_the_map_and_stay_finite(tiny, images, choice):
+    model = MVFAModel("tiny", class_name="Brain", variant=Variant.from_name("released", **choice)).eval()
+    model.seg_adapters.load_state_dict(tiny.seg_adapters.state_dict())
+    model.det_adapters.load_state_dict(tiny.det_adapters.state_dict())
+    support = make_support(1)
+    for each in (model, tiny):
+        each.remember(support)
+    ours, released = model(images).anomaly_map, tiny(images).anomaly_map
+    assert bool(ours.isfinite().all())
+    assert float((ours - released).abs().max()) > 1e-4
+    if "map_blur" in choice:
+        assert float(ours.std()) < float(released.std())
+        assert_close(model(images).pred_score, tiny(images).pred_score)
