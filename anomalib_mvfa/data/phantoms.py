@@ -665,6 +665,7 @@ def _histology(rng: np.random.Generator, size: int) -> _Scene:
     eosin = u(0.45, 0.65) + 0.08 * grain + 0.06 * _noise(rng, size, 40)
     long, radius = 1.0, 0.36
     empty: Field = np.zeros_like(x)
+    crowd: Field | float
     if variant == "glandular tissue":
         spacing = u(0.55, 0.95) * zoom
         gland_x, gland_y, gap, kind, _ = _cells(rng, x, y, spacing, 0.45)
