@@ -32,8 +32,8 @@ lint: $(ENV) ## check style, format and types
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
-bench: $(ENV) ## measure speed and memory
-	$(BIN)/python -m benchmarks
+bench: $(ENV) ## measure few-shot accuracy on a folder of images: make bench ROOT=DIR
+	$(BIN)/python -m benchmarks.few_shot --root $(or $(ROOT),$(error name the folder of images: make bench ROOT=DIR))
 
 docs: $(ENV_DOCS) ## build the documentation in docs/_build/html
 	$(BIN)/python -m sphinx -W --keep-going docs docs/_build/html

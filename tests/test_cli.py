@@ -69,7 +69,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def few_shot(folder) -> list[str]:
     data = {"name": "squares", "root": folder / "data", "normal_dir": "normal", "abnormal_dir": "abnormal"}
-    data |= {"mask_dir": "masks", "num_workers": 0}
+    data |= {"mask_dir": "masks", "test_split_ratio": 0.5, "num_workers": 0}  # normal images to validate, too
     options = [f"--data.source.{name}={value}" for name, value in data.items()]
     return ["--data", "FewShot", "--data.source", "Folder", *options, "--trainer.accelerator", "cpu"]
 

@@ -38,7 +38,9 @@ def support_version(images: Tensor, version: int) -> Tensor:
     if version == NUM_VERSIONS - 1:
         return images.flip(-2)
     if version <= len(ANGLES):
-        cos, sin = math.cos(ANGLES[version - 1]), math.sin(ANGLES[version - 1])
+        # In single precision like the released code: training amplifies what a double would change.
+        angle = torch.tensor(ANGLES[version - 1])
+        cos, sin = angle.cos().item(), angle.sin().item()
         matrix = [[cos, -sin, 0.0], [sin, cos, 0.0]]
     else:
         x, y = SHIFTS[version - 1 - len(ANGLES)]

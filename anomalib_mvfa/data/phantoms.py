@@ -1059,7 +1059,7 @@ def contact_sheet(path: str | Path, size: int = 112, seed: int = 0) -> Path:
             sheet.paste(Image.fromarray(image), (margin + column * size, header + row * size))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
+    sheet.quantize(120, dither=Image.Dither.NONE).save(path, optimize=True)
     return path
 
 

@@ -40,15 +40,12 @@ def bank_distance(queries: Tensor, bank: Tensor) -> Tensor:
     Returns:
         Cosine distances ``(B, P)``, 0 for a query that points the same way as an entry.
     """
-    queries = functional.normalize(queries, dim=-1)
-    nearest: Tensor | None = None
-    for chunk in bank.split(BANK_CHUNK):
-        similarity = (queries @ chunk.to(queries.dtype).T).amax(dim=-1)
-        nearest = similarity if nearest is None else torch.maximum(nearest, similarity)
-    if nearest is None:
+    if not bank.numel():
         msg = "The memory bank is empty: build it from normal images before it is searched."
         raise RuntimeError(msg)
-    return 1 - nearest
+    queries = functional.normalize(queries, dim=-1)
+    nearest = [(queries @ chunk.to(queries.dtype).T).amax(dim=-1) for chunk in bank.split(BANK_CHUNK)]
+    return 1 - torch.stack(nearest).amax(dim=0)
 
 
 class MemoryBank(DynamicBufferMixin, nn.Module):
