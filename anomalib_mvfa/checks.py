@@ -24,9 +24,10 @@ def check_masks(samples: DataFrame) -> None:
         ValueError: If masks are missing or differ in size from their images. The message has the count and five files.
     """
     abnormal = samples[samples["label_index"] == LabelName.ABNORMAL.value]
-    if (abnormal["mask_path"].fillna("") == "").all():
+    absent = abnormal["mask_path"].fillna("") == ""
+    if absent.all():
         return
-    missing = abnormal.loc[abnormal["mask_path"] == "", "image_path"].tolist()
+    missing = abnormal.loc[absent, "image_path"].tolist()
     if missing:
         msg = (
             f"{len(missing)} of {len(abnormal)} abnormal images have no mask of the same stem: "

@@ -73,3 +73,10 @@ def test_five_files_are_named_and_the_others_counted(make_samples):
 def test_enumeration_counts_only_what_it_leaves_out():
     assert enumerate_some(["a", "b"], 2) == "a, b"
     assert enumerate_some(["a", "b", "c"], 2) == "a, b and 1 more"
+
+
+def test_single_missing_value_among_masks_is_named(make_samples):
+    samples = make_samples([(1, (30, 20)), (1, None)])
+    samples.loc[1, "mask_path"] = None
+    with pytest.raises(ValueError, match="1 of 2 abnormal images have no mask"):
+        check_masks(samples)
