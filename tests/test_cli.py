@@ -77,7 +77,8 @@ def few_shot(folder) -> list[str]:
 @pytest.fixture(scope="module")
 def checkpoint(folder, few_shot) -> Path:
     model = ["--model", "MVFA", "--model.backbone", "tiny", "--trainer.max_epochs", "1"]
-    succeed("train", *model, *few_shot, "--data.k_shot", "2", "--default_root_dir", "trained", cwd=folder)
+    seeded = ["--data.k_shot", "2", "--seed_everything", "0"]
+    succeed("train", *model, *few_shot, *seeded, "--default_root_dir", "trained", cwd=folder)
     return folder / "trained/MVFA/squares/v0/weights/lightning/model.ckpt"
 
 
@@ -113,7 +114,8 @@ def test_checkpoint_is_tested_on_the_same_images_with_the_same_scores(checkpoint
     assert again.keys() == trained.keys()
     for path, row in again.items():
         assert row["true_label"] == trained[path]["true_label"]
-        assert float(row["score"]) == pytest.approx(float(trained[path]["score"]), abs=0.02)  # bank in half precision
+        # The bank is stored in half precision; a narrow validation range magnifies that.
+        assert float(row["score"]) == pytest.approx(float(trained[path]["score"]), abs=0.02)
 
 
 def test_exported_openvino_model_predicts_as_the_checkpoint(checkpoint, folder):
