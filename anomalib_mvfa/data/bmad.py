@@ -25,21 +25,13 @@ from anomalib.data.utils import LabelName, Split, ValSplitMode
 from pandas import DataFrame
 
 from anomalib_mvfa.checks import check_masks, enumerate_some
+from anomalib_mvfa.model.prompts import prompt_name, published_class_names
 
-__all__ = ["BMADLayout", "MedicalBMAD", "available_sets", "find_layout", "prompt_name", "read_samples"]
+__all__ = ["BMADLayout", "MedicalBMAD", "available_sets", "find_layout", "read_samples"]
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"})
 # Where a set has both, `anomaly_mask` outlines the lesion and `label` may outline the organ, so the former goes first.
 MASK_FOLDERS = ("anomaly_mask", "label")
-# What the published prompts call each set, by its folder name in lower case.
-PROMPT_NAMES = {
-    "brain": "Brain",
-    "liver": "Liver",
-    "retina_resc": "retinal OCT",
-    "retina_oct2017": "retinal OCT",
-    "chest": "Chest X-ray film",
-    "histopathology": "histopathological image",
-}
 # The folders of a set, with the split and the label that they stand for. Training images are normal.
 _PARTS = (
     (Split.TRAIN, "train", "good", LabelName.NORMAL),
@@ -64,23 +56,6 @@ class BMADLayout:
     folder: Path
     has_train: bool
     mask_folder: str | None
-
-
-def prompt_name(category: str) -> str:
-    """Name of a set in the text prompts.
-
-    The six BMAD sets have their published names. The folder name of another set is split at underscores, hyphens and
-    changes of case into lower-case words; abbreviations stay in capitals. A trailing ``_AD`` is dropped.
-
-    Example:
-        >>> prompt_name("Retina_OCT2017"), prompt_name("Chest_AD"), prompt_name("BrainMRI")
-        ('retinal OCT', 'Chest X-ray film', 'brain MRI')
-    """
-    name = _set_name(category)
-    if name.lower() in PROMPT_NAMES:
-        return PROMPT_NAMES[name.lower()]
-    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|[_\-\s]+", " ", name).split()
-    return " ".join(word if word.isupper() else word.lower() for word in words)
 
 
 def available_sets(root: Path | str) -> list[str]:
@@ -121,7 +96,7 @@ def find_layout(root: Path | str, category: str) -> BMADLayout:
         )
         raise FileNotFoundError(msg)
     own_name = _set_name(folder.absolute().name)
-    if own_name.lower() in PROMPT_NAMES and own_name.lower() != name.lower():
+    if own_name.lower() in published_class_names() and own_name.lower() != name.lower():
         msg = (
             f"{folder} is the set {own_name}, but category is '{category}': "
             f"pass category='{own_name}', or the parent folder as root."
@@ -207,7 +182,7 @@ class MedicalBMAD(BMAD):
         Raises:
             FileNotFoundError: If ``root`` exists, or was just filled, but the set is not there.
         """
-        if not self.root.exists() and self.category.lower() in PROMPT_NAMES:
+        if not self.root.exists() and self.category.lower() in published_class_names():
             super().prepare_data()
         find_layout(self.root, self.category)
 

@@ -22,7 +22,7 @@ from torchvision.tv_tensors import Image, Mask
 from anomalib_mvfa.checks import check_masks
 from anomalib_mvfa.lesions import LesionSynthesizer
 from anomalib_mvfa.model.memory import Support
-from anomalib_mvfa.model.prompts import published_class_name
+from anomalib_mvfa.model.prompts import prompt_name
 
 from .augmentation import NUM_VERSIONS, support_version, support_versions
 from .support_lists import find_support, read_support_list
@@ -207,7 +207,7 @@ class FewShot(AnomalibDataModule):
     def class_name(self) -> str | None:
         """Name for the prompts: the source's own, or that of its category; ``None`` if it has neither."""
         own = getattr(self.source, "class_name", None)
-        return own or (published_class_name(self.category) if self.category else None)
+        return own or (prompt_name(self.category) if self.category else None)
 
     @property
     def support(self) -> Support:
@@ -277,8 +277,7 @@ class FewShot(AnomalibDataModule):
             return self._listed_supports(parts)
 
         def rows(part: AnomalibDataset | None, label: LabelName) -> pd.DataFrame:
-            samples = (train if part is None else part).samples
-            return samples[samples.label_index == label] if part is not None else samples.iloc[:0]
+            return train.samples.iloc[:0] if part is None else part.samples[part.samples.label_index == label]
 
         normal = self._choose(rows(train, LabelName.NORMAL), "normal", "training")
         if self.abnormal_source == "synthetic":
@@ -308,7 +307,7 @@ class FewShot(AnomalibDataModule):
         return candidates.iloc[order[: self.k_shot].tolist()]
 
     def _listed_supports(self, parts: list[AnomalibDataset]) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Find the supports that a list names: in the first part (validation first) that holds any of them."""
+        """Find the supports that a list names, in whichever part they are."""
         path = Path(self.support_list or "")
         names = read_support_list(path, self.draw)
         pool = pd.concat([part.samples for part in parts]).drop_duplicates("image_path", ignore_index=True)

@@ -35,7 +35,7 @@ from .backbone import resolve_backbone
 from .loss import dice_loss, focal_loss, score_loss
 from .memory import Support
 from .processing import MVFAPostProcessor, MVFAPreProcessor
-from .prompts import published_class_name
+from .prompts import prompt_name
 from .results import MVFAVisualizer, PredictionTable
 from .torch_model import BranchOutput, MVFAModel
 from .variant import Variant
@@ -283,7 +283,7 @@ class MVFA(AnomalibModule):
         """Choose the class name: the argument, the datamodule's, what is known already, or ``"object"``."""
         datamodule = getattr(self.trainer, "datamodule", None)
         category = getattr(datamodule, "category", None)
-        from_data = getattr(datamodule, "class_name", None) or (published_class_name(category) if category else None)
+        from_data = getattr(datamodule, "class_name", None) or (prompt_name(category) if category else None)
         name = self.hparams["class_name"] or self.model.class_name or from_data or "object"
         if name != self.model.class_name:
             logger.info("Prompts are written for the class '%s'.", name)

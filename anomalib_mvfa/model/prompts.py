@@ -8,43 +8,54 @@ abnormal states times 35 templates, kept in ``prompts.json`` beside this file.
 """
 
 import json
+import re
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from open_clip import CLIP
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["class_prompts", "encode_states", "published_class_name"]
+__all__ = ["class_prompts", "encode_states", "prompt_name", "published_class_names"]
 
 TEXT_BATCH = 64
 
 
 @lru_cache(maxsize=1)
-def _ensemble() -> dict[str, list[str]]:
-    ensemble: dict[str, list[str]] = json.loads(Path(__file__).with_name("prompts.json").read_text(encoding="utf-8"))
+def _ensemble() -> dict[str, Any]:
+    ensemble: dict[str, Any] = json.loads(Path(__file__).with_name("prompts.json").read_text(encoding="utf-8"))
     return ensemble
 
 
-def published_class_name(category: str) -> str:
-    """Give the name that MVFA uses in its prompts for a data set.
+@lru_cache(maxsize=1)
+def published_class_names() -> dict[str, str]:
+    """Give the published prompt names of the six sets of BMAD, by set name in lower case."""
+    return {category.lower(): name for category, name in _ensemble()["class_names"].items()}
+
+
+def prompt_name(category: str) -> str:
+    """Give the name of a data set in the prompts.
 
     Args:
-        category: Name of a data set, such as ``"Retina_RESC"``.
+        category: Name of a data set, such as ``"Retina_RESC"``. A trailing ``_AD`` is not read.
 
     Returns:
-        The published name for the six sets of BMAD, otherwise the category with underscores read as spaces.
+        The published name for the six sets of BMAD, in any letter case. Another name is split at underscores, hyphens
+        and changes of case into lower-case words; abbreviations stay in capitals.
 
     Example:
-        >>> published_class_name("Retina_RESC")
-        'retinal OCT'
-        >>> published_class_name("knee_mri")
-        'knee mri'
+        >>> prompt_name("Retina_OCT2017"), prompt_name("Chest_AD"), prompt_name("BrainMRI"), prompt_name("metal_nut")
+        ('retinal OCT', 'Chest X-ray film', 'brain MRI', 'metal nut')
     """
-    names: dict[str, str] = _ensemble()["class_names"]  # type: ignore[assignment]
-    return names.get(category, category.replace("_", " ").strip())
+    name = re.sub("_AD$", "", category, flags=re.IGNORECASE)
+    published = published_class_names().get(name.lower())
+    if published is not None:
+        return published
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|[_\-\s]+", " ", name).split()
+    return " ".join(word if word.isupper() else word.lower() for word in words)
 
 
 def class_prompts(class_name: str) -> tuple[list[str], list[str]]:

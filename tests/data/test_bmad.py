@@ -15,7 +15,8 @@ from anomalib.data import AnomalibDataModule, AnomalibDataset
 from PIL import Image
 from torchvision.transforms.v2 import Resize
 
-from anomalib_mvfa.data.bmad import MedicalBMAD, available_sets, find_layout, prompt_name, read_samples
+from anomalib_mvfa.data.bmad import MedicalBMAD, available_sets, find_layout, read_samples
+from anomalib_mvfa.model.prompts import prompt_name
 
 SUFFIX = {
     "Brain": ".png",
