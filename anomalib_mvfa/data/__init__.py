@@ -5,8 +5,9 @@
 
 from .bmad import MedicalBMAD
 from .few_shot import FewShot
+from .leave_one_out import LeaveOneOut
 
-DATAMODULES = ("FewShot", "MedicalBMAD")
+DATAMODULES = ("FewShot", "LeaveOneOut", "MedicalBMAD")
 """Names that the stock command knows."""
 
-__all__ = ["DATAMODULES", "FewShot", "MedicalBMAD"]
+__all__ = ["DATAMODULES", "FewShot", "LeaveOneOut", "MedicalBMAD"]

@@ -155,6 +155,9 @@ class MedicalBMAD(BMAD):
     A set without a train split (the archives of MVFA) trains on the normal images of ``valid``, the only ones outside
     the test split. With ``"from_dir"`` these are then the normal images of the validation split too.
 
+    Attributes:
+        support_pool: Once set up, the rows of the ``valid`` split, from which few-shot supports are taken.
+
     Example:
         >>> datamodule = MedicalBMAD(root="./datasets/BMAD", category="Retina_RESC", eval_batch_size=8)
         >>> datamodule.class_name
@@ -199,6 +202,7 @@ class MedicalBMAD(BMAD):
                 f"{_contents(layout.folder)} Add one of them."
             )
             raise FileNotFoundError(msg)
+        self.support_pool = valid
         self.train_data = _dataset(train)
         self.test_data = _dataset(samples[samples["split"] == Split.TEST.value])
         if self.val_split_mode == ValSplitMode.FROM_DIR:

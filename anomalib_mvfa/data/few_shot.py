@@ -3,7 +3,6 @@
 
 """Few-shot episodes on any anomalib datamodule."""
 
-import hashlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from anomalib.data import AnomalibDataModule, AnomalibDataset, ImageItem, get_da
 from anomalib.data.utils import LabelName
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Transform
 from torchvision.tv_tensors import Image, Mask
 
@@ -25,6 +24,8 @@ from anomalib_mvfa.model.memory import Support
 from anomalib_mvfa.model.prompts import prompt_name
 
 from .augmentation import NUM_VERSIONS, support_version, support_versions
+from .duplicates import drop_copies
+from .sampling import EpochSampler
 from .support_lists import find_support, read_support_list
 
 __all__ = ["FewShot", "SupportDataset"]
@@ -112,28 +113,21 @@ class SupportDataset(AnomalibDataset):
         )
 
 
-class _EpochSampler(DistributedSampler):  # type: ignore[type-arg]
-    """Order that depends on seed and epoch alone, so that a resumed training sees what it would have seen."""
-
-    def set_epoch(self, epoch: int) -> None:
-        super().set_epoch(epoch)
-        self.dataset.epoch = epoch  # type: ignore[attr-defined]
-
-
 class FewShot(AnomalibDataModule):
     """Keeps k normal and k abnormal supports of any anomalib datamodule for training.
 
     Training batches are the eleven versions of each support. Supports, and files with the same content, are taken out
-    of validation and test. Normal supports come from the training images; abnormal ones from the validation part, or
-    from the test part when that is all there is, which then is said in the log.
+    of validation and test. Normal supports come from the training images; abnormal ones from the validation part
+    (of the sets of BMAD: from their ``valid`` split), or from the test part when that is all there is, which then is
+    said in the log.
 
     Args:
         source: The datamodule to draw from, or its ``class_path`` and ``init_args`` as a mapping. Its splits get the
             seed 0 unless it has one, so that the test part is the same for every draw of supports.
         k_shot: Number of supports of each class.
         seed: Seed of the draw. The supports for a small ``k_shot`` are among those for a larger one.
-        support_list: File in the published text format that names the supports; ``k_shot`` and ``seed`` are then not
-            used.
+        support_list: File in the published text format that names the supports, of the sets of BMAD those in their
+            ``valid`` split; ``k_shot`` and ``seed`` are then not used.
         draw: Which draw of the file.
         abnormal_source: ``"auto"`` as described above, ``"validation"``, ``"test"``, or ``"synthetic"``: no abnormal
             image is used, lesions are drawn on the normal supports.
@@ -209,6 +203,31 @@ class FewShot(AnomalibDataModule):
         own = getattr(self.source, "class_name", None)
         return own or (prompt_name(self.category) if self.category else None)
 
+    def episodes(self, count: int) -> list["FewShot"]:
+        """Make several draws of supports from the same source, for a mean and its spread.
+
+        Args:
+            count: Number of draws. Their seeds count up from ``seed``; with a support list, the draws of the file
+                count up from ``draw``.
+
+        Returns:
+            One datamodule a draw. They share the source, whose splits are the same for all.
+        """
+        listed = self.support_list is not None
+        return [
+            FewShot(
+                self.source,
+                k_shot=self.k_shot,
+                seed=(self.seed or 0) + (0 if listed else number),
+                support_list=self.support_list,
+                draw=self.draw + (number if listed else 0),
+                abnormal_source=self.abnormal_source,
+                shuffle=self.shuffle,
+                train_batch_size=self.train_batch_size,
+            )
+            for number in range(count)
+        ]
+
     @property
     def support(self) -> Support:
         """The supports, at the size that the model reads.
@@ -235,9 +254,10 @@ class FewShot(AnomalibDataModule):
         synthetic = abnormal.empty
         task = "segmentation" if synthetic else str(test.samples.attrs["task"])
         self.train_data = SupportDataset(normal, abnormal, task, seed=self.seed or 0)
-        self.test_data = _without(test, supports, "test")
+        self.test_data = test.subsample(drop_copies(test.samples, supports.image_path, "test", "supports"))
         if val is not None:
-            self.val_data = _without(val, supports, "validation")
+            keep = drop_copies(val.samples, supports.image_path, "validation", "supports")
+            self.val_data = val.subsample(keep)
         logger.info(
             "Supports: %d normal, %s; %d validation and %d test images remain.",
             len(normal),
@@ -272,26 +292,32 @@ class FewShot(AnomalibDataModule):
         test: AnomalibDataset,
     ) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Choose the rows of the normal and of the abnormal supports."""
-        parts = [part for part in (val, train, test) if part is not None]
+        parts = [part.samples for part in (val, train, test) if part is not None]
+        # Sets that keep a split for supports and validation are asked for it: the validation part may be another one.
+        support_pool: pd.DataFrame | None = getattr(self.source, "support_pool", None)
         if self.support_list is not None:
-            return self._listed_supports(parts)
+            pool = pd.concat(parts).drop_duplicates("image_path", ignore_index=True)
+            return self._listed_supports(pool if support_pool is None else support_pool)
 
-        def rows(part: AnomalibDataset | None, label: LabelName) -> pd.DataFrame:
-            return train.samples.iloc[:0] if part is None else part.samples[part.samples.label_index == label]
+        def rows(samples: pd.DataFrame, label: LabelName) -> pd.DataFrame:
+            return samples[samples.label_index == label]
 
-        normal = self._choose(rows(train, LabelName.NORMAL), "normal", "training")
+        normal = self._choose(rows(train.samples, LabelName.NORMAL), "normal", "training")
         if self.abnormal_source == "synthetic":
             return normal, normal.iloc[:0]
-        in_val, in_test = rows(val, LabelName.ABNORMAL), rows(test, LabelName.ABNORMAL)
+        if support_pool is None:
+            support_pool = test.samples.iloc[:0] if val is None else val.samples
+        in_val = rows(support_pool, LabelName.ABNORMAL)
         from_test = self.abnormal_source == "test" or (self.abnormal_source == "auto" and in_val.empty)
-        if not from_test:
-            return normal, self._choose(in_val, "abnormal", "validation")
-        abnormal = self._choose(in_test, "abnormal", "test")
-        logger.warning(
-            "The %d abnormal supports were taken from the test part, which no longer holds them, because there is no "
-            "abnormal validation image or because abnormal_source='test'.",
-            len(abnormal),
-        )
+        candidates = rows(test.samples, LabelName.ABNORMAL) if from_test else in_val
+        abnormal = self._choose(candidates, "abnormal", "test" if from_test else "validation")
+        in_test = abnormal.image_path.isin(test.samples.image_path).sum()
+        if in_test:
+            logger.warning(
+                "%d abnormal supports were taken from the test part, which no longer holds them, because no other part "
+                "has abnormal images or because that was asked for.",
+                in_test,
+            )
         return normal, abnormal
 
     def _choose(self, candidates: pd.DataFrame, kind: str, part: str) -> pd.DataFrame:
@@ -306,11 +332,10 @@ class FewShot(AnomalibDataModule):
         order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(self.seed or 0))
         return candidates.iloc[order[: self.k_shot].tolist()]
 
-    def _listed_supports(self, parts: list[AnomalibDataset]) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Find the supports that a list names, in whichever part they are."""
+    def _listed_supports(self, pool: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Find the supports that a list names."""
         path = Path(self.support_list or "")
         names = read_support_list(path, self.draw)
-        pool = pd.concat([part.samples for part in parts]).drop_duplicates("image_path", ignore_index=True)
         found = [
             pool.iloc[find_support(pool, listed, label, path=path, draw=self.draw)]
             for listed, label in zip(names, (LabelName.NORMAL, LabelName.ABNORMAL), strict=True)
@@ -320,7 +345,7 @@ class FewShot(AnomalibDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Give the training images: in this process, since the decoded supports are kept."""
         replicas, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        sampler = _EpochSampler(
+        sampler = EpochSampler(
             self.train_data,
             num_replicas=replicas,
             rank=rank,
@@ -339,29 +364,6 @@ class FewShot(AnomalibDataModule):
         return super().val_dataloader() if hasattr(self, "val_data") and len(self.val_data) else []
 
 
-def _without(part: AnomalibDataset, supports: pd.DataFrame, name: str) -> AnomalibDataset:
-    """Take the supports, and files with the same content, out of a part."""
-    paths = {Path(path).resolve() for path in supports.image_path}
-    sizes = {path.stat().st_size for path in paths}
-    digests = {_digest(path) for path in paths}
-    keep, copies = [], 0
-    for position, path in enumerate(part.samples.image_path):
-        resolved = Path(path).resolve()
-        if resolved in paths:
-            continue
-        if resolved.stat().st_size in sizes and _digest(resolved) in digests:
-            copies += 1
-            continue
-        keep.append(position)
-    if copies:
-        logger.warning("%d images of the %s part are copies of supports and were left out.", copies, name)
-    return part.subsample(keep)
-
-
 def _plain(image: Any) -> Tensor:  # noqa: ANN401 - torchvision's tensors, which anomalib's items may lack
     """Drop torchvision's wrapper, so that tensor operations do what they say."""
     return torch.as_tensor(image).as_subclass(Tensor)
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

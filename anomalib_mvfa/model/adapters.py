@@ -9,6 +9,7 @@ One adapter maps a token ``x`` of width ``D`` to a *hidden* vector in CLIP's tex
     output = act(W2 hidden)   mixed into the token that enters the next stage
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -28,7 +29,6 @@ class ResidualAdapter(nn.Module):
             (the paper's choice for the last level).
 
     Example:
-        >>> import torch
         >>> hidden, output = ResidualAdapter(32, 24)(torch.zeros(1, 17, 32))
         >>> hidden.shape, output.shape
         (torch.Size([1, 17, 24]), torch.Size([1, 17, 32]))
@@ -41,12 +41,13 @@ class ResidualAdapter(nn.Module):
         self.fc1 = nn.Sequential(nn.Linear(width, hidden_width, bias=False), nn.Identity() if linear else act())
         self.fc2 = nn.Sequential(nn.Linear(hidden_width, width, bias=False), act())
 
-    def forward(self, tokens: Tensor, frozen: bool = False) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, frozen: Tensor | bool = False) -> tuple[Tensor, Tensor]:
         """Map tokens to hidden vectors and to the residual.
 
         Args:
             tokens: Tokens ``(B, L, D)``.
-            frozen: Let gradients pass to the tokens but not to this adapter's weights.
+            frozen: Let gradients pass to the tokens but not to this adapter's weights; for all images, or ``(B,)`` for
+                those that are true.
 
         Returns:
             Hidden vectors ``(B, L, E)`` and output ``(B, L, D)``.
@@ -55,10 +56,10 @@ class ResidualAdapter(nn.Module):
         return hidden, self._layer(self.fc2, hidden, frozen)
 
     @staticmethod
-    def _layer(layer: nn.Sequential, inputs: Tensor, frozen: bool) -> Tensor:
-        if not frozen:
-            result: Tensor = layer(inputs)
-            return result
+    def _layer(layer: nn.Sequential, inputs: Tensor, frozen: Tensor | bool) -> Tensor:
+        if frozen is False:
+            learning: Tensor = layer(inputs)
+            return learning
         linear, activation = layer
-        activated: Tensor = activation(functional.linear(inputs, linear.get_parameter("weight").detach()))
-        return activated
+        resting: Tensor = activation(functional.linear(inputs, linear.get_parameter("weight").detach()))
+        return resting if frozen is True else torch.where(frozen.view(-1, 1, 1), resting, layer(inputs))

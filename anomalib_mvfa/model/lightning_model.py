@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from anomalib import LearningType
+from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import ImageBatch
 from anomalib.metrics import AUPR, AUROC, Evaluator, F1Score
 from anomalib.models.components import AnomalibModule
@@ -34,6 +35,7 @@ from anomalib_mvfa.lesions import LesionSynthesizer
 from .backbone import resolve_backbone
 from .loss import dice_loss, focal_loss, score_loss
 from .memory import Support
+from .metrics import SelectionScore
 from .processing import MVFAPostProcessor, MVFAPreProcessor
 from .prompts import prompt_name
 from .results import MVFAVisualizer, PredictionTable
@@ -49,6 +51,8 @@ ADAM_BETAS = (0.5, 0.999)
 PUBLISHED_EPOCHS = 50
 LIGHTNING_EPOCHS = 1000  # what Lightning sets when nobody gave a number
 FUSION_SCALES = ("support", "test")
+SELECTIONS = ("last", "best")
+SELECTION_SCORE = "selection_score"
 CHECKPOINT_KEY = "mvfa"
 TOWER = "model.tower."
 BANKS = ("model.seg_memory.", "model.det_memory.")
@@ -71,6 +75,9 @@ class MVFA(AnomalibModule):
         max_support: For datamodules that know no supports: how many normal training images go into the bank.
             Defaults to ``32``.
         learning_rate: Step size of Adam. Published: 1e-3 in few-shot, 1e-4 in zero-shot. Defaults to ``1e-3``.
+        selection: ``"last"`` keeps the last epoch; ``"best"`` the one with the greatest image AUROC (plus pixel AUROC
+            where there are masks) on the datamodule's validation part. The published protocol is ``"best"`` with a
+            validation part that is the test part. Defaults to ``"last"``.
         fusion_scale: ``"support"`` takes the ranges of the two branches from the supports; ``"test"`` from the whole
             evaluated set, as in the published protocol. Defaults to ``"support"``.
         language_weight: Share of the language branch in the fusion. Defaults to ``0.5``.
@@ -115,6 +122,7 @@ class MVFA(AnomalibModule):
         memory: bool = True,
         max_support: int = 32,
         learning_rate: float = 1e-3,
+        selection: str = "last",
         fusion_scale: str = "support",
         language_weight: float = 0.5,
         variant: str = "released",
@@ -135,9 +143,13 @@ class MVFA(AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        if fusion_scale not in FUSION_SCALES:
-            msg = f"fusion_scale must be one of {', '.join(FUSION_SCALES)}, got '{fusion_scale}'."
-            raise ValueError(msg)
+        for name, value, choices in (
+            ("fusion_scale", fusion_scale, FUSION_SCALES),
+            ("selection", selection, SELECTIONS),
+        ):
+            if value not in choices:
+                msg = f"{name} must be one of {', '.join(choices)}, got '{value}'."
+                raise ValueError(msg)
         own_size = resolve_backbone(backbone, pretrained, image_size).image_size
         # anomalib's constructor asks for the learning type and writes the arguments down as hyper-parameters.
         object.__setattr__(self, "_given_adapters", adapters is not None)
@@ -151,6 +163,8 @@ class MVFA(AnomalibModule):
         self._variant()  # refuses unknown choices before anything is loaded
         self._lesions: LesionSynthesizer | None = None
         self._memory_step = -1
+        self._class_features: dict[str, Tensor] = {}
+        self._selection_score = SelectionScore() if selection == "best" else None
 
     def _variant(self) -> Variant:
         names = Variant.__dataclass_fields__
@@ -236,9 +250,21 @@ class MVFA(AnomalibModule):
         return MVFAVisualizer()
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """Add the table of predictions to anomalib's components."""
+        """Add the table of predictions to anomalib's components, and in training the choice of the best epoch."""
         callbacks = super().configure_callbacks()
-        return [*(callbacks if isinstance(callbacks, Sequence) else [callbacks]), PredictionTable()]
+        own: list[Callback] = [PredictionTable()]
+        if self._selection_score is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            # Takes the place of anomalib's callback of the same class.
+            own.append(
+                ModelCheckpoint(
+                    dirpath=Path(self.trainer.default_root_dir) / "weights" / "lightning",
+                    filename="model",
+                    monitor=SELECTION_SCORE,
+                    mode="max",
+                    save_on_train_epoch_end=False,
+                ),
+            )
+        return [*(callbacks if isinstance(callbacks, Sequence) else [callbacks]), *own]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam over the adapters, as published."""
@@ -257,13 +283,16 @@ class MVFA(AnomalibModule):
         if stage == TrainerFn.FITTING and loop.max_epochs == LIGHTNING_EPOCHS and self.trainer.max_steps == -1:
             loop.max_epochs = PUBLISHED_EPOCHS
             logger.info("Training for %d epochs, as published; --trainer.max_epochs changes it.", PUBLISHED_EPOCHS)
-            if self.trainer.check_val_every_n_epoch == 1:
+            if self.trainer.check_val_every_n_epoch == 1 and self._selection_score is None:
                 self.trainer.check_val_every_n_epoch = PUBLISHED_EPOCHS
                 logger.info("Validating after the last epoch; --trainer.check_val_every_n_epoch changes it.")
 
     def on_fit_start(self) -> None:
         """Learn from the data what the images show, whether they have masks, and whether lesions must be drawn."""
+        self._encode_classes()
         self._take_class_name()
+        if self._selection_score is not None:
+            self._announce_selection()
         data = self._train_data()
         has_anomalous = bool(getattr(data, "has_anomalous", True))
         samples = getattr(data, "samples", None)
@@ -289,6 +318,32 @@ class MVFA(AnomalibModule):
             logger.info("Prompts are written for the class '%s'.", name)
             self.model.set_class_name(name)
 
+    def _encode_classes(self) -> None:
+        """Encode the classes of a datamodule that trains on several, for prompts of each image's own."""
+        names = getattr(getattr(self.trainer, "datamodule", None), "class_names", ())
+        if names:
+            logger.info("Prompts of the training images are written for %s.", ", ".join(f"'{name}'" for name in names))
+            self._class_features = self.model.encode_classes(names)
+
+    def _text_features_of(self, batch: ImageBatch) -> Tensor | None:
+        """Give the text features ``(B, E, 2)`` of a batch that names its classes, else ``None``."""
+        names = getattr(batch, "class_name", None)
+        if names is None or not self._class_features:
+            return None
+        return torch.stack([self._class_features[name] for name in names]).to(self.device)
+
+    def _announce_selection(self) -> None:
+        """Say on which images the epoch is chosen, loudly where those are the test images."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        val, test = (getattr(datamodule, f"{part}_data", None) for part in ("val", "test"))
+        paths = [set(getattr(part, "samples", {}).get("image_path", ())) for part in (val, test)]
+        if paths[0] & paths[1]:
+            logger.warning(
+                "selection='best' on a validation part that shares %d images with the test part, as in the published "
+                "protocol: the test figures are those of the epoch that suits the test images best.",
+                len(paths[0] & paths[1]),
+            )
+
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """Compute the loss of a batch.
 
@@ -310,34 +365,57 @@ class MVFA(AnomalibModule):
         if labels is None:
             msg = "MVFA learns from labelled images, but this batch has no labels."
             raise ValueError(msg)
-        terms = self.losses(images, labels, masks if self.model.has_masks else None)
+        terms = self.losses(
+            images,
+            labels,
+            masks if self.model.has_masks else None,
+            getattr(batch, "has_mask", None),
+            self._text_features_of(batch),
+        )
         for name, values in terms.items():
             self.log(f"train_{name}", values.mean(), batch_size=len(images), on_step=False, on_epoch=True)
         loss = torch.stack(list(terms.values())).sum(dim=0).mean()
         self.log("train_loss", loss, batch_size=len(images), on_step=False, on_epoch=True, prog_bar=True)
         return loss
 
-    def losses(self, images: Tensor, labels: Tensor, masks: Tensor | None) -> dict[str, Tensor]:
+    def losses(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        masks: Tensor | None,
+        has_mask: Tensor | None = None,
+        text_features: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """Compute the terms of the loss, summed over the levels.
 
         Args:
             images: ``(B, 3, H, W)`` in [0, 1].
             labels: ``(B,)``.
             masks: ``(B, H, W)``; ``None`` for sets without masks, whose images do not move the segmentation adapters.
+            has_mask: ``(B,)``, false for the images of sets without masks in a batch of several sets; ``None`` when
+                all have masks.
+            text_features: ``(B, E, 2)`` when each image has a class of its own; ``None`` takes the model's own.
 
         Returns:
             ``bce`` and, with masks, ``focal`` and ``dice``, one value ``(B,)`` each.
         """
-        hidden = self.model.hidden_tokens(images, frozen_segmentation=masks is None)
-        scores = [self.model.level_probabilities(tokens)[1] for tokens in hidden.detection]
+        if has_mask is not None and masks is not None:
+            masks = masks if bool(has_mask.any()) else None
+            has_mask = None if bool(has_mask.all()) else has_mask
+        frozen = masks is None if has_mask is None or masks is None else ~has_mask
+        hidden = self.model.hidden_tokens(images, frozen_segmentation=frozen)
+        scores = [self.model.level_probabilities(tokens, text_features)[1] for tokens in hidden.detection]
         terms = {"bce": _sum(score_loss(score, labels, self.model.variant.bce_as_logits) for score in scores)}
         if masks is not None:
-            maps = [self.model.level_probabilities(tokens)[0] for tokens in hidden.segmentation]
-            terms["focal"] = _sum(focal_loss(state_map, masks) for state_map in maps)
-            terms["dice"] = _sum(dice_loss(state_map[:, 1], masks) for state_map in maps)
+            maps = [self.model.level_probabilities(tokens, text_features)[0] for tokens in hidden.segmentation]
+            on_masks = {
+                "focal": _sum(focal_loss(state_map, masks) for state_map in maps),
+                "dice": _sum(dice_loss(state_map[:, 1], masks) for state_map in maps),
+            }
             if self.model.variant.background_dice:
                 background = ~masks.bool()
-                terms["background_dice"] = _sum(dice_loss(state_map[:, 0], background) for state_map in maps)
+                on_masks["background_dice"] = _sum(dice_loss(state_map[:, 0], background) for state_map in maps)
+            terms |= on_masks if has_mask is None else {name: term * has_mask for name, term in on_masks.items()}
         return terms
 
     def _draw_lesions(self, batch: ImageBatch, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -363,6 +441,18 @@ class MVFA(AnomalibModule):
     def on_train_end(self) -> None:
         """Leave a bank that fits the final adapters."""
         self._remember()
+
+    def on_fit_end(self) -> None:
+        """Go back to the best epoch, if that was asked for."""
+        checkpointing = self.trainer.checkpoint_callback
+        path = getattr(checkpointing, "best_model_path", "")
+        if self._selection_score is None or not path:
+            return
+        checkpoint = self.trainer.strategy.load_checkpoint(path, weights_only=False)  # written by this very run
+        self.on_load_checkpoint(checkpoint)
+        self.load_state_dict(checkpoint["state_dict"])
+        score = float(getattr(checkpointing, "best_model_score", None) or 0)
+        logger.info("Kept epoch %d of %d, selection score %.4f.", checkpoint["epoch"] + 1, self.current_epoch, score)
 
     def on_validation_start(self) -> None:
         """Remember the supports with the present adapters."""
@@ -443,8 +533,18 @@ class MVFA(AnomalibModule):
     def validation_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Predict a batch for thresholds and normalisation."""
         del args, kwargs
-        predictions = self.model(batch.image)
-        return batch.update(**predictions._asdict())
+        images: Tensor = batch.image  # type: ignore[assignment]  # a batch always has images
+        predictions = self.model.fuse(*self.model.branches(images, self._text_features_of(batch)))
+        batch.update(**predictions._asdict())
+        if self._selection_score is not None:
+            self._selection_score.update(batch)
+        return batch
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the score by which the best epoch is chosen."""
+        if self._selection_score is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self.log(SELECTION_SCORE, self._selection_score.compute(), prog_bar=True)
+            self._selection_score.reset()
 
     # Files
 

@@ -153,6 +153,7 @@ class MVFAModel(nn.Module):
             return
         self.text_features = self.encode_classes([class_name])[class_name]
         self.class_name = class_name
+        self._text = None
 
     def restore_class_name(self, class_name: str | None) -> None:
         """Take a class name whose text features come with a state dict; the text tower is not needed then.
@@ -165,7 +166,9 @@ class MVFAModel(nn.Module):
             self._text = None
 
     def encode_classes(self, class_names: Sequence[str]) -> dict[str, Tensor]:
-        """Encode the text features of several classes, then drop the text tower.
+        """Encode the text features of several classes.
+
+        Reads the text tower's weights again where it was dropped.
 
         Args:
             class_names: What the images show.
@@ -175,9 +178,7 @@ class MVFAModel(nn.Module):
         """
         clip, tokenizer = self._text or load_clip(self.backbone)
         device = self.text_features.device
-        features = {name: encode_states(clip, tokenizer, name).to(device) for name in class_names}
-        self._text = None
-        return features
+        return {name: encode_states(clip, tokenizer, name).to(device) for name in class_names}
 
     def forward(self, images: Tensor) -> InferenceBatch:
         """Find anomalies.
@@ -194,19 +195,24 @@ class MVFAModel(nn.Module):
         """
         return self.fuse(*self.branches(images))
 
-    def branches(self, images: Tensor) -> tuple[BranchOutput, BranchOutput | None]:
+    def branches(
+        self,
+        images: Tensor,
+        text_features: Tensor | None = None,
+    ) -> tuple[BranchOutput, BranchOutput | None]:
         """Let both branches speak, before they are scaled and fused.
 
         Args:
             images: ``(B, 3, H, W)`` in [0, 1].
+            text_features: ``(B, E, 2)`` when each image has a class of its own; ``None`` takes the model's own.
 
         Returns:
             Language branch, and memory branch or ``None`` while the bank is empty (zero-shot).
         """
         hidden = self.hidden_tokens(images)
-        language = self.language_branch(hidden.segmentation if self.has_masks else hidden.detection)
+        language = self.language_branch(self.own_tokens(hidden), text_features)
         if self.has_masks:
-            language = language._replace(score=self.language_branch(hidden.detection).score)
+            language = language._replace(score=self.language_branch(hidden.detection, text_features).score)
         memory = None if self.memory.is_empty else self.memory_branch(self.own_tokens(hidden), self.memory)
         return language, memory
 
@@ -231,13 +237,13 @@ class MVFAModel(nn.Module):
             anomaly_map = image_functional.gaussian_blur(anomaly_map, [kernel, kernel], [self.variant.map_blur])
         return InferenceBatch(pred_score=score, anomaly_map=anomaly_map)
 
-    def hidden_tokens(self, images: Tensor, frozen_segmentation: bool = False) -> HiddenTokens:
+    def hidden_tokens(self, images: Tensor, frozen_segmentation: Tensor | bool = False) -> HiddenTokens:
         """Run the tower with its adapters.
 
         Args:
             images: ``(B, 3, H, W)`` in [0, 1].
             frozen_segmentation: Keep gradients away from the segmentation adapters' weights, as for training images
-                of sets without masks.
+                of sets without masks; for all images, or ``(B,)`` for those that are true.
 
         Returns:
             The hidden vectors of every level.
@@ -295,16 +301,17 @@ class MVFAModel(nn.Module):
             probabilities = abnormal_map(logits, self.tower.grid_size, self.image_size)
             return probabilities, abnormal_score(logits, self.variant.pooling)
 
-    def language_branch(self, hidden: Sequence[Tensor]) -> BranchOutput:
+    def language_branch(self, hidden: Sequence[Tensor], text_features: Tensor | None = None) -> BranchOutput:
         """Compare all levels with text.
 
         Args:
             hidden: One ``(B, L, E)`` a level.
+            text_features: ``(E, 2)`` or ``(B, E, 2)``; ``None`` takes the model's own.
 
         Returns:
             Abnormal probability as a map and as a score, summed over the levels.
         """
-        levels = [self.level_probabilities(tokens) for tokens in hidden]
+        levels = [self.level_probabilities(tokens, text_features) for tokens in hidden]
         maps = torch.stack([probabilities[:, 1] for probabilities, _ in levels])  # (levels, B, H, W)
         scores = torch.stack([score for _, score in levels])  # (levels, B)
         return BranchOutput(self._reduce_levels(maps), self._reduce_levels(scores))

@@ -6,6 +6,7 @@
 import hashlib
 import logging
 import shutil
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from anomalib.data.utils import ValSplitMode
 from PIL import Image
 from torch import Tensor
 
-from anomalib_mvfa.data import FewShot
+from anomalib_mvfa.data import FewShot, MedicalBMAD
 from anomalib_mvfa.data.augmentation import support_version
 from anomalib_mvfa.data.few_shot import SupportDataset
 
@@ -207,6 +208,65 @@ def test_support_list_names_the_supports_in_its_order(make_folder, tmp_path):
     assert not paths(data.train_data) & (paths(data.val_data) | paths(data.test_data))
     everything = paths(source.val_data) | paths(source.test_data)
     assert paths(data.val_data) | paths(data.test_data) == everything - paths(data.train_data)
+
+
+def bmad(root: Path, **options) -> MedicalBMAD:
+    """A set whose splits have images of the same names, laid out like the archives of MVFA."""
+    for grey, (part, label) in enumerate(product(("valid", "test"), ("good", "Ungood"))):
+        for index in range(4):
+            image = root / "Brain_AD" / part / label / "img" / f"{index}.png"
+            image.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (16, 16), 50 * grey + index).save(image)
+    return MedicalBMAD(root=root, category="Brain", num_workers=0, **options)
+
+
+@pytest.mark.parametrize("mode", ["from_dir", "same_as_test"])
+def test_listed_supports_of_bmad_are_those_of_its_valid_split(tmp_path, mode):
+    path = tmp_path / "2-shot.txt"
+    path.write_text("n-0: 3.png 1.png\na-0: 0.png 2.png\n")
+    data = few_shot(bmad(tmp_path, val_split_mode=mode), support_list=path)
+    valid = tmp_path / "Brain_AD" / "valid"
+    assert supports(data, 0) == [str(valid / "good" / "img" / name) for name in ("3.png", "1.png")]
+    assert supports(data, 1) == [str(valid / "Ungood" / "img" / name) for name in ("0.png", "2.png")]
+    assert len(data.test_data) == 8
+
+
+def test_abnormal_supports_of_bmad_come_from_valid_even_when_validation_is_the_test_part(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        data = few_shot(bmad(tmp_path, val_split_mode="same_as_test"), k_shot=3)
+    assert {Path(path).parts[-4] for path in supports(data, 1)} == {"valid"}
+    assert len(data.test_data) == 8
+    assert "test part" not in caplog.text
+
+
+def test_abnormal_supports_from_a_validation_part_that_is_the_test_part_are_said_to_be(make_folder, caplog):
+    source = make_folder(12, 12)
+    source.val_split_mode = ValSplitMode.SAME_AS_TEST
+    with caplog.at_level(logging.WARNING):
+        data = few_shot(source, k_shot=2)
+    assert "2 abnormal supports were taken from the test part" in caplog.text
+    assert not set(supports(data, 1)) & paths(data.test_data)
+
+
+def test_episodes_share_the_source_and_differ_in_their_supports(make_folder):
+    source = make_folder(12, 12)
+    episodes = FewShot(source, k_shot=3, seed=5, train_batch_size=2).episodes(4)
+    assert [data.seed for data in episodes] == [5, 6, 7, 8]
+    for data in episodes:
+        data.setup()
+        assert data.source is source
+        assert (data.k_shot, data.train_batch_size) == (3, 2)
+    assert len({tuple(sorted(supports(data, 0) + supports(data, 1))) for data in episodes}) == 4
+    assert supports(episodes[1], 0) == supports(few_shot(source, k_shot=3, seed=6), 0)
+
+
+def test_episodes_of_a_support_list_are_its_draws(make_folder, tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_text("n-0: 00.png\na-0: 02.png\nn-1: 05.png\na-1: 07.png\n")
+    episodes = FewShot(make_folder(12, 12), support_list=path).episodes(2)
+    for data, names in zip(episodes, (["00.png"], ["05.png"]), strict=True):
+        data.setup()
+        assert [Path(name).name for name in supports(data, 0)] == names
 
 
 def test_supports_for_the_bank_are_versions_of_normal_and_unchanged_abnormal(make_folder):

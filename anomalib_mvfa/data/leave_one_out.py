@@ -1,0 +1,264 @@
+# Copyright (C) 2026 The anomalib-mvfa authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Leave one set out: train on the other sets, test on the target, which is never seen in training."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from anomalib.data import AnomalibDataModule, AnomalibDataset, ImageBatch, ImageItem
+from anomalib.data.utils import LabelName, Split, TestSplitMode, ValSplitMode, read_image, read_mask
+from lightning.pytorch.utilities.types import EVAL_DATALOADERS
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.tv_tensors import Mask
+
+from anomalib_mvfa.checks import check_masks
+from anomalib_mvfa.model.prompts import prompt_name
+
+from .bmad import available_sets, find_layout, read_samples
+from .duplicates import drop_copies
+from .sampling import BalancedSampler, EpochSampler
+
+__all__ = ["LeaveOneOut", "SetBatch", "SetItem"]
+
+logger = logging.getLogger(__name__)
+
+TRAIN_SPLITS = {"valid": Split.VAL.value, "test": Split.TEST.value}
+VAL_SPLIT_MODES = (ValSplitMode.FROM_TRAIN, ValSplitMode.FROM_DIR, ValSplitMode.SAME_AS_TEST, ValSplitMode.NONE)
+
+
+@dataclass
+class SetItem(ImageItem):
+    """An image that says which set it comes from.
+
+    Args:
+        class_name: What the image shows, for its prompts.
+        has_mask: Whether its set has masks, a Boolean scalar. If not, ``gt_mask`` is empty and teaches nothing.
+    """
+
+    class_name: str | None = None
+    has_mask: Tensor | None = None
+
+
+@dataclass
+class SetBatch(ImageBatch):
+    """A batch of images of several sets.
+
+    Args:
+        class_name: What each image shows, for its prompts.
+        has_mask: ``(B,)``, whether the set of each image has masks.
+    """
+
+    item_class = SetItem
+    class_name: list[str] | None = None
+    has_mask: Tensor | None = None
+
+
+class SetsDataset(AnomalibDataset):
+    """Images of several sets, those of sets without masks with an empty one.
+
+    Args:
+        samples: Rows of :func:`~anomalib_mvfa.data.bmad.read_samples` with the columns ``class_name`` and ``has_mask``.
+    """
+
+    epoch = 0
+
+    def __init__(self, samples: pd.DataFrame) -> None:
+        super().__init__()
+        self.samples = samples
+        self.samples.attrs["task"] = "segmentation" if samples["has_mask"].any() else "classification"
+
+    @property
+    def collate_fn(self) -> Any:  # noqa: ANN401 - as anomalib's
+        """Collate into batches that keep the sets' names."""
+        return SetBatch.collate
+
+    def __getitem__(self, index: int) -> SetItem:
+        """Read one image, at the size that the model reads once the trainer has told it."""
+        row = self.samples.iloc[index]
+        image = read_image(row["image_path"], as_tensor=True)
+        mask = None
+        if self.samples.attrs["task"] == "segmentation":
+            empty = Mask(torch.zeros(image.shape[-2:], dtype=torch.uint8))
+            mask = read_mask(row["mask_path"], as_tensor=True) if row["mask_path"] else empty
+        if self.augmentations:
+            image, mask = self.augmentations(image, mask)
+        return SetItem(
+            image=image,
+            gt_mask=mask,
+            gt_label=torch.tensor(row["label_index"]),
+            image_path=row["image_path"],
+            mask_path=row["mask_path"],
+            class_name=row["class_name"],
+            has_mask=torch.tensor(bool(row["has_mask"])),
+        )
+
+
+class LeaveOneOut(AnomalibDataModule):
+    """Zero-shot across sets: the adapters learn from all sets but the target.
+
+    The sets lie under ``root`` in any of the layouts that :mod:`~anomalib_mvfa.data.bmad` reads. Batches mix sets; each
+    image meets the prompts of its own set, and images of sets without masks train the detection adapters only. No image
+    of the target, and no file with the same content, is in training; this is checked.
+
+    Args:
+        target: The set to test on.
+        root: Folder that holds the sets.
+        sets: The sets to train on. Defaults to all others under ``root``.
+        train_split: ``"valid"`` trains on the other sets' validation splits; ``"test"`` on their test splits, as
+            published.
+        val_split_mode: Where thresholds come from. ``"from_train"`` (default) holds a part of the training images
+            out, so that nothing of the target is used; ``"from_dir"`` takes the target's ``valid`` split,
+            ``"same_as_test"`` its test split, as in the published choice of the epoch; ``"none"`` goes without.
+        val_split_ratio: Share of each class of each training set that ``"from_train"`` holds out.
+        balanced: Whether to draw every set equally often; otherwise every image once an epoch.
+        train_batch_size: Images a training step; published with 1.
+        eval_batch_size: Images in one step of evaluation.
+        num_workers: Processes that decode images ahead of the model.
+        seed: Seed of the held-out part and of the order.
+
+    Raises:
+        ValueError: If an argument is unknown, or no set is left to train on.
+        FileNotFoundError: In ``setup``, if a set is not there.
+
+    Example:
+        >>> LeaveOneOut(target="Retina_RESC", root="DATA").class_name
+        'retinal OCT'
+    """
+
+    def __init__(
+        self,
+        target: str,
+        root: str | Path = "./datasets/BMAD",
+        sets: Sequence[str] | None = None,
+        train_split: str = "valid",
+        val_split_mode: ValSplitMode | str = ValSplitMode.FROM_TRAIN,
+        val_split_ratio: float = 0.2,
+        balanced: bool = False,
+        train_batch_size: int = 1,
+        eval_batch_size: int = 16,
+        num_workers: int = 2,
+        seed: int = 0,
+    ) -> None:
+        if train_split not in TRAIN_SPLITS:
+            msg = f"train_split must be one of {', '.join(TRAIN_SPLITS)}, got '{train_split}'."
+            raise ValueError(msg)
+        if val_split_mode not in VAL_SPLIT_MODES:
+            modes = ", ".join(mode.value for mode in VAL_SPLIT_MODES)
+            msg = f"val_split_mode must be one of {modes}, got '{val_split_mode}'."
+            raise ValueError(msg)
+        if not 0 < val_split_ratio < 1:
+            msg = f"val_split_ratio is a share between 0 and 1, got {val_split_ratio}."
+            raise ValueError(msg)
+        super().__init__(
+            train_batch_size=train_batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            test_split_mode=TestSplitMode.FROM_DIR,
+            val_split_mode=val_split_mode,
+            val_split_ratio=val_split_ratio,
+            seed=seed,
+        )
+        self.target = target
+        self.root = Path(root)
+        self.sets = sets
+        self.train_split = train_split
+        self.balanced = balanced
+        self._category = target
+
+    @property
+    def class_name(self) -> str:
+        """What the prompts call the images of the target."""
+        return prompt_name(self.target)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """What the prompts call the images of the training sets, once set up."""
+        names = getattr(self, "train_data", None)
+        return () if names is None else tuple(sorted(set(names.samples["class_name"])))
+
+    def _training_sets(self) -> list[str]:
+        sets = list(self.sets or available_sets(self.root))
+        others = [name for name in sets if find_layout(self.root, name) != find_layout(self.root, self.target)]
+        if not others:
+            msg = (
+                f"No set but the target '{self.target}' to train on under {self.root}: found "
+                f"{', '.join(sets) or 'none'}. Put at least one more set there, or name it in sets."
+            )
+            raise ValueError(msg)
+        if self.sets and len(others) < len(sets):
+            msg = f"The target '{self.target}' is among the sets to train on ({', '.join(sets)}). Leave it out."
+            raise ValueError(msg)
+        return others
+
+    def _setup(self, _stage: str | None = None) -> None:
+        target = read_samples(find_layout(self.root, self.target))
+        pool = pd.concat([self._pool_of(name) for name in self._training_sets()], ignore_index=True)
+        pool = pool.iloc[drop_copies(pool, target["image_path"], "training", f"images of {self.target}")]
+        test = target[target["split"] == Split.TEST.value]
+        self.test_data = AnomalibDataset()
+        self.test_data.samples = test
+        if self.val_split_mode == ValSplitMode.FROM_TRAIN:
+            held_out = pool.groupby(["set", "label_index"]).sample(frac=self.val_split_ratio, random_state=self.seed)
+            pool = pool.drop(held_out.index)
+            self.val_data = SetsDataset(held_out)
+        elif self.val_split_mode != ValSplitMode.NONE:
+            from_dir = self.val_split_mode == ValSplitMode.FROM_DIR
+            self.val_data = AnomalibDataset()
+            self.val_data.samples = target[target["split"] == Split.VAL.value] if from_dir else test
+        self.train_data = SetsDataset(pool)
+        counts = pool.groupby("set").size()
+        logger.info(
+            "Training on the %s splits of %s; %d validation images; testing on %d images of %s.",
+            self.train_split,
+            ", ".join(f"{name} ({count})" for name, count in counts.items()),
+            len(self.val_data) if hasattr(self, "val_data") else 0,
+            len(test),
+            self.target,
+        )
+
+    def _pool_of(self, name: str) -> pd.DataFrame:
+        """List the training images of a set."""
+        layout = find_layout(self.root, name)
+        samples = read_samples(layout)
+        samples = samples[samples["split"] == TRAIN_SPLITS[self.train_split]]
+        labels = set(samples["label_index"])
+        if labels != {LabelName.NORMAL.value, LabelName.ABNORMAL.value}:
+            msg = (
+                f"The {self.train_split} split of {layout.folder} has no normal or no abnormal images, both of which "
+                "training needs. Add them, or leave the set out with sets."
+            )
+            raise ValueError(msg)
+        check_masks(samples)
+        return samples.assign(set=name, class_name=prompt_name(name), has_mask=layout.mask_folder is not None)
+
+    def _create_test_split(self) -> None:
+        """The target has its own test split."""
+
+    def _create_val_split(self) -> None:
+        """Done with the training part."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Give the training images of all other sets."""
+        replicas, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        groups = self.train_data.samples["set"].tolist() if self.balanced else None
+        kind = EpochSampler if groups is None else partial(BalancedSampler, groups=groups)
+        sampler = kind(self.train_data, num_replicas=replicas, rank=rank, seed=self.seed or 0)
+        return DataLoader(
+            self.train_data,
+            batch_size=self.train_batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=self.external_collate_fn or self.train_data.collate_fn,
+        )
+
+    def val_dataloader(self) -> EVAL_DATALOADERS:
+        """Give the validation images; nothing without a validation part."""
+        return super().val_dataloader() if hasattr(self, "val_data") else []

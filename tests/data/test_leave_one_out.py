@@ -1,0 +1,187 @@
+# Copyright (C) 2026 The anomalib-mvfa authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Leave one set out: what is trained on, what each image carries, and that the target stays unseen."""
+
+import hashlib
+import logging
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from anomalib.data.utils import ValSplitMode
+from PIL import Image
+
+from anomalib_mvfa.data import LeaveOneOut
+
+MASKED = ("Brain_AD", "Liver_AD")
+SIZE = (24, 20)
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """Brain and Liver with masks and Chest without, laid out like the archives of MVFA; all images differ."""
+    rng = np.random.default_rng(0)
+    for name in (*MASKED, "Chest_AD"):
+        for split, count in (("valid", 10), ("test", 6)):
+            for label in ("good", "Ungood"):
+                folder = tmp_path / name / split / label
+                for index in range(count + 20 * (name == "Liver_AD" and split == "valid")):
+                    save(rng.integers(0, 255, SIZE[::-1], dtype=np.uint8), folder / "img" / f"{index}.png")
+                    if label == "Ungood" and name in MASKED:
+                        mask = np.zeros(SIZE[::-1], np.uint8)
+                        mask[: index % 5 + 1] = 255
+                        save(mask, folder / "anomaly_mask" / f"{index}.png")
+    return tmp_path
+
+
+def save(pixels: np.ndarray, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def leave_out(root: Path, target: str = "Brain", **options) -> LeaveOneOut:
+    data = LeaveOneOut(target, root, num_workers=0, **options)
+    data.setup()
+    return data
+
+
+def paths(part) -> set[str]:
+    return set(part.samples["image_path"])
+
+
+def digests(image_paths) -> set[str]:
+    return {hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in image_paths}
+
+
+def folders(part) -> set[tuple[str, str]]:
+    """Set and split of every image."""
+    return {tuple(Path(path).parts[-5:-3]) for path in paths(part)}
+
+
+@pytest.mark.parametrize(("train_split", "count"), [("valid", 80), ("test", 24)])
+def test_training_takes_one_split_of_the_other_sets(root, train_split, count):
+    data = leave_out(root, train_split=train_split)
+    assert folders(data.train_data) == {("Liver_AD", train_split), ("Chest_AD", train_split)}
+    assert paths(data.train_data).isdisjoint(paths(data.val_data))
+    assert len(data.train_data) + len(data.val_data) == count
+    assert folders(data.test_data) == {("Brain_AD", "test")}
+    assert len(data.test_data) == 12
+
+
+def test_thresholds_come_from_a_share_of_each_class_of_each_training_set_by_default(root):
+    data = leave_out(root, val_split_ratio=0.2)
+    held_out = Counter(zip(data.val_data.samples["set"], data.val_data.samples["label_index"], strict=True))
+    assert held_out == {("Chest", 0): 2, ("Chest", 1): 2, ("Liver", 0): 6, ("Liver", 1): 6}
+    assert paths(leave_out(root).val_data) == paths(data.val_data)
+    assert paths(leave_out(root, seed=1).val_data) != paths(data.val_data)
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [(ValSplitMode.FROM_DIR, {("Brain_AD", "valid")}), ("same_as_test", {("Brain_AD", "test")})],
+)
+def test_validation_on_the_target_only_when_asked(root, mode, expected):
+    data = leave_out(root, val_split_mode=mode)
+    assert folders(data.val_data) == expected
+    assert len(data.train_data) == 80
+
+
+def test_no_validation_part_when_asked(root):
+    assert leave_out(root, val_split_mode="none").val_dataloader() == []
+
+
+def test_copies_of_target_images_are_not_trained_on(root, caplog):
+    for split in ("valid", "test"):
+        good = root / "Chest_AD" / "valid" / "good" / "img"
+        shutil.copy(root / "Brain_AD" / split / "good" / "img" / "0.png", good / f"copy_{split}.png")
+    with caplog.at_level(logging.WARNING):
+        data = leave_out(root)
+    assert "2 images of the training part are copies of images of Brain" in caplog.text
+    target = digests(root.glob("Brain_AD/*/*/img/*.png"))
+    assert target.isdisjoint(digests(paths(data.train_data) | paths(data.val_data)))
+
+
+def test_batches_mix_sets_and_each_image_carries_its_class_and_whether_it_has_a_mask(root):
+    data = leave_out(root, train_batch_size=40)
+    (first, second) = data.train_dataloader()
+    for batch in (first, second):
+        assert set(batch.class_name) <= {"Liver", "Chest X-ray film"}
+        for index, path in enumerate(batch.image_path):
+            liver = "Liver_AD" in path
+            assert batch.class_name[index] == ("Liver" if liver else "Chest X-ray film")
+            assert bool(batch.has_mask[index]) == liver
+            abnormal = "Ungood" in path
+            assert int(batch.gt_label[index]) == abnormal
+            rows = int(Path(path).stem) % 5 + 1 if liver and abnormal else 0
+            assert int(batch.gt_mask[index].sum()) == rows * SIZE[0]
+    assert set(first.class_name) == {"Liver", "Chest X-ray film"}
+    assert data.class_names == ("Chest X-ray film", "Liver")
+    assert data.class_name == "Brain"
+
+
+def test_a_target_without_masks_is_tested_without_masks(root):
+    data = leave_out(root, target="Chest")
+    assert data.test_data.samples.attrs["task"] == "classification"
+    assert next(iter(data.test_dataloader())).gt_mask is None
+    assert next(iter(data.train_dataloader())).gt_mask is not None
+
+
+def test_sets_without_masks_alone_give_batches_without_masks(root):
+    data = leave_out(root, sets=["Chest"])
+    assert next(iter(data.train_dataloader())).gt_mask is None
+
+
+def test_order_depends_on_seed_and_epoch_only(root):
+    def order(seed: int, epoch: int) -> list[int]:
+        torch.rand(3)
+        sampler = leave_out(root, seed=seed).train_dataloader().sampler
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert order(0, 1) == order(0, 1)
+    assert sorted(order(0, 1)) == list(range(64))
+    assert order(0, 1) != order(0, 2)
+
+
+def test_balanced_sampling_draws_sets_equally_often(root):
+    for balanced, low, high in ((False, 0.74, 0.76), (True, 0.4, 0.6)):
+        data = leave_out(root, balanced=balanced)
+        sampler = data.train_dataloader().sampler
+        sets = data.train_data.samples["set"].tolist()
+        drawn = []
+        for epoch in range(20):
+            sampler.set_epoch(epoch)
+            drawn += [sets[index] for index in sampler]
+        assert len(drawn) == 20 * 64
+        assert low < drawn.count("Liver") / len(drawn) < high
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train_split": "train"}, r"valid, test, got 'train'"),
+        ({"val_split_mode": "synthetic"}, r"from_train, from_dir, same_as_test, none, got 'synthetic'"),
+        ({"val_split_ratio": 1.0}, r"between 0 and 1, got 1\.0"),
+        ({"sets": ["Brain", "Liver"]}, r"target 'Brain' is among the sets"),
+    ],
+)
+def test_arguments_are_checked(root, options, message):
+    with pytest.raises(ValueError, match=message):
+        leave_out(root, **options)
+
+
+def test_missing_target_missing_others_and_one_sided_sets_are_refused_by_name(root):
+    with pytest.raises(FileNotFoundError, match="No set 'Kidney'"):
+        leave_out(root, target="Kidney")
+    for path in (root / "Liver_AD" / "valid" / "Ungood" / "img").iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match=r"valid split of .*Liver_AD has no normal or no abnormal"):
+        leave_out(root)
+    shutil.rmtree(root / "Liver_AD")
+    shutil.rmtree(root / "Chest_AD")
+    with pytest.raises(ValueError, match=r"No set but the target 'Brain' .* found Brain"):
+        leave_out(root)
