@@ -287,7 +287,7 @@ class MVFA(AnomalibModule):
                 self.trainer.check_val_every_n_epoch = PUBLISHED_EPOCHS
                 logger.info("Validating after the last epoch; --trainer.check_val_every_n_epoch changes it.")
 
-    def on_fit_start(self) -> None:
+    def on_train_start(self) -> None:
         """Learn from the data what the images show, whether they have masks, and whether lesions must be drawn."""
         self._encode_classes()
         self._take_class_name()

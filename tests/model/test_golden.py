@@ -8,8 +8,12 @@ import json
 import open_clip
 import pytest
 import torch
+from anomalib.data import ImageBatch, ImageItem
+from lightning.pytorch import Callback, Trainer
+from pandas import DataFrame
 from safetensors.torch import save_file
 from torch.testing import assert_close
+from torch.utils.data import DataLoader, Dataset
 
 from anomalib_mvfa import MVFAModel
 from anomalib_mvfa.data.augmentation import support_versions
@@ -167,22 +171,37 @@ def test_first_gradients(golden, golden_mvfa, task):
         assert_within(found[name], value, 1e-4 * float(value.abs().max()))
 
 
+class GoldenSupports(Dataset):
+    """The 44 augmented supports in the recorded order."""
+
+    def __init__(self, golden, task):
+        self.images, self.masks, self.labels = training_samples(golden)
+        self.samples = DataFrame({"label_index": self.labels.int()})
+        self.samples.attrs["task"] = "segmentation" if task == "train_segmentation" else "classification"
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return ImageItem(image=self.images[index], gt_mask=self.masks[index], gt_label=self.labels[index].int())
+
+
+class LossCurve(Callback):
+    def __init__(self):
+        self.values = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, *args):
+        self.values.append(outputs["loss"].detach())
+
+
 @pytest.mark.parametrize("task", TASKS)
-def test_88_training_steps(golden, golden_mvfa, official_adapters, task):
-    images, masks, labels = training_samples(golden)
-    optimizer = golden_mvfa.configure_optimizers()
-    curve = []
-    for _ in range(2):
-        for index in range(len(images)):
-            one = slice(index, index + 1)
-            loss = total_loss(
-                golden_mvfa, images[one], labels[one], masks[one] if task == "train_segmentation" else None
-            )
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            curve.append(loss.detach())
-    assert_close(torch.stack(curve), golden[f"{task}/loss_curve"], atol=1e-4, rtol=0)
+def test_88_training_steps_of_the_trainer(golden, golden_mvfa, official_adapters, task):
+    curve = LossCurve()
+    loader = DataLoader(GoldenSupports(golden, task), batch_size=1, collate_fn=ImageBatch.collate)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(max_epochs=2, accelerator="cpu", callbacks=[curve], enable_model_summary=False, **quiet)
+    trainer.fit(golden_mvfa, loader)
+    assert_close(torch.stack(curve.values), golden[f"{task}/loss_curve"], atol=1e-4, rtol=0)
     released = torch.load(official_adapters, weights_only=True)
     for kind in ("seg", "det"):
         adapters = getattr(golden_mvfa.model, f"{kind}_adapters")
@@ -192,19 +211,36 @@ def test_88_training_steps(golden, golden_mvfa, official_adapters, task):
             assert_within(value, final[name], 1e-5)
 
 
-@pytest.mark.parametrize("with_masks", [True, False])
-def test_batch_gradient_is_the_mean_of_single_ones(golden, golden_mvfa, with_masks):
+@pytest.mark.parametrize("has_mask", [[True] * 4, [False] * 4, [True, False, False, True]])
+@pytest.mark.parametrize("several_classes", [False, True])
+def test_batch_gradient_is_the_mean_of_single_ones(golden, golden_mvfa, has_mask, several_classes):
     images, masks, labels = (values[[0, 5, 22, 30]] for values in training_samples(golden))
-    parameters = list(golden_mvfa.model.det_adapters.parameters())[:-1]
+    has_mask = torch.tensor(has_mask)
+    texts = golden["text_features"].expand(4, -1, -1)
+    if several_classes:  # one with the two states exchanged
+        texts = torch.stack([texts[0], texts[1].flip(-1), texts[2], texts[3].flip(-1)])
+    kinds = (golden_mvfa.model.seg_adapters, golden_mvfa.model.det_adapters)
+    parameters = [parameter for adapters in kinds for parameter in list(adapters.parameters())[:-1]]
 
     def gradients(part):
-        loss = total_loss(golden_mvfa, images[part], labels[part], masks[part] if with_masks else None)
-        return torch.autograd.grad(loss, parameters)
+        terms = golden_mvfa.losses(images[part], labels[part], masks[part], has_mask[part], texts[part])
+        loss = torch.stack(list(terms.values())).sum(dim=0).mean()
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
 
     singles = [gradients(slice(index, index + 1)) for index in range(4)]
     for position, batch in enumerate(gradients(slice(None))):
         mean = torch.stack([single[position] for single in singles]).mean(dim=0)
         assert_within(batch, mean, 1e-5 * float(mean.abs().max()))
+
+
+def test_images_of_sets_without_masks_leave_the_segmentation_adapters_without_gradient(golden, golden_mvfa):
+    images, masks, labels = (values[[0, 22]] for values in training_samples(golden))
+    terms = golden_mvfa.losses(images, labels, masks, torch.tensor([False, False]))
+    assert set(terms) == {"bce"}
+    terms["bce"].sum().backward()
+    assert all(parameter.grad is None for parameter in golden_mvfa.model.seg_adapters.parameters())
+    assert golden_mvfa.model.det_adapters[0].fc1[0].weight.grad.abs().max() > 0
 
 
 def test_released_adapters_fit_the_model_by_name(golden_files, official_adapters):
