@@ -24,6 +24,10 @@ GOLDEN_CONFIG = {
     "vision_cfg": {"image_size": 56, "layers": 24, "width": 32, "head_width": 16, "patch_size": 14, "mlp_ratio": 4},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1},
 }
+SMALL_CONFIG = {
+    **GOLDEN_CONFIG,
+    "vision_cfg": {"image_size": 56, "layers": 4, "width": 32, "head_width": 16, "patch_size": 14},
+}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -53,6 +57,14 @@ def golden_files(golden: dict[str, Tensor], tmp_path_factory: pytest.TempPathFac
     state.update({name.replace("/", "."): value for name, value in golden.items() if name.startswith("visual/")})
     save_file({name: value.contiguous() for name, value in state.items()}, weights)
     return str(config), str(weights)
+
+
+@pytest.fixture(scope="session")
+def small_backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Configuration of a tower for tests that train: 4 blocks, 16 patches. Use it with ``pretrained="random"``."""
+    config = tmp_path_factory.mktemp("small") / "small.json"
+    config.write_text(json.dumps(SMALL_CONFIG), encoding="utf-8")
+    return str(config)
 
 
 @pytest.fixture

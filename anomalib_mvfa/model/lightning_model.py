@@ -274,18 +274,25 @@ class MVFA(AnomalibModule):
     # Training
 
     def setup(self, stage: str) -> None:
-        """Take the published number of epochs where none was given.
+        """Take the published number of epochs where none was given, and see that the last epoch is validated.
 
         Args:
             stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
         """
         loop = self.trainer.fit_loop
-        if stage == TrainerFn.FITTING and loop.max_epochs == LIGHTNING_EPOCHS and self.trainer.max_steps == -1:
+        if stage != TrainerFn.FITTING:
+            return
+        if loop.max_epochs == LIGHTNING_EPOCHS and self.trainer.max_steps == -1:
             loop.max_epochs = PUBLISHED_EPOCHS
             logger.info("Training for %d epochs, as published; --trainer.max_epochs changes it.", PUBLISHED_EPOCHS)
             if self.trainer.check_val_every_n_epoch == 1 and self._selection_score is None:
                 self.trainer.check_val_every_n_epoch = PUBLISHED_EPOCHS
                 logger.info("Validating after the last epoch; --trainer.check_val_every_n_epoch changes it.")
+        every, epochs = self.trainer.check_val_every_n_epoch, loop.max_epochs or -1
+        if self._selection_score is None and every and epochs > 0 and epochs % every:
+            # The last epoch is the one that is kept: it needs thresholds, and the checkpoint follows its validation.
+            self.trainer.check_val_every_n_epoch = epochs
+            logger.info("Validating after the last of %d epochs instead of every %d.", epochs, every)
 
     def on_train_start(self) -> None:
         """Learn from the data what the images show, whether they have masks, and whether lesions must be drawn."""

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from anomalib import LearningType
+from anomalib.data.utils import ValSplitMode
 from anomalib.engine import Engine
+from lightning.pytorch import Callback
 from PIL import Image
 from torch.testing import assert_close
 
@@ -103,6 +105,50 @@ def test_checkpoints_of_other_weights_and_of_other_models_are_refused(few_shot, 
         MVFA.load_from_checkpoint(tmp_path / "foreign.ckpt", weights_only=False)
 
 
+class Validations(Callback):
+    """Adapters and selection score of every validation."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_validation_end(self, trainer, pl_module):
+        score = float(trainer.callback_metrics["selection_score"])
+        self.seen.append((score, adapters(pl_module)))
+
+
+def test_selection_keeps_the_best_validation_in_the_model_and_in_the_checkpoint(make_folder, engine, small_backbone):
+    source = make_folder(8, 8)
+    source.val_split_mode = ValSplitMode.SAME_AS_TEST
+    validations = Validations()
+    torch.manual_seed(0)
+    model = MVFA(small_backbone, "random", visualizer=False, selection="best", learning_rate=0.03)
+    running = engine(max_epochs=4, callbacks=[validations])
+    running.fit(model, datamodule=FewShot(source, k_shot=1))
+    assert len(validations.seen) == 4
+    best, expected = max(validations.seen, key=lambda seen: seen[0])
+    assert best > min(score for score, _ in validations.seen)
+    saved = MVFA.load_from_checkpoint(running.best_model_path)
+    for name, value in expected.items():
+        assert torch.equal(adapters(model)[name], value)
+        assert torch.equal(adapters(saved)[name], value)
+
+
+@pytest.mark.parametrize(("epochs", "every", "expected"), [(3, 50, [3]), (4, 2, [2, 4]), (3, 2, [3])])
+def test_the_last_epoch_is_always_validated_and_saved(few_shot, engine, small_backbone, epochs, every, expected):
+    class Epochs(Callback):
+        def __init__(self):
+            self.seen = []
+
+        def on_validation_end(self, trainer, pl_module):
+            self.seen.append(trainer.current_epoch + 1)
+
+    epochs_seen = Epochs()
+    running = engine(max_epochs=epochs, check_val_every_n_epoch=every, callbacks=[epochs_seen])
+    running.fit(MVFA(small_backbone, "random", visualizer=False), datamodule=few_shot(k_shot=1))
+    assert epochs_seen.seen == expected
+    assert torch.load(running.best_model_path, weights_only=False)["epoch"] == epochs - 1
+
+
 def test_learning_type_follows_from_adapters_and_memory():
     assert MVFA("tiny").learning_type == LearningType.ONE_CLASS
     assert MVFA("tiny", memory=False).learning_type == LearningType.ONE_CLASS
@@ -110,7 +156,9 @@ def test_learning_type_follows_from_adapters_and_memory():
     assert MVFA("tiny", adapters="a.pth", memory=False).learning_type == LearningType.ZERO_SHOT
 
 
-@pytest.mark.parametrize("choice", [{"fusion_scale": "train"}, {"pooling": "median"}, {"variant": "draft"}])
+@pytest.mark.parametrize(
+    "choice", [{"fusion_scale": "train"}, {"selection": "first"}, {"pooling": "median"}, {"variant": "draft"}]
+)
 def test_unknown_choices_are_refused_at_once(choice):
     with pytest.raises(ValueError, match=next(iter(choice))):
         MVFA("tiny", **choice)
