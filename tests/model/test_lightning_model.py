@@ -7,7 +7,6 @@ import csv
 import logging
 from pathlib import Path
 
-import openvino
 import pytest
 import torch
 from anomalib import LearningType
@@ -212,33 +211,32 @@ def test_fusion_range_comes_from_the_test_set_only_when_asked(make_folder, engin
         assert_close(getattr(model.model.fusion, f"{branch}_map"), expected, atol=1e-5, rtol=0)
 
 
-def without_validation(make_folder, k_shot=3):
+def without_validation(make_folder, k_shot=2):
     source = make_folder()
     source.val_split_mode = ValSplitMode.NONE
     return FewShot(source, k_shot=k_shot, abnormal_source="synthetic")
 
 
-@pytest.mark.parametrize("threshold", ["f1", "fpr"])
-def test_without_validation_the_normal_supports_set_the_thresholds(make_folder, engine, tmp_path, threshold):
+def test_without_validation_the_normal_supports_set_the_thresholds(make_folder, engine, tmp_path):
     datamodule = without_validation(make_folder)
-    model = MVFA("tiny", class_name="Brain", visualizer=False, threshold=threshold, target_fpr=0.25)
+    model = MVFA("tiny", class_name="Brain", visualizer=False, threshold="fpr", target_fpr=0.4)
     model, running, path = fit(engine, datamodule, model=model)
     post = model.post_processor
     with torch.no_grad():
         output = model.model.remember(datamodule.support)
         expected = model.model.fuse(output.language, output.memory)
-    assert output.labels.tolist() == [False] * 3 + [True] * 3
-    scores = expected.pred_score[:3]
+    assert output.labels.tolist() == [False] * 2 + [True] * 2
+    scores = expected.pred_score[:2]
     assert_close(post.normal_scores, scores.sort().values, atol=1e-4, rtol=0)
-    assert float(post.image_threshold) == pytest.approx(float(scores.max()), abs=1e-4)  # 1 of 4 is the largest
-    pixels = expected.anomaly_map[:3].flatten()
-    assert float((pixels > post.pixel_threshold).float().mean()) == pytest.approx(0.25, abs=1e-3)
+    assert float(post.image_threshold) == pytest.approx(float(scores.max()), abs=1e-4)  # one of three is the largest
+    pixels = expected.anomaly_map[:2].flatten()
+    assert float((pixels > post.pixel_threshold).float().mean()) == pytest.approx(0.4, abs=1e-3)
     assert float(post.image_max) == pytest.approx(float(expected.pred_score.max()), abs=1e-4)
 
     loaded = MVFA.load_from_checkpoint(path)
     assert torch.equal(loaded.post_processor.image_threshold, post.image_threshold)
     assert not loaded.model.memory.is_empty
-    assert loaded.post_processor.threshold == threshold
+    assert loaded.post_processor.threshold == "fpr"
     running.test(loaded, datamodule=datamodule)
     reference = post.normal_scores
     with torch.no_grad():
@@ -254,32 +252,3 @@ def test_fpr_without_normal_images_is_refused_before_training(make_folder, engin
     model = MVFA("tiny", class_name="Brain", visualizer=False, memory=False, threshold="fpr")
     with pytest.raises(ValueError, match=r"threshold='fpr'.*no validation part"):
         fit(engine, datamodule, model=model)
-
-
-@pytest.mark.parametrize("kind", ["torch", "openvino"])
-def test_exported_models_label_by_the_threshold_that_was_set(make_folder, engine, tmp_path, kind):
-    datamodule = without_validation(make_folder)
-    model = MVFA("tiny", class_name="Brain", visualizer=False, threshold="fpr", target_fpr=0.25)
-    model, _, _ = fit(engine, datamodule, model=model)
-    images = torch.stack([model._pre_processed(item.image) for item in datamodule.test_data])
-    with torch.no_grad():
-        raw = model.eval().model(images)
-        # Between the test images' scores, so that both labels occur.
-        model.post_processor._image_threshold.copy_(raw.pred_score.sort().values[2:4].mean())
-        model.post_processor._pixel_threshold.copy_(raw.anomaly_map.quantile(0.9))
-    labels = raw.pred_score > model.post_processor.image_threshold
-    masks = raw.anomaly_map > model.post_processor.pixel_threshold
-    assert set(labels.tolist()) == {True, False}
-    if kind == "torch":
-        path = model.to_torch(tmp_path)
-        exported = torch.load(path, weights_only=False)["model"].eval()
-        with torch.no_grad():
-            prediction = exported(images)
-        given, mask = prediction.pred_label, prediction.pred_mask
-    else:
-        path = model.to_openvino(tmp_path, input_size=model.model.image_size)
-        compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-        prediction = compiled(images.numpy())
-        given, mask = torch.from_numpy(prediction["pred_label"]), torch.from_numpy(prediction["pred_mask"])
-    assert given.flatten().bool().tolist() == labels.tolist()
-    assert float((mask.bool().reshape(masks.shape) == masks).float().mean()) > 0.999
