@@ -416,8 +416,10 @@ class MVFA(AnomalibModule):
         self._offer_support()
 
     def on_test_start(self) -> None:
-        """Warn of untrained adapters; in the published protocol take the ranges from the test set."""
+        """Warn of untrained adapters and see that there is a bank; as published, take the ranges from the test set."""
         self._check_ready()
+        if self._given_adapters and self._memory_step < 0:  # neither validated before nor from a checkpoint
+            self._calibrate_without_validation()
         if self.hparams["fusion_scale"] == "test":
             logger.warning("fusion_scale='test': the ranges of both branches are taken from the whole test set.")
             self._scale_by(self.trainer.test_dataloaders)

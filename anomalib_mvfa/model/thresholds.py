@@ -68,7 +68,7 @@ def youden_threshold(scores: Tensor, labels: Tensor) -> Tensor:
         return values[0]
     # Ranks in [0, 1] in place of scores, which torchmetrics would take for logits.
     last = len(values) - 1
-    fpr, tpr, thresholds = binary_roc(ranks.double() / last, labels.int())
+    fpr, tpr, thresholds = binary_roc(ranks / last, labels.int())
     best = int((tpr - fpr).argmax())
     if best == 0:
         return values[-1]

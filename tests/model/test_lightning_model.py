@@ -252,3 +252,15 @@ def test_fpr_without_normal_images_is_refused_before_training(make_folder, engin
     model = MVFA("tiny", class_name="Brain", visualizer=False, memory=False, threshold="fpr")
     with pytest.raises(ValueError, match=r"threshold='fpr'.*no validation part"):
         fit(engine, datamodule, model=model)
+
+
+def test_given_adapters_without_validation_are_tested_with_bank_and_labels(make_folder, engine, tmp_path):
+    torch.manual_seed(6)
+    source = MVFA("tiny", class_name="Brain")
+    source.configure_model()
+    path = source.save_adapters(tmp_path / "given.safetensors")
+    model = MVFA("tiny", adapters=path, class_name="Brain", visualizer=False)
+    engine().test(model, datamodule=without_validation(make_folder))
+    assert not model.model.memory.is_empty
+    assert {row["label"] for row in rows(tmp_path)} <= {"0", "1"}
+    assert len(model.post_processor.normal_scores) == 2
