@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from anomalib import LearningType
-from anomalib.data import ImageBatch
+from anomalib.data import AnomalibDataModule, ImageBatch
 from anomalib.metrics import AUPR, AUROC, Evaluator, F1Score
 from anomalib.models.components import AnomalibModule
 from anomalib.visualization import Visualizer
@@ -367,8 +367,10 @@ class MVFA(AnomalibModule):
 
     @property
     def _validates(self) -> bool:
-        """Whether the training has anything to validate on. Known once it has started."""
-        return sum(self.trainer.num_val_batches) > 0
+        """Whether the training has anything to validate on; Lightning counts the batches only when it does so."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        is_empty = isinstance(datamodule, AnomalibDataModule) and not len(getattr(datamodule, "val_data", ()))
+        return self.trainer.enable_validation and not is_empty
 
     def on_train_start(self) -> None:
         """Refuse at once a threshold that nothing can be found for at the end.

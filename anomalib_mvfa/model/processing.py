@@ -200,17 +200,22 @@ class MVFAPostProcessor(DynamicBufferMixin, PostProcessor):
             scores = None if predictions.pred_score is None else predictions.pred_score[normal]
             self._observe_scores(scores, maps, labels[normal], None)
         self._support = None
+        observed = metric.update_called
         super().on_validation_epoch_end(trainer, pl_module)  # computes, stores and resets
         if not self.enable_thresholding:
             return
-        if not len(metric.normal) and self.threshold == "fpr":
+        if observed:
+            self._keep_normal_scores(metric.normal)
+            self._explain(metric, from_support=from_support)
+        if not self._image_threshold.isnan():
+            return
+        if self.threshold == "fpr":
             msg = (
                 "threshold='fpr' is set by normal images, but there are none: neither in the validation part nor, as "
                 "supports of the memory, in the training part. Add normal validation images, or take another threshold."
             )
             raise ValueError(msg)
-        self._keep_normal_scores(metric.normal)
-        self._explain(metric, from_support=from_support)
+        self._tell("There is no normal image to set a threshold with: predictions have scores but no labels.")
 
     def _keep_normal_scores(self, scores: Tensor) -> None:
         scores = scores.sort().values
@@ -223,7 +228,6 @@ class MVFAPostProcessor(DynamicBufferMixin, PostProcessor):
         """Say what the image threshold rests on, and what it cannot promise."""
         count = len(metric.normal)
         if not count:
-            self._tell("There is no normal image to set a threshold with: predictions have scores but no labels.")
             return
         if from_support:
             self._tell(

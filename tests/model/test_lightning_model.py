@@ -264,3 +264,15 @@ def test_given_adapters_without_validation_are_tested_with_bank_and_labels(make_
     assert not model.model.memory.is_empty
     assert {row["label"] for row in rows(tmp_path)} <= {"0", "1"}
     assert len(model.post_processor.normal_scores) == 2
+
+
+def test_supports_do_not_replace_validation_images_that_come_later(make_folder, engine, caplog):
+    source = make_folder(normal=12)
+    source.test_split_ratio = 0.5
+    model = MVFA("tiny", class_name="Brain", visualizer=False, threshold="fpr", target_fpr=0.3)
+    datamodule = FewShot(source, k_shot=2)
+    with caplog.at_level(logging.WARNING, logger="anomalib_mvfa"):
+        fit(lambda **options: engine(check_val_every_n_epoch=2, **options), datamodule, epochs=2, model=model)
+    assert "normal supports" not in caplog.text
+    labels = datamodule.val_data.samples.label_index
+    assert len(model.post_processor.normal_scores) == (labels == 0).sum() > 0

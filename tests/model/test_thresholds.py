@@ -192,6 +192,12 @@ def test_fpr_without_a_normal_image_is_refused():
         validated(MVFAPostProcessor("fpr"), batch([1, 2], [1, 1]))
 
 
+def test_validation_that_shows_nothing_leaves_threshold_and_reference():
+    post = validated(validated(MVFAPostProcessor("fpr", 0.5), batch([1, 2, 3], [0, 0, 0])))
+    assert float(post.image_threshold) == 2
+    assert post.normal_scores.tolist() == [1, 2, 3]
+
+
 def test_without_any_normal_image_there_is_no_threshold_and_a_warning(caplog):
     with caplog.at_level(logging.WARNING, logger="anomalib_mvfa"):
         post = validated(MVFAPostProcessor("f1"), batch([1, 2], [1, 1]))
