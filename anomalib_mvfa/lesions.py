@@ -51,10 +51,11 @@ class Outline(NamedTuple):
 
 
 def estimate_body(image: Tensor) -> Tensor:
-    """Separate the body (or tissue) from a flat background.
+    """Separate the body (or tissue) from a flat background and from padding.
 
     Otsu's threshold on the square root of the smoothed brightness, which keeps dark tissue; the side that the image's
-    corners lie on is the background. Small components are dropped and holes filled.
+    corners lie on is the background. Small components are dropped and holes filled. Evenly black or white areas at the
+    border, as a straightened retinal scan has them, are padding.
 
     Args:
         image: ``(3, H, W)`` in [0, 1], on the CPU.
@@ -63,6 +64,27 @@ def estimate_body(image: Tensor) -> Tensor:
         Boolean ``(H, W)``. True everywhere if no flat background can be told from the body, or if what was found
         covers less than 5 % of the image.
     """
+    foreground, content = _foreground(image), ~_padding(image)
+    for body in (foreground & content, content):  # the foreground may be the padding
+        if float(body.float().mean()) >= MIN_BODY:
+            return body
+    return foreground
+
+
+def _padding(image: Tensor) -> Tensor:
+    """Find evenly black or white areas at the border of at least 1 % of the image; boolean ``(H, W)``."""
+    levels = (image.mean(0).float().clamp(0, 1) * 255).round().byte().numpy()
+    window = np.ones((5, 5), np.uint8)
+    low, high = cv2.erode(levels, window), cv2.dilate(levels, window)
+    even = (high - low <= 3) & ((low <= 5) | (high >= 250))
+    _, parts, facts, _ = cv2.connectedComponentsWithStats(even.astype(np.uint8), connectivity=4)
+    border = np.concatenate([parts[0], parts[-1], parts[:, 0], parts[:, -1]])
+    kept = [part for part in np.unique(border) if part and facts[part, cv2.CC_STAT_AREA] >= even.size / 100]
+    return torch.from_numpy(cv2.dilate(np.isin(parts, kept).astype(np.uint8), window)).bool()
+
+
+def _foreground(image: Tensor) -> Tensor:
+    """Tell bright from dark and take the side that does not hold the corners; boolean ``(H, W)``."""
     brightness = image.mean(0).float().clamp(0, 1).sqrt().numpy()
     height, width = brightness.shape
     everywhere = torch.ones(height, width, dtype=torch.bool)

@@ -4,8 +4,11 @@
 """Few-shot accuracy on a folder of images: several draws of supports, with mean brightness beside them.
 
     python -m benchmarks.few_shot --root DIR --draws 5
+    python -m benchmarks.few_shot --root DIR --draws 5 --abnormal_source auto synthetic
 
 ``DIR`` holds ``normal``, ``abnormal`` and ``masks``. The test part is the same for every draw, apart from the supports.
+The second line trains twice on the same normal supports, with real abnormal supports and with lesions drawn on the
+normal ones, and tests both on the same images.
 """
 
 import argparse
@@ -17,6 +20,7 @@ import torch
 from anomalib.data import Folder
 from anomalib.data.utils import read_image
 from anomalib.engine import Engine
+from lightning.pytorch.trainer.states import TrainerFn
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
 from anomalib_mvfa import MVFA
@@ -36,45 +40,47 @@ def brightness(datamodule: FewShot) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    """Run the draws and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--root", type=Path, required=True)
-    parser.add_argument("--draws", type=int, default=5)
-    parser.add_argument("--k_shot", type=int, default=4)
-    parser.add_argument("--epochs", type=int, default=50)
-    parser.add_argument("--abnormal_source", default="auto")
-    parser.add_argument("--backbone", default="tiny")
-    parser.add_argument("--class_name", default="Brain")
-    parser.add_argument("--output", type=Path, default=Path("results/few_shot"))
-    options = parser.parse_args()
-    rows: dict[str, list[dict[str, float]]] = {"MVFA": [], "mean brightness": []}
-    for seed in range(options.draws):
-        torch.manual_seed(seed)
-        source = Folder(
-            name=options.root.name,
-            root=options.root,
-            normal_dir="normal",
-            abnormal_dir="abnormal",
-            mask_dir="masks",
-            num_workers=0,
-            eval_batch_size=16,
-        )
-        data = FewShot(source, k_shot=options.k_shot, seed=seed, abnormal_source=options.abnormal_source)
-        model = MVFA(backbone=options.backbone, class_name=options.class_name, visualizer=False)
-        engine = Engine(
-            max_epochs=options.epochs,
-            check_val_every_n_epoch=options.epochs,
-            default_root_dir=options.output,
-            enable_progress_bar=False,
-        )
-        engine.fit(model, datamodule=data)
-        result = engine.test(model, datamodule=data, verbose=False)[0]
-        rows["MVFA"].append({name: float(result[name]) for name in METRICS})
-        rows["mean brightness"].append(brightness(data))
-        options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "draws.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-        print(seed, rows["MVFA"][-1], flush=True)
+def make_data(options: argparse.Namespace, seed: int, abnormal_source: str) -> FewShot:
+    """Give the episode of one draw."""
+    source = Folder(
+        name=options.root.name,
+        root=options.root,
+        normal_dir="normal",
+        abnormal_dir="abnormal",
+        mask_dir="masks",
+        num_workers=0,
+        eval_batch_size=16,
+    )
+    return FewShot(source, k_shot=options.k_shot, seed=seed, abnormal_source=abnormal_source)
+
+
+def test_on_the_same_images(episodes: list[FewShot]) -> None:
+    """Keep the test images that all episodes have: abnormal supports may have been taken out of some."""
+    for data in episodes:
+        data.setup(TrainerFn.FITTING)  # the trainer then leaves it as it is
+    shared = set.intersection(*(set(data.test_data.samples.image_path) for data in episodes))
+    for data in episodes:
+        kept = data.test_data.samples.image_path.isin(shared)
+        data.test_data = data.test_data.subsample(kept.to_numpy().nonzero()[0].tolist())
+
+
+def evaluate(options: argparse.Namespace, data: FewShot, seed: int) -> dict[str, float]:
+    """Train on one episode and test."""
+    torch.manual_seed(seed)
+    model = MVFA(backbone=options.backbone, class_name=options.class_name, visualizer=False)
+    engine = Engine(
+        max_epochs=options.epochs,
+        check_val_every_n_epoch=options.epochs,
+        default_root_dir=options.output,
+        enable_progress_bar=False,
+    )
+    engine.fit(model, datamodule=data)
+    result = engine.test(model, datamodule=data, verbose=False)[0]
+    return {name: float(result[name]) for name in METRICS}
+
+
+def print_table(rows: dict[str, list[dict[str, float]]]) -> None:
+    """Print mean and standard deviation over the draws."""
     print(f"\n| method | {' | '.join(METRICS)} |\n|---|{'---|' * len(METRICS)}")
     for method, draws in rows.items():
         cells = []
@@ -83,6 +89,33 @@ def main() -> None:
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             cells.append(f"{statistics.mean(values):.3f} ± {spread:.3f}" if values else "-")
         print(f"| {method} | {' | '.join(cells)} |")
+
+
+def main() -> None:
+    """Run the draws and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, required=True)
+    parser.add_argument("--draws", type=int, default=5)
+    parser.add_argument("--k_shot", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=50)
+    parser.add_argument("--abnormal_source", nargs="+", default=["auto"], help="one row of the table each")
+    parser.add_argument("--backbone", default="tiny")
+    parser.add_argument("--class_name", default="Brain")
+    parser.add_argument("--output", type=Path, default=Path("results/few_shot"))
+    options = parser.parse_args()
+    rows: dict[str, list[dict[str, float]]] = {}
+    for seed in range(options.draws):
+        episodes = [make_data(options, seed, abnormal_source) for abnormal_source in options.abnormal_source]
+        test_on_the_same_images(episodes)
+        for abnormal_source, data in zip(options.abnormal_source, episodes, strict=True):
+            lesions = "synthetic" if abnormal_source == "synthetic" else "real"
+            result = evaluate(options, data, seed)
+            rows.setdefault(f"MVFA, {lesions} lesions", []).append(result)
+            print(seed, lesions, len(data.test_data), result, flush=True)
+        rows.setdefault("mean brightness", []).append(brightness(episodes[0]))
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / "draws.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    print_table(rows)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import numpy as np
 import openvino
 import pytest
 import torch
+from anomalib.data.utils import read_image
 from PIL import Image
 
 from anomalib_mvfa import MVFA
@@ -77,6 +78,7 @@ def few_shot(folder) -> list[str]:
 @pytest.fixture(scope="module")
 def checkpoint(folder, few_shot) -> Path:
     model = ["--model", "MVFA", "--model.backbone", "tiny", "--trainer.max_epochs", "1"]
+    model += ["--model.threshold", "fpr", "--model.target_fpr", "0.1"]
     seeded = ["--data.k_shot", "2", "--seed_everything", "0"]
     succeed("train", *model, *few_shot, *seeded, "--default_root_dir", "trained", cwd=folder)
     return folder / "trained/MVFA/squares/v0/weights/lightning/model.ckpt"
@@ -96,13 +98,26 @@ def test_prediction_needs_only_checkpoint_and_folder(checkpoint, folder):
     picture(200, abnormal=False)[0].save(new / "a.png")
     picture(3, abnormal=True)[0].convert("RGB").save(new / "b.jpg", quality=95)
     picture(4, abnormal=True)[0].resize((80, 48)).save(new / "c.tiff")
+    known = {f"{index}.png" for index in range(100, 108)}  # normal images of the validation part among them
+    for name in known:
+        picture(int(name[:3]), abnormal=False)[0].save(new / name)
     succeed("predict", "--model", "MVFA", "--ckpt_path", checkpoint, "--data", new, cwd=folder)
     (predictions,) = (folder / "results").rglob("predictions.csv")
     rows = {Path(row["path"]).name: row for row in table(predictions)}
-    assert set(rows) == {"a.png", "b.jpg", "c.tiff"}
+    assert set(rows) == {"a.png", "b.jpg", "c.tiff"} | known
     assert float(rows["a.png"]["score"]) < min(float(rows[name]["score"]) for name in ("b.jpg", "c.tiff"))
+    mvfa = MVFA.load_from_checkpoint(checkpoint, map_location="cpu").eval()
+    threshold, reference = mvfa.post_processor.image_threshold, mvfa.post_processor.normal_scores
+    # Few normal validation images: the largest score is the threshold for 0.1.
+    assert threshold == reference.max()
+    for name, row in rows.items():
+        with torch.no_grad():
+            raw = mvfa.model(mvfa._pre_processed(read_image(new / name, as_tensor=True))[None]).pred_score
+        assert row["label"] == str(int(raw > threshold))
+        assert float(row["normal_percentile"]) == pytest.approx(float((reference < raw).float().mean()))
+    assert {row["label"] for row in rows.values()} == {"0", "1"}
     heatmaps = {path.name: Image.open(path).height for path in predictions.parent.rglob("*.png")}
-    assert set(heatmaps) == {"a.png", "b.png", "c.png"}
+    assert set(heatmaps) == {"a.png", "b.png", "c.png"} | known
 
 
 def test_checkpoint_is_tested_on_the_same_images_with_the_same_scores(checkpoint, folder, few_shot):
@@ -118,14 +133,30 @@ def test_checkpoint_is_tested_on_the_same_images_with_the_same_scores(checkpoint
         assert float(row["score"]) == pytest.approx(float(trained[path]["score"]), abs=0.02)
 
 
-def test_exported_openvino_model_predicts_as_the_checkpoint(checkpoint, folder):
-    arguments = ["--export_type", "openvino", "--input_size", "[112,112]", "--export_root", "exported"]
-    succeed("export", "--model", "MVFA", "--ckpt_path", checkpoint, *arguments, cwd=folder)
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    """4 normal and 4 abnormal images at the model's size, (8, 3, 112, 112)."""
     pictures = [picture(100 + i, abnormal=False)[0] for i in range(4)] + [
         picture(i, abnormal=True)[0] for i in range(4)
     ]
     pixels = np.stack([np.asarray(image.resize((112, 112)), np.float32) / 255 for image in pictures])
-    images = np.repeat(pixels[:, None], 3, axis=1)
+    return np.repeat(pixels[:, None], 3, axis=1)
+
+
+def assert_labels_follow_the_threshold(mvfa: MVFA, images: torch.Tensor, labels: torch.Tensor, masks: torch.Tensor):
+    post = mvfa.post_processor
+    with torch.no_grad():
+        raw = mvfa.model(images)
+    assert labels.flatten().bool().tolist() == (raw.pred_score > post.image_threshold).tolist()
+    assert set(labels.flatten().bool().tolist()) == {True, False}
+    expected = raw.anomaly_map > post.pixel_threshold
+    assert float((masks.bool().reshape(expected.shape) == expected).float().mean()) > 0.999
+    assert 0 < float(expected.float().mean()) < 1
+
+
+def test_exported_openvino_model_predicts_as_the_checkpoint(checkpoint, folder, images):
+    arguments = ["--export_type", "openvino", "--input_size", "[112,112]", "--export_root", "exported"]
+    succeed("export", "--model", "MVFA", "--ckpt_path", checkpoint, *arguments, cwd=folder)
     mvfa = MVFA.load_from_checkpoint(checkpoint, map_location="cpu").eval()
     with torch.no_grad():
         expected = mvfa(torch.from_numpy(images))
@@ -134,12 +165,20 @@ def test_exported_openvino_model_predicts_as_the_checkpoint(checkpoint, folder):
     exported = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(images)
     np.testing.assert_allclose(exported["pred_score"].ravel(), expected.pred_score.ravel().numpy(), atol=1e-3)
     np.testing.assert_allclose(exported["anomaly_map"], expected.anomaly_map.numpy(), atol=1e-3)
+    labels, masks = (torch.from_numpy(exported[name].astype(bool)) for name in ("pred_label", "pred_mask"))
+    assert_labels_follow_the_threshold(mvfa, torch.from_numpy(images), labels, masks)
 
 
-def test_exported_torch_model_is_written(checkpoint, folder):
+def test_exported_torch_model_predicts_as_the_checkpoint(checkpoint, folder, images):
     arguments = ["--export_type", "torch", "--export_root", "exported"]
     succeed("export", "--model", "MVFA", "--ckpt_path", checkpoint, *arguments, cwd=folder)
-    assert (folder / "exported/weights/torch/model.pt").stat().st_size > 10_000
+    exported = torch.load(folder / "exported/weights/torch/model.pt", weights_only=False)["model"].eval()
+    mvfa = MVFA.load_from_checkpoint(checkpoint, map_location="cpu").eval()
+    pixels = torch.from_numpy(images)
+    with torch.no_grad():
+        given, expected = exported(pixels), mvfa(pixels)
+    torch.testing.assert_close(given.pred_score, expected.pred_score, atol=1e-4, rtol=0)
+    assert_labels_follow_the_threshold(mvfa, pixels, given.pred_label, given.pred_mask)
 
 
 def test_unknown_backbone_is_refused_by_name(folder, few_shot):

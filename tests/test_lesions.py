@@ -248,6 +248,19 @@ def test_body_may_be_darker_than_its_background():
     assert (found & body).sum() / (found | body).sum() > 0.93
 
 
+@pytest.mark.parametrize("fill", [0.0, 1.0])
+def test_padding_is_not_body_and_gets_no_lesion(fill):
+    image = 0.2 + 0.5 * torch.rand(1, 100, 100, generator=seeded(0)).expand(3, -1, -1).clone()
+    padding = torch.arange(100)[:, None] > 60 + torch.arange(100)[None] / 3
+    image[:, padding] = fill
+    image[:, 20:26, 20:26] = fill  # a bright or dark spot inside is no padding
+    found = estimate_body(image)
+    assert (found & ~padding).sum() / (found | ~padding).sum() > 0.99
+    for seed in SEEDS:
+        _, mask = LesionSynthesizer()(image, seeded(seed))
+        assert (mask & padding).sum() <= 0.02 * mask.sum()
+
+
 @pytest.mark.parametrize(
     "image",
     [

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from anomalib import LearningType
 from anomalib.callbacks import ModelCheckpoint
-from anomalib.data import ImageBatch
+from anomalib.data import AnomalibDataModule, ImageBatch
 from anomalib.metrics import AUPR, AUROC, Evaluator, F1Score
 from anomalib.models.components import AnomalibModule
 from anomalib.visualization import Visualizer
@@ -39,7 +39,7 @@ from .metrics import SelectionScore
 from .processing import MVFAPostProcessor, MVFAPreProcessor
 from .prompts import prompt_name
 from .results import MVFAVisualizer, PredictionTable
-from .torch_model import BranchOutput, MVFAModel
+from .torch_model import BranchOutput, MVFAModel, SupportOutput
 from .variant import Variant
 from .weights import load_adapters, write_adapters
 
@@ -56,6 +56,8 @@ SELECTION_SCORE = "selection_score"
 CHECKPOINT_KEY = "mvfa"
 TOWER = "model.tower."
 BANKS = ("model.seg_memory.", "model.det_memory.")
+KEEP_NETWORK = {"adapters", "learning_rate", "class_name", "threshold", "target_fpr"}
+"""Arguments that may differ between a model and its checkpoint without the network being built again."""
 
 
 class MVFA(AnomalibModule):
@@ -81,6 +83,11 @@ class MVFA(AnomalibModule):
         fusion_scale: ``"support"`` takes the ranges of the two branches from the supports; ``"test"`` from the whole
             evaluated set, as in the published protocol. Defaults to ``"support"``.
         language_weight: Share of the language branch in the fusion. Defaults to ``0.5``.
+        threshold: How the thresholds of images and pixels are set: ``"f1"`` and ``"youden"`` from labelled validation
+            images, ``"fpr"`` from normal images alone: those of the validation part, or the supports. Where abnormal
+            validation images lack, ``"fpr"`` is used. Defaults to ``"f1"``.
+        target_fpr: For ``"fpr"``: share of normal images, and of their pixels, that may be called abnormal. With n
+            normal images no less than 1 / (n + 1) can be promised. Defaults to ``0.01``.
         variant: ``"released"`` or ``"paper"``; sets the following choices, each of which can be given by itself.
             See :class:`~anomalib_mvfa.model.variant.Variant`.
         quick_gelu: Activation of the tower.
@@ -125,6 +132,8 @@ class MVFA(AnomalibModule):
         selection: str = "last",
         fusion_scale: str = "support",
         language_weight: float = 0.5,
+        threshold: str = "f1",
+        target_fpr: float = 0.01,
         variant: str = "released",
         quick_gelu: bool | None = None,
         normalize_input: bool | None = None,
@@ -165,6 +174,7 @@ class MVFA(AnomalibModule):
         self._memory_step = -1
         self._class_features: dict[str, Tensor] = {}
         self._selection_score = SelectionScore() if selection == "best" else None
+        self._support_output: SupportOutput | None = None
 
     def _variant(self) -> Variant:
         names = Variant.__dataclass_fields__
@@ -227,8 +237,8 @@ class MVFA(AnomalibModule):
         return MVFAPreProcessor(image_size or (240, 240))
 
     def configure_post_processor(self) -> MVFAPostProcessor:
-        """Configure the default post-processor: adaptive F1 threshold, normalisation that keeps the order of scores."""
-        return MVFAPostProcessor()
+        """Configure the default post-processor: the chosen threshold, normalisation that keeps the order of scores."""
+        return MVFAPostProcessor(self.hparams["threshold"], self.hparams["target_fpr"])
 
     @staticmethod
     def configure_evaluator() -> Evaluator:
@@ -295,7 +305,17 @@ class MVFA(AnomalibModule):
             logger.info("Validating after the last of %d epochs instead of every %d.", epochs, every)
 
     def on_train_start(self) -> None:
-        """Learn from the data what the images show, whether they have masks, and whether lesions must be drawn."""
+        """Learn from the data what the images show, whether they have masks, and whether lesions must be drawn.
+
+        Raises:
+            ValueError: If ``threshold="fpr"`` would find no normal images at the end.
+        """
+        if self.hparams["threshold"] == "fpr" and self._zero_shot and not self._validates:
+            msg = (
+                "threshold='fpr' is set by normal images that the model was not trained on, but there is no validation "
+                "part, and no supports as memory=False. Add normal validation images, or take another threshold."
+            )
+            raise ValueError(msg)
         self._encode_classes()
         self._take_class_name()
         if self._selection_score is not None:
@@ -438,16 +458,36 @@ class MVFA(AnomalibModule):
             images[index], masks[index], labels[index] = image.to(images.device), mask.to(images.device), True
         return images, masks, labels
 
-    # Memory bank and ranges of the fusion
+    # Memory bank, ranges of the fusion, thresholds
+
+    @property
+    def _validates(self) -> bool:
+        """Whether the training has anything to validate on; Lightning counts the batches only when it does so."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        is_empty = isinstance(datamodule, AnomalibDataModule) and not len(getattr(datamodule, "val_data", ()))
+        return self.trainer.enable_validation and not is_empty
 
     def on_train_epoch_end(self) -> None:
         """Remember the supports when a checkpoint may follow that no validation precedes."""
-        if not self.trainer.enable_validation:
-            self._remember()
+        if not self._validates:
+            self._calibrate_without_validation()
 
     def on_train_end(self) -> None:
         """Leave a bank that fits the final adapters."""
         self._remember()
+        self._support_output = None
+
+    def _calibrate_without_validation(self) -> None:
+        self._remember()
+        self._offer_support()
+        if isinstance(self.post_processor, MVFAPostProcessor):
+            self.post_processor.on_validation_epoch_end(self.trainer, self)
+
+    def _offer_support(self) -> None:
+        """Show the post-processor the supports, in case the validation part has no normal images."""
+        if self._support_output is not None and isinstance(self.post_processor, MVFAPostProcessor):
+            language, memory, labels = self._support_output
+            self.post_processor.set_support(self.model.fuse(language, memory), labels)
 
     def on_fit_end(self) -> None:
         """Go back to the best epoch, if that was asked for."""
@@ -455,7 +495,7 @@ class MVFA(AnomalibModule):
         path = getattr(checkpointing, "best_model_path", "")
         if self._selection_score is None or not path:
             return
-        checkpoint = self.trainer.strategy.load_checkpoint(path, weights_only=False)  # written by this very run
+        checkpoint = self.trainer.strategy.load_checkpoint(path, weights_only=True)
         self.on_load_checkpoint(checkpoint)
         self.load_state_dict(checkpoint["state_dict"])
         score = float(getattr(checkpointing, "best_model_score", None) or 0)
@@ -469,10 +509,13 @@ class MVFA(AnomalibModule):
         self._remember()
         if self.hparams["fusion_scale"] == "test":
             self._scale_by(self.trainer.val_dataloaders)
+        self._offer_support()
 
     def on_test_start(self) -> None:
-        """Warn of untrained adapters; in the published protocol take the ranges from the test set."""
+        """Warn of untrained adapters and see that there is a bank; as published, take the ranges from the test set."""
         self._check_ready()
+        if self._given_adapters and self._memory_step < 0:  # neither validated before nor from a checkpoint
+            self._calibrate_without_validation()
         if self.hparams["fusion_scale"] == "test":
             logger.warning("fusion_scale='test': the ranges of both branches are taken from the whole test set.")
             self._scale_by(self.trainer.test_dataloaders)
@@ -497,7 +540,7 @@ class MVFA(AnomalibModule):
         self._memory_step = self.global_step
         support = None if self._zero_shot else self._support()
         if support is not None:
-            self.model.remember(support)
+            self._support_output = self.model.remember(support)
 
     def _support(self) -> Support | None:
         """Ask the datamodule for its supports, or take a sample of its normal training images."""
@@ -608,7 +651,7 @@ class MVFA(AnomalibModule):
             saved["pretrained"] = self.hparams["pretrained"]
         saved["adapters"] = None  # the checkpoint holds them
         changed = {name: value for name, value in saved.items() if name in self.hparams and self.hparams[name] != value}
-        if "model" not in self._modules or changed.keys() - {"adapters", "learning_rate", "class_name"}:
+        if "model" not in self._modules or changed.keys() - KEEP_NETWORK:
             self.hparams.update(changed)
             self._build()
         object.__setattr__(self, "_zero_shot", not self.hparams["memory"])

@@ -15,6 +15,8 @@ from anomalib.visualization.image import visualize_image_item
 from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 
+from .processing import MVFAPostProcessor
+
 if TYPE_CHECKING:
     from anomalib.models.components import AnomalibModule
 
@@ -95,10 +97,12 @@ class PredictionTable(Callback):
     """Writes ``predictions.csv`` beside the heatmaps, row by row, in testing and in prediction.
 
     Columns: ``path``; ``score`` in [0, 1]; ``label`` (1 abnormal, 0 normal, empty without a threshold); ``threshold``,
-    to which the score is compared; ``abnormal_area``, the share of abnormal pixels; in testing also ``true_label``.
+    to which the score is compared; ``abnormal_area``, the share of abnormal pixels; ``normal_percentile``, the share of
+    normal reference images that score lower, in [0, 1], which compares across models and is empty without reference;
+    in testing also ``true_label``.
     """
 
-    COLUMNS = ("path", "score", "label", "threshold", "abnormal_area")
+    COLUMNS = ("path", "score", "label", "threshold", "abnormal_area", "normal_percentile")
 
     def _path(self, trainer: Trainer) -> Path:
         return results_dir(trainer) / "predictions.csv"
@@ -115,14 +119,19 @@ class PredictionTable(Callback):
         # Without a threshold of its own anomalib labels raw scores by one half, which means nothing.
         if post_processor is not None and not post_processor.image_threshold.isnan():
             threshold = f"{float(post_processor.normalized_image_threshold):.6g}"
+        percentiles = None
+        if isinstance(post_processor, MVFAPostProcessor) and batch.pred_score is not None:
+            percentiles = post_processor.normal_percentile(batch.pred_score)
         with self._path(trainer).open("a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            for item in batch:
+            for index, item in enumerate(batch):
                 score = "" if item.pred_score is None else f"{float(item.pred_score):.8g}"
                 label = str(int(item.pred_label)) if threshold and item.pred_label is not None else ""
                 area = f"{float(item.pred_mask.float().mean()):.6f}" if threshold and item.pred_mask is not None else ""
+                percentile = "" if percentiles is None else f"{float(percentiles[index]):.6g}"
                 truth = "" if item.gt_label is None else str(int(item.gt_label))
-                writer.writerow([item.image_path, score, label, threshold, area, *([truth] if with_truth else [])])
+                row = [item.image_path, score, label, threshold, area, percentile]
+                writer.writerow([*row, truth] if with_truth else row)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a table."""

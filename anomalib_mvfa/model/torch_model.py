@@ -31,7 +31,7 @@ from .prompts import encode_states
 from .tower import FrozenTower, quarter_levels
 from .variant import Variant
 
-__all__ = ["BranchOutput", "HiddenTokens", "MVFAModel"]
+__all__ = ["BranchOutput", "HiddenTokens", "MVFAModel", "SupportOutput"]
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +60,20 @@ class BranchOutput(NamedTuple):
 
     anomaly_map: Tensor
     score: Tensor
+
+
+class SupportOutput(NamedTuple):
+    """What the branches say of the supports: the normal ones first, each compared with the others.
+
+    Args:
+        language: Language branch.
+        memory: Memory branch.
+        labels: ``(K,)``, true for abnormal supports.
+    """
+
+    language: BranchOutput
+    memory: BranchOutput
+    labels: Tensor
 
 
 class MVFAModel(nn.Module):
@@ -347,7 +361,7 @@ class MVFAModel(nn.Module):
         return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
     @torch.no_grad()
-    def remember(self, support: Support, batch_size: int = 8) -> None:
+    def remember(self, support: Support, batch_size: int = 8) -> SupportOutput | None:
         """Build the memory bank from the normal supports and take the fusion's ranges from all supports.
 
         A normal support is compared with the bank of the *other* normal supports (of its own changed versions when it
@@ -356,6 +370,9 @@ class MVFAModel(nn.Module):
         Args:
             support: Labelled images of the model's image size.
             batch_size: Images in one forward pass.
+
+        Returns:
+            What the branches say of the supports, as far as a normal one can be compared with anything.
         """
         versions, count = support.normal.shape[:2]
         normal = self._own_tokens_of(support.normal.flatten(0, 1), batch_size)
@@ -376,8 +393,15 @@ class MVFAModel(nn.Module):
         if len(support.abnormal):
             abnormal = self._own_tokens_of(support.abnormal, batch_size)
             outputs.append((self.language_branch(abnormal), self.memory_branch(abnormal, self.memory)))
-        if outputs:
-            self.set_fusion_range(outputs)
+        if not outputs:
+            return None
+        self.set_fusion_range(outputs)
+        language, memory = (
+            BranchOutput(*(torch.cat(field) for field in zip(*branch, strict=True)))
+            for branch in zip(*outputs, strict=True)
+        )
+        position = torch.arange(len(language.score), device=language.score.device)
+        return SupportOutput(language, memory, position >= len(position) - len(support.abnormal))
 
     def set_fusion_range(self, outputs: Sequence[tuple[BranchOutput, BranchOutput]]) -> None:
         """Take the fusion's ranges from what the branches said of some images.

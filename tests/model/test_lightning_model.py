@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from anomalib import LearningType
-from anomalib.data.utils import ValSplitMode
+from anomalib.data.utils import ValSplitMode, read_image
 from anomalib.engine import Engine
 from lightning.pytorch import Callback
 from PIL import Image
@@ -215,7 +215,7 @@ def test_results_have_a_row_and_a_panel_at_its_own_size_for_each_image(few_shot,
     running.test(model, datamodule=datamodule)
     paths = set(datamodule.test_data.samples.image_path)
     table = rows(tmp_path)
-    assert list(table[0]) == ["path", "score", "label", "threshold", "abnormal_area", "true_label"]
+    assert list(table[0]) == ["path", "score", "label", "threshold", "abnormal_area", "normal_percentile", "true_label"]
     assert len(table) == len(paths)
     assert {row["path"] for row in table} == paths
     assert {row["true_label"] for row in table} == {"0", "1"}
@@ -229,11 +229,12 @@ def test_results_have_a_row_and_a_panel_at_its_own_size_for_each_image(few_shot,
 
     running.predict(model, data_path=tmp_path / "data" / "abnormal")
     table = rows(tmp_path)
-    assert list(table[0]) == ["path", "score", "label", "threshold", "abnormal_area"]
+    assert list(table[0]) == ["path", "score", "label", "threshold", "abnormal_area", "normal_percentile"]
     assert sorted(row["path"] for row in table) == sorted(map(str, (tmp_path / "data" / "abnormal").glob("*.png")))
     for row in table:
         assert 0 <= float(row["score"]) <= 1
         assert 0 <= float(row["abnormal_area"]) <= 1
+        assert 0 <= float(row["normal_percentile"]) <= 1
         assert row["label"] == str(int(float(row["score"]) > float(row["threshold"])))
 
 
@@ -255,3 +256,70 @@ def test_fusion_range_comes_from_the_test_set_only_when_asked(make_folder, engin
         maps = torch.cat([pair[index].anomaly_map.flatten() for pair in values])
         expected = torch.stack([maps.min(), maps.max()])
         assert_close(getattr(model.model.fusion, f"{branch}_map"), expected, atol=1e-5, rtol=0)
+
+
+def without_validation(make_folder, k_shot=2):
+    source = make_folder()
+    source.val_split_mode = ValSplitMode.NONE
+    return FewShot(source, k_shot=k_shot, abnormal_source="synthetic")
+
+
+def test_without_validation_the_normal_supports_set_the_thresholds(make_folder, engine, tmp_path):
+    datamodule = without_validation(make_folder)
+    model = MVFA("tiny", class_name="Brain", visualizer=False, threshold="fpr", target_fpr=0.4)
+    model, running, path = fit(engine, datamodule, model=model)
+    post = model.post_processor
+    with torch.no_grad():
+        output = model.model.remember(datamodule.support)
+        expected = model.model.fuse(output.language, output.memory)
+    assert output.labels.tolist() == [False] * 2 + [True] * 2
+    scores = expected.pred_score[:2]
+    assert_close(post.normal_scores, scores.sort().values, atol=1e-4, rtol=0)
+    assert float(post.image_threshold) == pytest.approx(float(scores.max()), abs=1e-4)  # one of three is the largest
+    pixels = expected.anomaly_map[:2].flatten()
+    assert float((pixels > post.pixel_threshold).float().mean()) == pytest.approx(0.4, abs=1e-3)
+    assert float(post.image_max) == pytest.approx(float(expected.pred_score.max()), abs=1e-4)
+
+    loaded = MVFA.load_from_checkpoint(path)
+    assert torch.equal(loaded.post_processor.image_threshold, post.image_threshold)
+    assert not loaded.model.memory.is_empty
+    assert loaded.post_processor.threshold == "fpr"
+    running.test(loaded, datamodule=datamodule)
+    reference = post.normal_scores
+    with torch.no_grad():
+        for row in rows(tmp_path):
+            image = model._pre_processed(read_image(row["path"], as_tensor=True))
+            raw = loaded.model(image[None]).pred_score
+            assert row["label"] == str(int(raw > post.image_threshold))
+            assert float(row["normal_percentile"]) == pytest.approx(float((reference < raw).float().mean()), abs=1e-6)
+
+
+def test_fpr_without_normal_images_is_refused_before_training(make_folder, engine):
+    datamodule = without_validation(make_folder)
+    model = MVFA("tiny", class_name="Brain", visualizer=False, memory=False, threshold="fpr")
+    with pytest.raises(ValueError, match=r"threshold='fpr'.*no validation part"):
+        fit(engine, datamodule, model=model)
+
+
+def test_given_adapters_without_validation_are_tested_with_bank_and_labels(make_folder, engine, tmp_path):
+    torch.manual_seed(6)
+    source = MVFA("tiny", class_name="Brain")
+    source.configure_model()
+    path = source.save_adapters(tmp_path / "given.safetensors")
+    model = MVFA("tiny", adapters=path, class_name="Brain", visualizer=False)
+    engine().test(model, datamodule=without_validation(make_folder))
+    assert not model.model.memory.is_empty
+    assert {row["label"] for row in rows(tmp_path)} <= {"0", "1"}
+    assert len(model.post_processor.normal_scores) == 2
+
+
+def test_supports_do_not_replace_validation_images_that_come_later(make_folder, engine, caplog):
+    source = make_folder(normal=12)
+    source.test_split_ratio = 0.5
+    model = MVFA("tiny", class_name="Brain", visualizer=False, threshold="fpr", target_fpr=0.3)
+    datamodule = FewShot(source, k_shot=2)
+    with caplog.at_level(logging.WARNING, logger="anomalib_mvfa"):
+        fit(lambda **options: engine(check_val_every_n_epoch=2, **options), datamodule, epochs=2, model=model)
+    assert "normal supports" not in caplog.text
+    labels = datamodule.val_data.samples.label_index
+    assert len(model.post_processor.normal_scores) == (labels == 0).sum() > 0

@@ -60,9 +60,10 @@ def test_without_threshold_the_middle_of_the_range_is_one_half():
     assert float(normalise(torch.tensor([0.5]), threshold=float("nan"))) == pytest.approx(0.5)
 
 
-def test_without_range_scores_are_unchanged():
-    scores = torch.tensor([-1.0, 0.3, 7.0])
-    assert torch.equal(normalise(scores, float("nan"), float("nan")), scores)
+def test_without_range_scores_are_squashed_in_their_order():
+    scores = torch.tensor([-1.0, 0.0, 0.3, 7.0])
+    expected = torch.tensor([0.25, 0.5, 0.5 + 0.15 / 1.3, 0.9375])
+    torch.testing.assert_close(normalise(scores, float("nan"), float("nan")), expected)
     assert MVFAPostProcessor._normalize(None, *torch.zeros(3)) is None
 
 
