@@ -15,6 +15,7 @@ import argparse
 import json
 import statistics
 from pathlib import Path
+from typing import Any
 
 import torch
 from anomalib.data import Folder
@@ -48,6 +49,7 @@ def make_data(options: argparse.Namespace, seed: int, abnormal_source: str) -> F
         normal_dir="normal",
         abnormal_dir="abnormal",
         mask_dir="masks",
+        test_split_ratio=0.8,  # few normal images are needed for training, and many make the figures steadier
         num_workers=0,
         eval_batch_size=16,
     )
@@ -64,10 +66,11 @@ def test_on_the_same_images(episodes: list[FewShot]) -> None:
         data.test_data = data.test_data.subsample(kept.to_numpy().nonzero()[0].tolist())
 
 
-def evaluate(options: argparse.Namespace, data: FewShot, seed: int) -> dict[str, float]:
-    """Train on one episode and test."""
+def evaluate(options: argparse.Namespace, data: FewShot, seed: int, **choices: Any) -> dict[str, float]:  # noqa: ANN401
+    """Train on one episode and test, with arguments of MVFA beyond those of the options."""
     torch.manual_seed(seed)
-    model = MVFA(backbone=options.backbone, class_name=options.class_name, visualizer=False)
+    arguments = {"backbone": options.backbone, "pretrained": options.pretrained, "class_name": options.class_name}
+    model = MVFA(**arguments, visualizer=False, **choices)
     engine = Engine(
         max_epochs=options.epochs,
         check_val_every_n_epoch=options.epochs,
@@ -91,16 +94,23 @@ def print_table(rows: dict[str, list[dict[str, float]]]) -> None:
         print(f"| {method} | {' | '.join(cells)} |")
 
 
-def main() -> None:
-    """Run the draws and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser(description: str | None, epochs: int) -> argparse.ArgumentParser:
+    """Give the arguments that the benchmarks on a folder of images share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--k_shot", type=int, default=4)
-    parser.add_argument("--epochs", type=int, default=50)
-    parser.add_argument("--abnormal_source", nargs="+", default=["auto"], help="one row of the table each")
+    parser.add_argument("--epochs", type=int, default=epochs)
     parser.add_argument("--backbone", default="tiny")
+    parser.add_argument("--pretrained", help="tag, file or 'random' (default: the backbone's own)")
     parser.add_argument("--class_name", default="Brain")
+    return parser
+
+
+def main() -> None:
+    """Run the draws and print a table."""
+    parser = make_parser(__doc__, epochs=50)
+    parser.add_argument("--abnormal_source", nargs="+", default=["auto"], help="one row of the table each")
     parser.add_argument("--output", type=Path, default=Path("results/few_shot"))
     options = parser.parse_args()
     rows: dict[str, list[dict[str, float]]] = {}

@@ -1,0 +1,77 @@
+# Copyright (C) 2026 The anomalib-mvfa authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""What each choice of the method does on a folder of images: several draws of supports, one row a choice.
+
+    python -m benchmarks.ablation --root DIR --draws 5 --epochs 10
+
+``DIR`` holds ``normal``, ``abnormal`` and ``masks``. All rows train on the same supports and are tested on the same
+images. The released code's choices are the first row; each other row changes what its name says. What was measured is
+kept in ``draws.json``; the same command goes on where it stopped.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.progress import track
+
+from benchmarks.few_shot import brightness, evaluate, make_data, make_parser, print_table, test_on_the_same_images
+
+RELEASED = "released"
+BRIGHTNESS = "mean brightness"
+CHOICES: dict[str, dict[str, Any]] = {
+    RELEASED: {},
+    "paper, all of the following eight": {"variant": "paper"},
+    "QuickGELU": {"quick_gelu": True},
+    "CLIP mean and std": {"normalize_input": True},
+    "ReLU": {"activation": "relu"},
+    "residual (0.9, 0.05, 0.05)": {"residual": (0.9, 0.05, 0.05)},
+    "linear projector at the last level": {"last_level_projector": True},
+    "maximum over positions": {"pooling": "max"},
+    "mean over levels": {"level_reduction": "mean"},
+    "BCE on probabilities": {"bce_as_logits": False},
+    "residual at the token's length": {"residual_norm": True},
+    "windows 1, 3, 5": {"window_sizes": (1, 3, 5)},
+    "map blur, 2 pixels": {"map_blur": 2.0},
+    "Dice on the background too": {"background_dice": True},
+    "language branch alone": {"memory": False},
+    "memory branch alone": {"language_weight": 0.0},
+    "ranges from the test set": {"fusion_scale": "test"},
+    "first half of the levels": {"levels": "first half"},
+}
+
+
+def main() -> None:
+    """Run all rows and print a table."""
+    parser = make_parser(__doc__, epochs=10)
+    parser.add_argument("--output", type=Path, default=Path("results/ablation"))
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / "draws.json"
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in (*CHOICES, BRIGHTNESS)}
+    if path.exists():
+        rows |= json.loads(path.read_text(encoding="utf-8"))
+    work = [(seed, name) for seed in range(options.draws) for name in rows if len(rows[name]) <= seed]
+    for seed, name in track(work, description="Ablation"):
+        data = make_data(options, seed, "auto")
+        test_on_the_same_images([data])
+        choices = dict(CHOICES.get(name, {}))
+        if "levels" in choices:
+            choices["levels"] = _first_half(options)
+        rows[name].append(brightness(data) if name == BRIGHTNESS else evaluate(options, data, seed, **choices))
+        path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    print_table(rows)
+
+
+def _first_half(options: Any) -> list[int]:  # noqa: ANN401 - the parsed arguments
+    """Give the backbone's levels up to the middle."""
+    from anomalib_mvfa.model.backbone import resolve_backbone
+    from anomalib_mvfa.model.tower import quarter_levels
+
+    levels = quarter_levels(resolve_backbone(options.backbone, options.pretrained).model["vision_cfg"]["layers"])
+    return list(levels[: len(levels) // 2])
+
+
+if __name__ == "__main__":
+    main()
