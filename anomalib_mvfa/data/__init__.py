@@ -5,8 +5,9 @@
 
 from .bmad import MedicalBMAD
 from .few_shot import FewShot
+from .medical_folder import MedicalFolder
 
-DATAMODULES = ("FewShot", "MedicalBMAD")
+DATAMODULES = ("FewShot", "MedicalBMAD", "MedicalFolder")
 """Names that the stock command knows."""
 
-__all__ = ["DATAMODULES", "FewShot", "MedicalBMAD"]
+__all__ = ["DATAMODULES", "FewShot", "MedicalBMAD", "MedicalFolder"]

@@ -36,7 +36,7 @@ from .loss import dice_loss, focal_loss, score_loss
 from .memory import Support
 from .processing import MVFAPostProcessor, MVFAPreProcessor
 from .prompts import prompt_name
-from .results import MVFAVisualizer, PredictionTable
+from .results import MVFAVisualizer, PredictionTable, ReportingDataset, loaded_dataset, withhold
 from .torch_model import BranchOutput, MVFAModel
 from .variant import Variant
 from .weights import load_adapters, write_adapters
@@ -151,6 +151,7 @@ class MVFA(AnomalibModule):
         self._variant()  # refuses unknown choices before anything is loaded
         self._lesions: LesionSynthesizer | None = None
         self._memory_step = -1
+        self.intensity: str | None = None  # rule by which the training images were read, where the datamodule has one
 
     def _variant(self) -> Variant:
         names = Variant.__dataclass_fields__
@@ -185,6 +186,7 @@ class MVFA(AnomalibModule):
         if self.hparams["adapters"] is not None:
             facts = load_adapters(self.hparams["adapters"], self.model.seg_adapters, self.model.det_adapters)
             self.model.has_masks = bool(facts.get("has_masks", True))
+            self.intensity = str(facts["intensity"]) if facts.get("intensity") else None
 
     def forward(self, batch: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - anomalib's signature
         """Pre-process, predict and post-process images ``(B, 3, H, W)`` in [0, 1]."""
@@ -264,6 +266,7 @@ class MVFA(AnomalibModule):
     def on_fit_start(self) -> None:
         """Learn from the data what the images show, whether they have masks, and whether lesions must be drawn."""
         self._take_class_name()
+        self.intensity = getattr(getattr(self.trainer, "datamodule", None), "intensity", None)
         data = self._train_data()
         has_anomalous = bool(getattr(data, "has_anomalous", True))
         samples = getattr(data, "samples", None)
@@ -381,17 +384,59 @@ class MVFA(AnomalibModule):
             self._scale_by(self.trainer.test_dataloaders)
 
     def on_predict_start(self) -> None:
-        """Warn of untrained adapters."""
+        """Warn of untrained adapters; let files of a plain folder that cannot be read be reported."""
         self._check_ready()
+        ReportingDataset.adopt(loaded_dataset(self.trainer))
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:  # noqa: ANN401
+        """Predict a batch; images that could not be read get NaN.
+
+        Args:
+            batch: Images ``(B, 3, H, W)`` in [0, 1].
+            batch_idx: Number of the batch.
+            dataloader_idx: Number of the loader.
+
+        Returns:
+            The batch with scores and maps.
+        """
+        predictions = super().predict_step(batch, batch_idx, dataloader_idx)
+        withhold(batch)  # updated in place, as anomalib does
+        return predictions
 
     def _check_ready(self) -> None:
         self._ensure_model()
         self._take_class_name()
+        self._check_intensity()
         if self._memory_step < 0 and not self._given_adapters:
             logger.warning(
                 "The adapters are untrained: train first, or give --ckpt_path or --model.adapters. "
                 "The predictions mean nothing.",
             )
+
+    def _check_intensity(self) -> None:
+        """Refuse images that are read by another intensity rule than those of the training.
+
+        Raises:
+            ValueError: If the rules differ.
+        """
+        datamodule = getattr(self.trainer, "datamodule", None)
+        rule = getattr(datamodule, "intensity", None)
+        if self.intensity is None or rule == self.intensity:
+            return
+        if rule is None:
+            if self.intensity != "auto":
+                logger.warning(
+                    "The model was trained on images read with the intensity rule '%s', which these images were not: "
+                    "they must show the same grey levels already. --data MedicalFolder applies the rule.",
+                    self.intensity,
+                )
+            return
+        msg = (
+            f"The model was trained on images read with the intensity rule '{self.intensity}', but these are read "
+            f"with '{rule}'. Set the datamodule's intensity to '{self.intensity}' (for prediction it may be left out), "
+            "or train with the other rule."
+        )
+        raise ValueError(msg)
 
     def _remember(self) -> None:
         """Build the bank, unless it fits the present adapters already."""
@@ -465,6 +510,7 @@ class MVFA(AnomalibModule):
             "image_size": list(self.model.image_size),
             "class_name": self.model.class_name,
             "has_masks": self.model.has_masks,
+            "intensity": self.intensity,
             "variant": self.hparams["variant"],
         }
         return write_adapters(path, self.model.seg_adapters, self.model.det_adapters, facts, dtype)
@@ -482,6 +528,7 @@ class MVFA(AnomalibModule):
             "fingerprint": self.model.fingerprint,
             "class_name": self.model.class_name,
             "has_masks": self.model.has_masks,
+            "intensity": self.intensity,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -513,6 +560,7 @@ class MVFA(AnomalibModule):
             )
             raise ValueError(msg)
         self.model.has_masks = facts["has_masks"]
+        self.intensity = facts.get("intensity")
         self.model.restore_class_name(facts["class_name"])
         self._memory_step = int(checkpoint.get("global_step", 0))
         tower = {TOWER + name: value for name, value in self.model.tower.state_dict().items()}
