@@ -29,7 +29,7 @@ from torchvision.transforms.v2 import Transform
 from torchvision.tv_tensors import Image, Mask
 
 from anomalib_mvfa.checks import check_images, enumerate_some, size_difference
-from anomalib_mvfa.model.results import loaded_dataset, results_dir
+from anomalib_mvfa.model.results import claim_name, loaded_dataset, results_dir
 
 from .readers import (
     ImageRef,
@@ -121,6 +121,8 @@ class MedicalDataset(AnomalibDataset):
             if not self.report:
                 raise
             image, reason = Image(torch.zeros(3, 1, 1)), error.reason
+            if self.task == TaskType.SEGMENTATION:
+                mask = Mask(torch.zeros(1, 1, dtype=torch.uint8))
         if self.augmentations is not None:
             image, mask = (self.augmentations(image), None) if mask is None else self.augmentations(image, mask)
         return ImageItem(
@@ -155,10 +157,12 @@ class MedicalDataset(AnomalibDataset):
 
     def ref(self, image_path: str) -> ImageRef:
         """Give what an item's ``image_path`` stands for."""
-        file, mark, frame = image_path.rpartition("#")
-        if mark and not Path(image_path).is_file():
-            return ImageRef(Path(file), int(frame), self.axis, self.root)
-        return ImageRef(Path(image_path), None, self.axis, self.root)
+        path, frame = Path(image_path), None
+        file, mark, number = image_path.rpartition("#")
+        if mark and not path.is_file():
+            path, frame = Path(file), int(number)
+        root = self.root if self.root is not None and path.is_relative_to(self.root) else None
+        return ImageRef(path, frame, self.axis, root)
 
     def original(self, image_path: str) -> Tensor:
         """Read the image of an item again, at its own size: ``(3, H, W)`` in [0, 1]."""
@@ -179,6 +183,7 @@ class AnomalyVolumes(Callback):
     def __init__(self) -> None:
         self._ref: ImageRef | None = None
         self._scores: NDArray[np.float32] = np.zeros(0, dtype=np.float32)
+        self._names: dict[Path, str] = {}
 
     def on_predict_batch_end(
         self,
@@ -203,7 +208,8 @@ class AnomalyVolumes(Callback):
                 view = volume_slice(self._scores, ref.frame or 0, ref.axis)
                 anomaly_map = item.anomaly_map.detach().float().cpu()[None, None]
                 size = (view.shape[0], view.shape[1])
-                view[...] = functional.interpolate(anomaly_map, size, mode="bilinear", align_corners=False)[0, 0]
+                resized = functional.interpolate(anomaly_map, size, mode="bilinear", align_corners=False)
+                view[...] = resized[0, 0].numpy()
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the last volume."""
@@ -215,7 +221,8 @@ class AnomalyVolumes(Callback):
         ref, self._ref = self._ref, None
         if ref is not None:
             name = ImageRef(ref.path, root=ref.root).name
-            write_volume(results_dir(trainer) / f"{name}_anomaly.nii.gz", self._scores, like=ref.path)
+            target = claim_name(results_dir(trainer) / f"{name}_anomaly.nii.gz", str(ref.path), self._names)
+            write_volume(target, self._scores, like=ref.path)
 
 
 class _Entry(NamedTuple):
@@ -411,10 +418,13 @@ class MedicalFolder(AnomalibDataModule):
         rule = IntensityRule.parse(self.intensity)
         root = self.path if self.path.is_dir() else self.path.parent
         datasets = {split: MedicalDataset(part, rule, self.axis, root) for split, part in parts.items()}
-        self.train_data, self.test_data = datasets[Split.TRAIN], datasets[Split.TEST]
+        self.train_data = datasets[Split.TRAIN]
+        self.test_data: MedicalDataset = datasets[Split.TEST]
         if len(datasets[Split.VAL]):
             self.val_data = datasets[Split.VAL]
-        if _stage is not None:
+        if _stage == TrainerFn.PREDICTING:
+            self.test_data.report = True
+        elif _stage is not None:
             check_images(*datasets.values(), num_workers=self.num_workers)
 
     def _create_test_split(self) -> None:

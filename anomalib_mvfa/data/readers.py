@@ -239,8 +239,9 @@ def list_images(path: str | Path, *, axis: int = 2, slices: tuple[int, int] | No
     Files come sorted by path. DICOM files of one series in one folder stand together, ordered along the normal of the
     image plane (inferior to superior for axial slices), else by InstanceNumber, else by name. Hidden files and folders,
     DICOM objects that are no images (directories, reports, structure sets) and empty slices of volumes (constant, or
-    nowhere above 1 % of the volume's foreground level) are left out. A file that cannot be read is listed, so that
-    reading it tells why. DICOM files are opened for their headers alone; volumes are loaded to find the empty slices.
+    nowhere above 1 % of the volume's foreground level) are left out. A file that cannot be read is listed, and so is a
+    volume of empty slices alone, so that reading it tells why. DICOM files are opened for their headers alone; volumes
+    are loaded to find the empty slices.
 
     Args:
         path: File or folder. Links to folders are followed, each folder once.
@@ -590,7 +591,7 @@ def _frames(path: Path, header: "_Header", axis: int, slices: tuple[int, int] | 
             filled = _filled_slices(path, _stamp(path), axis)
         except UnreadableImageError:
             return [None]
-        return [index for index in range(len(filled))[chosen] if filled[index]]
+        return [index for index in range(len(filled))[chosen] if filled[index]] if filled.any() else [None]
     return range(header.frames)[chosen] if header.frames > 1 else [None]
 
 
@@ -887,7 +888,10 @@ def _filled_slices(path: Path, stamp: tuple[int, int], axis: int) -> _Pixels:
 def _nifti_slice(ref: ImageRef) -> _Pixels:
     """Return one slice ``(H, W, 1)`` as displayed."""
     data = _load_volume(ref.path, _stamp(ref.path))[0]
-    return volume_slice(data, _frame_index(ref, data.shape[ref.axis]), ref.axis)[..., None]
+    count = data.shape[ref.axis]
+    if ref.frame is None and count > 1 and not _filled_slices(ref.path, _stamp(ref.path), ref.axis).any():
+        raise UnreadableImageError(ref.path, "all its slices are empty")
+    return volume_slice(data, _frame_index(ref, count), ref.axis)[..., None]
 
 
 def _nifti_image(ref: ImageRef, rule: IntensityRule) -> _Pixels:

@@ -372,6 +372,7 @@ class MVFA(AnomalibModule):
         if self.trainer.state.fn != TrainerFn.FITTING:
             self._ensure_model()
             self._take_class_name()
+            self._check_intensity()
         self._remember()
         if self.hparams["fusion_scale"] == "test":
             self._scale_by(self.trainer.val_dataloaders)

@@ -31,6 +31,30 @@ def results_dir(trainer: Trainer) -> Path:
     return Path(trainer.default_root_dir) / "images"
 
 
+def claim_name(target: Path, source: str, taken: dict[Path, str]) -> Path:
+    """Give a file name that no other source has.
+
+    Args:
+        target: The name wanted.
+        source: What the file is made from.
+        taken: Names that were given out, with their sources; extended here.
+
+    Returns:
+        The name wanted, or one with ``_2``, ``_3`` and so on before its suffixes.
+    """
+    stem, dot, suffix = target.name.partition("." if target.name.endswith(".nii.gz") else target.suffix)
+    candidate, number = target, 1
+    while taken.setdefault(candidate, source) != source:
+        number += 1
+        candidate = target.with_name(f"{stem}_{number}{dot}{suffix}")
+    return candidate
+
+
+def from_command_line(trainer: Trainer) -> bool:
+    """Tell whether the command line runs this: it adds a callback that a program has no use for."""
+    return any(isinstance(callback, SaveConfigCallback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+
+
 def loaded_dataset(trainer: Trainer) -> Any:  # noqa: ANN401 - any dataset
     """Give the dataset that is tested or predicted, or ``None`` if there are several or none."""
     loaders = trainer.predict_dataloaders if trainer.predicting else trainer.test_dataloaders
@@ -159,12 +183,7 @@ class MVFAVisualizer(ImageVisualizer):
                 dataset_name=getattr(datamodule, "name", None),
                 category=getattr(datamodule, "category", None),
             ).with_suffix(".png")
-        number = 1
-        candidate = target
-        while self._sources.setdefault(candidate, source) != source:
-            number += 1
-            candidate = target.with_stem(f"{target.stem}_{number}")
-        return candidate
+        return claim_name(target, source, self._sources)
 
 
 class PredictionTable(Callback):
@@ -216,6 +235,8 @@ class PredictionTable(Callback):
         """Begin a table."""
         del pl_module
         self._images = self._unread = 0
+        if from_command_line(trainer):  # nobody receives the predictions, which would fill the memory
+            trainer.predict_loop.return_predictions = False
         self._start(trainer, (*self.COLUMNS, "error"))
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -269,7 +290,6 @@ class PredictionTable(Callback):
             f"{self._unread} of {self._images} images could not be read; the column 'error' of {self._path(trainer)} "
             "tells why. The others were predicted."
         )
-        # Lightning's command line adds this callback; a program gets its predictions instead.
-        if any(isinstance(callback, SaveConfigCallback) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        if from_command_line(trainer):  # a program gets its predictions instead
             raise SystemExit(msg)
         logger.error(msg)
