@@ -40,13 +40,14 @@ def claim_name(target: Path, source: str, taken: dict[Path, str]) -> Path:
         taken: Names that were given out, with their sources; extended here.
 
     Returns:
-        The name wanted, or one with ``_2``, ``_3`` and so on before its suffixes.
+        The name wanted, or one with ``_2``, ``_3`` and so on before its suffix.
     """
-    stem, dot, suffix = target.name.partition("." if target.name.endswith(".nii.gz") else target.suffix)
+    suffix = ".nii.gz" if target.name.endswith(".nii.gz") else target.suffix
+    stem = target.name.removesuffix(suffix)
     candidate, number = target, 1
     while taken.setdefault(candidate, source) != source:
         number += 1
-        candidate = target.with_name(f"{stem}_{number}{dot}{suffix}")
+        candidate = target.with_name(f"{stem}_{number}{suffix}")
     return candidate
 
 
