@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from anomalib.data import AnomalibDataset
 from anomalib.data.utils import LabelName
 from pandas import DataFrame
@@ -44,9 +45,11 @@ def check_images(*parts: AnomalibDataset, num_workers: int = 0) -> None:
         batch_size=None,
         num_workers=min(num_workers, len(units) // PROGRESS_FROM),
         collate_fn=list,
+        generator=torch.Generator(),  # its own: whether files are read must not change the course of a seeded training
     )
     problems: dict[str, None] = {}
-    results = track(loader, "Reading the images", len(units), transient=True, disable=len(units) < PROGRESS_FROM)
+    long = len(units) >= PROGRESS_FROM
+    results = track(loader, "Reading the images", len(units), transient=True) if long else loader
     for (_, _, key), found in zip(units, results, strict=True):
         problems.update(dict.fromkeys(found))
         if not found:

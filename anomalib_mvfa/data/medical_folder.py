@@ -404,7 +404,9 @@ class MedicalFolder(AnomalibDataModule):
                 callbacks.append(AnomalyVolumes())
 
     def _setup(self, _stage: str | None = None) -> None:
-        if _stage == TrainerFn.PREDICTING and not self.labelled:
+        if not self.labelled and _stage == TrainerFn.VALIDATING:  # which precedes the prediction by given adapters
+            return
+        if not self.labelled and _stage == TrainerFn.PREDICTING:
             self.predict_data = self._unlabelled()
             return
         if not self.labelled:

@@ -161,15 +161,16 @@ class MVFA(AnomalibModule):
     # checkpoint, which knows the backbone.
 
     def configure_model(self) -> None:
-        """Build the network for training, unless it is there.
+        """Build the network for training, or from given adapters, unless it is there.
 
-        Validation, testing and prediction may still be given a checkpoint: they build when they start.
+        Validation, testing and prediction may otherwise still be given a checkpoint: they build when they start.
 
         Raises:
             FileNotFoundError: If the backbone's weights are not there.
             ValueError: If adapters do not fit.
         """
-        if self._trainer is None or self.trainer.state.fn == TrainerFn.FITTING:
+        # Adapters know how their images were read, which is asked when the data are loaded.
+        if self._trainer is None or self.trainer.state.fn == TrainerFn.FITTING or self._given_adapters:
             self._ensure_model()
 
     def _ensure_model(self) -> None:

@@ -306,3 +306,13 @@ def test_unchanged_files_are_read_once_a_process(make_folder, monkeypatch):
     image.write_bytes(image.read_bytes() + b" ")
     few_shot(source, k_shot=2)
     assert len(reading) == 1
+
+
+def test_reading_beforehand_leaves_the_random_numbers_alone(make_folder):
+    source = make_folder(8, 8)
+    drawn = []
+    for _ in range(2):  # the first time the files are read, the second time they are known
+        torch.manual_seed(0)
+        few_shot(source, k_shot=2)
+        drawn.append(torch.rand(3))
+    assert torch.equal(drawn[0], drawn[1])

@@ -380,12 +380,14 @@ def test_test_by_another_rule_is_refused(trained, patients, tmp_path):
         engine.test(MVFA.load_from_checkpoint(checkpoint), datamodule=datamodule)
 
 
-def test_saved_adapters_know_the_rule(trained, tmp_path):
+def test_saved_adapters_know_the_rule_and_predict_a_folder(trained, patients, predict, tmp_path):
     model, _ = trained
     model.save_adapters(tmp_path / "adapters.safetensors")
     again = MVFA("tiny", adapters=tmp_path / "adapters.safetensors")
-    again.configure_model()
+    items, _ = predict(MedicalFolder(patients / "abnormal/a0", num_workers=0), again)
     assert again.intensity == model.intensity == "soft_tissue"
+    resized = model.pre_processor.transform(read_image(patients / "abnormal/a0/1.dcm", "soft_tissue"))
+    torch.testing.assert_close(items[0].image, resized, rtol=0, atol=0)
 
 
 # Training
