@@ -120,6 +120,26 @@ def test_prediction_needs_only_checkpoint_and_folder(checkpoint, folder):
     assert set(heatmaps) == {"a.png", "b.png", "c.png"} | known
 
 
+def test_medical_folder_reports_what_it_cannot_read_and_the_status_says_so(checkpoint, folder):
+    nibabel = pytest.importorskip("nibabel")
+    scans = folder / "scans"
+    scans.mkdir()
+    slices = [np.asarray(picture(index, abnormal=True)[0], np.float32) for index in range(3)]
+    nibabel.save(nibabel.Nifti1Image(np.stack(slices, axis=-1), np.diag([1.0, 2, 3, 1])), scans / "volume.nii.gz")
+    (scans / "zero.png").write_bytes(b"")
+    predict = ["predict", "--model", "MVFA", "--ckpt_path", checkpoint]
+    done = command(*predict, "--data", "MedicalFolder", "--data.path", scans, cwd=folder)
+    assert done.returncode == 1
+    assert "1 of 4 images could not be read" in done.stderr.splitlines()[-1]
+    (predictions,) = (folder / "results").rglob("scans/**/predictions.csv")
+    rows = table(predictions)
+    assert [row["error"] for row in rows] == ["", "", "", "the file is empty"]
+    assert all(row["score"] for row in rows[:3])
+    volume = nibabel.load(predictions.parent / "volume_anomaly.nii.gz")
+    assert volume.shape == (SIZE, SIZE, 3)
+    assert volume.affine.diagonal().tolist() == [1, 2, 3, 1]
+
+
 def test_checkpoint_is_tested_on_the_same_images_with_the_same_scores(checkpoint, folder, few_shot):
     arguments = ["--model", "MVFA", "--ckpt_path", checkpoint, *few_shot, "--data.k_shot", "2"]
     succeed("test", *arguments, "--default_root_dir", "tested", cwd=folder)

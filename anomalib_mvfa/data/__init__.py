@@ -6,8 +6,9 @@
 from .bmad import MedicalBMAD
 from .few_shot import FewShot
 from .leave_one_out import LeaveOneOut
+from .medical_folder import MedicalFolder
 
-DATAMODULES = ("FewShot", "LeaveOneOut", "MedicalBMAD")
+DATAMODULES = ("FewShot", "LeaveOneOut", "MedicalBMAD", "MedicalFolder")
 """Names that the stock command knows."""
 
-__all__ = ["DATAMODULES", "FewShot", "LeaveOneOut", "MedicalBMAD"]
+__all__ = ["DATAMODULES", "FewShot", "LeaveOneOut", "MedicalBMAD", "MedicalFolder"]

@@ -24,7 +24,7 @@ from anomalib.data import BMAD, AnomalibDataset
 from anomalib.data.utils import LabelName, Split, ValSplitMode
 from pandas import DataFrame
 
-from anomalib_mvfa.checks import check_masks, enumerate_some
+from anomalib_mvfa.checks import check_images, check_masks, enumerate_some
 from anomalib_mvfa.model.prompts import prompt_name, published_class_names
 
 __all__ = ["BMADLayout", "MedicalBMAD", "available_sets", "find_layout", "read_samples"]
@@ -213,6 +213,9 @@ class MedicalBMAD(BMAD):
                 )
                 raise FileNotFoundError(msg)
             self.val_data = _dataset(valid)
+        if _stage is not None:  # before training or testing; FewShot checks what it uses
+            parts = (getattr(self, f"{part}_data", None) for part in ("train", "val", "test"))
+            check_images(*filter(None, parts), num_workers=self.num_workers)
 
 
 def _dataset(samples: DataFrame) -> AnomalibDataset:

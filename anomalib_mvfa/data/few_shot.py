@@ -3,6 +3,7 @@
 
 """Few-shot episodes on any anomalib datamodule."""
 
+import copy
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Transform
 from torchvision.tv_tensors import Image, Mask
 
-from anomalib_mvfa.checks import check_masks
+from anomalib_mvfa.checks import check_images
 from anomalib_mvfa.lesions import LesionSynthesizer
 from anomalib_mvfa.model.memory import Support
 from anomalib_mvfa.model.prompts import prompt_name
@@ -43,13 +44,23 @@ class SupportDataset(AnomalibDataset):
         abnormal: Rows of the abnormal supports, in their order. Without any, lesions are drawn on the normal ones.
         task: ``"segmentation"`` when the supports have masks, otherwise ``"classification"``.
         seed: Seed of the synthetic lesions.
+        source: Data set that reads the images in its own way. Defaults to anomalib's.
     """
 
-    def __init__(self, normal: pd.DataFrame, abnormal: pd.DataFrame, task: str, seed: int = 0) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        normal: pd.DataFrame,
+        abnormal: pd.DataFrame,
+        task: str,
+        seed: int = 0,
+        source: AnomalibDataset | None = None,
+    ) -> None:
+        self.images = AnomalibDataset() if source is None else copy.copy(source)  # the supports unchanged
         # Set directly: the setter of anomalib would sort by path and lose the order of the draw.
-        self._samples = pd.concat([abnormal, normal], ignore_index=True)
-        self._samples.attrs["task"] = task
+        self.images._samples = pd.concat([abnormal, normal], ignore_index=True)
+        self.images.samples.attrs["task"] = task
+        super().__init__()
+        self._samples = self.images.samples
         self.num_normal = len(normal)
         self.num_abnormal = len(abnormal)
         self.seed = seed
@@ -64,6 +75,7 @@ class SupportDataset(AnomalibDataset):
     @augmentations.setter
     def augmentations(self, augmentations: Transform | None) -> None:
         self._augmentations = augmentations
+        self.images.augmentations = augmentations
         self._cache: dict[int, ImageItem] = {}  # decoded and resized supports; there are few of them
 
     @property
@@ -83,7 +95,7 @@ class SupportDataset(AnomalibDataset):
     def support(self, index: int) -> ImageItem:
         """Give a support unchanged, abnormal ones first."""
         if index not in self._cache:
-            self._cache[index] = super().__getitem__(index)  # type: ignore[assignment]
+            self._cache[index] = self.images[index]  # type: ignore[assignment]
         return self._cache[index]
 
     def __getitem__(self, index: int) -> ImageItem:
@@ -116,10 +128,11 @@ class SupportDataset(AnomalibDataset):
 class FewShot(AnomalibDataModule):
     """Keeps k normal and k abnormal supports of any anomalib datamodule for training.
 
-    Training batches are the eleven versions of each support. Supports, and files with the same content, are taken out
-    of validation and test. Normal supports come from the training images; abnormal ones from the validation part
-    (of the sets of BMAD: from their ``valid`` split), or from the test part when that is all there is, which then is
-    said in the log.
+    Training batches are the eleven versions of each support. Supports, files with the same content, and other images of
+    their groups where the samples of the source have a column ``group``, are taken out of validation and test. What is
+    used is read once before, and all files that cannot be used are listed in one error. Normal supports come from the
+    training images; abnormal ones from the validation part (of the sets of BMAD: from their ``valid`` split), or from
+    the test part when that is all there is, which then is said in the log.
 
     Args:
         source: The datamodule to draw from, or its ``class_path`` and ``init_args`` as a mapping. Its splits get the
@@ -229,6 +242,12 @@ class FewShot(AnomalibDataModule):
         ]
 
     @property
+    def intensity(self) -> str | None:
+        """Intensity rule of the source, as text; ``None`` if it has none."""
+        rule: str | None = getattr(self.source, "intensity", None)
+        return rule
+
+    @property
     def support(self) -> Support:
         """The supports, at the size that the model reads.
 
@@ -247,16 +266,15 @@ class FewShot(AnomalibDataModule):
     def _setup(self, _stage: str | None = None) -> None:
         train, val, test = self._source_parts()
         normal, abnormal = self._draw_supports(train, val, test)
-        for part in (normal, abnormal, val, test):
-            if part is not None:
-                check_masks(part.samples if isinstance(part, AnomalibDataset) else part)
         supports = pd.concat([normal, abnormal])
         synthetic = abnormal.empty
         task = "segmentation" if synthetic else str(test.samples.attrs["task"])
-        self.train_data = SupportDataset(normal, abnormal, task, seed=self.seed or 0)
-        self.test_data = test.subsample(drop_copies(test.samples, supports.image_path, "test", "supports"))
+        self.train_data = SupportDataset(normal, abnormal, task, seed=self.seed or 0, source=train)
+        used = (part for part in (self.train_data.images, val, test) if part is not None)
+        check_images(*used, num_workers=self.num_workers)
+        self.test_data = test.subsample(drop_copies(test.samples, supports, "test", "supports"))
         if val is not None:
-            keep = drop_copies(val.samples, supports.image_path, "validation", "supports")
+            keep = drop_copies(val.samples, supports, "validation", "supports")
             self.val_data = val.subsample(keep)
         logger.info(
             "Supports: %d normal, %s; %d validation and %d test images remain.",

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.tv_tensors import Mask
 
-from anomalib_mvfa.checks import check_masks
+from anomalib_mvfa.checks import check_images
 from anomalib_mvfa.model.prompts import prompt_name
 
 from .bmad import available_sets, find_layout, read_samples
@@ -106,7 +106,8 @@ class LeaveOneOut(AnomalibDataModule):
 
     The sets lie under ``root`` in any of the layouts that :mod:`~anomalib_mvfa.data.bmad` reads. Batches mix sets; each
     image meets the prompts of its own set, and images of sets without masks train the detection adapters only. No image
-    of the target, and no file with the same content, is in training; this is checked.
+    of the target, and no file with the same content, is in training; this is checked. Every image is read once before,
+    and all files that cannot be used are listed in one error.
 
     Args:
         target: The set to test on.
@@ -125,7 +126,7 @@ class LeaveOneOut(AnomalibDataModule):
         seed: Seed of the held-out part and of the order.
 
     Raises:
-        ValueError: If an argument is unknown, or no set is left to train on.
+        ValueError: If an argument is unknown, no set is left to train on, or images cannot be used.
         FileNotFoundError: In ``setup``, if a set is not there.
 
     Example:
@@ -201,7 +202,7 @@ class LeaveOneOut(AnomalibDataModule):
     def _setup(self, _stage: str | None = None) -> None:
         target = read_samples(find_layout(self.root, self.target))
         pool = pd.concat([self._pool_of(name) for name in self._training_sets()], ignore_index=True)
-        pool = pool.iloc[drop_copies(pool, target["image_path"], "training", f"images of {self.target}")]
+        pool = pool.iloc[drop_copies(pool, target, "training", f"images of {self.target}")]
         test = target[target["split"] == Split.TEST.value]
         self.test_data = AnomalibDataset()
         self.test_data.samples = test
@@ -214,6 +215,8 @@ class LeaveOneOut(AnomalibDataModule):
             self.val_data = AnomalibDataset()
             self.val_data.samples = target[target["split"] == Split.VAL.value] if from_dir else test
         self.train_data = SetsDataset(pool)
+        parts = [self.train_data, self.test_data, *([self.val_data] if hasattr(self, "val_data") else [])]
+        check_images(*parts, num_workers=self.num_workers)
         counts = pool.groupby("set").size()
         logger.info(
             "Training on the %s splits of %s; %d validation images; testing on %d images of %s.",
@@ -236,7 +239,6 @@ class LeaveOneOut(AnomalibDataModule):
                 "training needs. Add them, or leave the set out with sets."
             )
             raise ValueError(msg)
-        check_masks(samples)
         return samples.assign(set=name, class_name=prompt_name(name), has_mask=layout.mask_folder is not None)
 
     def _create_test_split(self) -> None:

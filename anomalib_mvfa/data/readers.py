@@ -16,6 +16,7 @@ Example:
     ...     save(ref.name, read_image(ref, rule="brain"))
 """
 
+import hashlib
 import importlib
 import json
 import logging
@@ -45,10 +46,14 @@ __all__ = [
     "ImageRef",
     "IntensityRule",
     "UnreadableImageError",
+    "is_dicom",
+    "is_volume",
     "list_images",
+    "patient_key",
     "read_image",
     "read_mask",
     "read_volume",
+    "same_grid",
     "volume_slice",
     "write_volume",
 ]
@@ -113,7 +118,8 @@ class IntensityRule:
       window, or else percentiles of the frame; 16-bit, 32-bit and float images take percentiles of the image, NIfTI
       slices those of the whole volume. The percentiles are 0.5 and 99.5.
     - ``window``: ``centre - width / 2`` becomes 0 and ``centre + width / 2`` becomes 1, clipped. Values are in the
-      modality's unit (Hounsfield for CT).
+      modality's unit (Hounsfield for CT). 8-bit images and colour have none: they are taken for windowed already and
+      divided by their full scale.
     - ``percentile``: the low and high percentile of the image (of the volume for NIfTI) become 0 and 1, clipped. Where
       they coincide, minimum and maximum take their place; a constant image is black.
     - ``dicom``: the file's own VOI LUT or window (the first, where it has several), and an error where it has none.
@@ -190,8 +196,9 @@ class IntensityRule:
         return {self.kind: list(self.values)}
 
     def __str__(self) -> str:
-        """Return text that :meth:`parse` reads back."""
-        return json.dumps(self.to_dict()) if self.values else self.kind
+        """Return text that :meth:`parse` reads back: the name of a usual window, a kind, or JSON."""
+        names = (name for name, values in CT_WINDOWS.items() if self.kind == "window" and values == self.values)
+        return next(names, json.dumps(self.to_dict()) if self.values else self.kind)
 
 
 @dataclass(frozen=True)
@@ -232,8 +239,9 @@ def list_images(path: str | Path, *, axis: int = 2, slices: tuple[int, int] | No
     Files come sorted by path. DICOM files of one series in one folder stand together, ordered along the normal of the
     image plane (inferior to superior for axial slices), else by InstanceNumber, else by name. Hidden files and folders,
     DICOM objects that are no images (directories, reports, structure sets) and empty slices of volumes (constant, or
-    nowhere above 1 % of the volume's foreground level) are left out. A file that cannot be read is listed, so that
-    reading it tells why. DICOM files are opened for their headers alone; volumes are loaded to find the empty slices.
+    nowhere above 1 % of the volume's foreground level) are left out. A file that cannot be read is listed, and so is a
+    volume of empty slices alone, so that reading it tells why. DICOM files are opened for their headers alone; volumes
+    are loaded to find the empty slices.
 
     Args:
         path: File or folder. Links to folders are followed, each folder once.
@@ -262,7 +270,7 @@ def list_images(path: str | Path, *, axis: int = 2, slices: tuple[int, int] | No
 
     groups: dict[object, list[tuple[Path, _Header]]] = {}
     for file in sorted(_walk(path)) if path.is_dir() else [path]:
-        if _has_suffix(file, _DICOM_SUFFIXES) or (not _has_suffix(file, IMAGE_SUFFIXES) and _has_preamble(file)):
+        if is_dicom(file):
             header = _dicom_header(file)
             if header.is_image:
                 groups.setdefault((file.parent, header.series or file), []).append((file, header))
@@ -426,6 +434,69 @@ def write_volume(path: str | Path, data: _Pixels, like: str | Path) -> None:
     nibabel.save(image, path)
 
 
+def is_dicom(path: str | Path) -> bool:
+    """Tell by its name, or by its preamble if the name tells nothing, whether a file is a DICOM file."""
+    path = Path(path)
+    return _has_suffix(path, _DICOM_SUFFIXES) or (not _has_suffix(path, IMAGE_SUFFIXES) and _has_preamble(path))
+
+
+def is_volume(path: str | Path) -> bool:
+    """Tell by its name whether a file is a NIfTI volume."""
+    return _has_suffix(Path(path), _NIFTI_SUFFIXES)
+
+
+def same_grid(first: str | Path, second: str | Path) -> bool:
+    """Tell whether two NIfTI volumes have the same voxel grid once both are in the canonical orientation.
+
+    Only the headers are read. Affines may differ by a tenth of a millimetre.
+
+    Raises:
+        FileNotFoundError: If a file does not exist.
+        UnreadableImageError: If a file is no volume.
+        ImportError: If nibabel is not installed.
+    """
+    (shape, affine), (other_shape, other_affine) = (_canonical_grid(Path(path)) for path in (first, second))
+    return shape == other_shape and np.allclose(affine, other_affine, rtol=0, atol=0.1)
+
+
+def _canonical_grid(path: Path) -> tuple[tuple[int, ...], NDArray[np.float64]]:
+    """Return the shape ``(X, Y, Z)`` and the affine that :func:`read_volume` would give."""
+    nibabel = _optional("nibabel")
+    _file_kind(path)
+    with _unreadable(path, "truncated or damaged NIfTI file, or one without an orientation"):
+        image = nibabel.load(path)
+        shape = (*image.shape[:3], *(1,) * (3 - len(image.shape)))
+        orientation = nibabel.io_orientation(image.affine)
+        affine = image.affine @ nibabel.orientations.inv_ornt_aff(orientation, shape)
+        return tuple(shape[axis] for axis in np.argsort(orientation[:, 0])), affine
+
+
+def patient_key(path: str | Path, salt: bytes) -> str | None:
+    """Tell the patients of DICOM files apart without keeping their identifiers.
+
+    Args:
+        path: A DICOM file.
+        salt: Random bytes, the same for all files that are compared. The key is a hash under it: it cannot be led back
+            to the PatientID without the salt, and means nothing in another run.
+
+    Returns:
+        The key, or ``None`` for a file without PatientID.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        UnreadableImageError: If it is no DICOM file.
+        ImportError: If pydicom is not installed.
+    """
+    path = Path(path)
+    pydicom = _optional("pydicom")
+    if _file_kind(path) != "dicom":
+        raise UnreadableImageError(path, "not a DICOM file, so it has no PatientID")
+    with _unreadable(path, "damaged DICOM header"):
+        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["PatientID"])
+        patient = str(header.get("PatientID") or "").strip()
+    return hashlib.blake2b(patient.encode(), key=salt, digest_size=16).hexdigest() if patient else None
+
+
 # Files
 
 
@@ -520,7 +591,7 @@ def _frames(path: Path, header: "_Header", axis: int, slices: tuple[int, int] | 
             filled = _filled_slices(path, _stamp(path), axis)
         except UnreadableImageError:
             return [None]
-        return [index for index in range(len(filled))[chosen] if filled[index]]
+        return [index for index in range(len(filled))[chosen] if filled[index]] if filled.any() else [None]
     return range(header.frames)[chosen] if header.frames > 1 else [None]
 
 
@@ -595,7 +666,7 @@ def _raster_pixels(ref: ImageRef) -> _Pixels:
 def _raster_image(ref: ImageRef, rule: IntensityRule) -> _Pixels:
     _refuse_dicom_rule(rule, ref.path)
     pixels = _raster_pixels(ref)
-    if pixels.dtype == np.uint8 and rule.kind == "auto":
+    if pixels.dtype == np.uint8 and rule.kind in {"auto", "window"}:
         return pixels  # read_image divides it by 255
     values = _finite(pixels.astype(np.float64), ref.path)
     return _scale(values, *_limits(values, rule))
@@ -706,7 +777,7 @@ def _dicom_image(ref: ImageRef, rule: IntensityRule) -> _Pixels:
             full_scale = 2.0 ** int(dataset.get("BitsStored", 8)) - 1
         if stored.shape[-1] > 1:
             _refuse_dicom_rule(rule, ref.path)
-            limits = (0.0, full_scale) if rule.kind == "auto" else _limits(stored, rule)
+            limits = (0.0, full_scale) if rule.kind in {"auto", "window"} else _limits(stored, rule)
             return _scale(stored.astype(np.float64), *limits)
 
         modality = _functional_group(dataset, index, "PixelValueTransformationSequence")
@@ -817,7 +888,10 @@ def _filled_slices(path: Path, stamp: tuple[int, int], axis: int) -> _Pixels:
 def _nifti_slice(ref: ImageRef) -> _Pixels:
     """Return one slice ``(H, W, 1)`` as displayed."""
     data = _load_volume(ref.path, _stamp(ref.path))[0]
-    return volume_slice(data, _frame_index(ref, data.shape[ref.axis]), ref.axis)[..., None]
+    count = data.shape[ref.axis]
+    if ref.frame is None and count > 1 and not _filled_slices(ref.path, _stamp(ref.path), ref.axis).any():
+        raise UnreadableImageError(ref.path, "all its slices are empty")
+    return volume_slice(data, _frame_index(ref, count), ref.axis)[..., None]
 
 
 def _nifti_image(ref: ImageRef, rule: IntensityRule) -> _Pixels:

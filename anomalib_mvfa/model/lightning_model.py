@@ -38,7 +38,7 @@ from .memory import Support
 from .metrics import SelectionScore
 from .processing import MVFAPostProcessor, MVFAPreProcessor
 from .prompts import prompt_name
-from .results import MVFAVisualizer, PredictionTable
+from .results import MVFAVisualizer, PredictionTable, ReportingDataset, loaded_dataset, withhold
 from .torch_model import BranchOutput, MVFAModel, SupportOutput
 from .variant import Variant
 from .weights import load_adapters, write_adapters
@@ -175,6 +175,7 @@ class MVFA(AnomalibModule):
         self._class_features: dict[str, Tensor] = {}
         self._selection_score = SelectionScore() if selection == "best" else None
         self._support_output: SupportOutput | None = None
+        self.intensity: str | None = None  # rule by which the training images were read, where the datamodule has one
 
     def _variant(self) -> Variant:
         names = Variant.__dataclass_fields__
@@ -184,15 +185,16 @@ class MVFA(AnomalibModule):
     # checkpoint, which knows the backbone.
 
     def configure_model(self) -> None:
-        """Build the network for training, unless it is there.
+        """Build the network for training, or from given adapters, unless it is there.
 
-        Validation, testing and prediction may still be given a checkpoint: they build when they start.
+        Validation, testing and prediction may otherwise still be given a checkpoint: they build when they start.
 
         Raises:
             FileNotFoundError: If the backbone's weights are not there.
             ValueError: If adapters do not fit.
         """
-        if self._trainer is None or self.trainer.state.fn == TrainerFn.FITTING:
+        # Adapters know how their images were read, which is asked when the data are loaded.
+        if self._trainer is None or self.trainer.state.fn == TrainerFn.FITTING or self._given_adapters:
             self._ensure_model()
 
     def _ensure_model(self) -> None:
@@ -209,6 +211,7 @@ class MVFA(AnomalibModule):
         if self.hparams["adapters"] is not None:
             facts = load_adapters(self.hparams["adapters"], self.model.seg_adapters, self.model.det_adapters)
             self.model.has_masks = bool(facts.get("has_masks", True))
+            self.intensity = str(facts["intensity"]) if facts.get("intensity") else None
 
     def forward(self, batch: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - anomalib's signature
         """Pre-process, predict and post-process images ``(B, 3, H, W)`` in [0, 1]."""
@@ -320,6 +323,7 @@ class MVFA(AnomalibModule):
         self._take_class_name()
         if self._selection_score is not None:
             self._announce_selection()
+        self.intensity = getattr(getattr(self.trainer, "datamodule", None), "intensity", None)
         data = self._train_data()
         has_anomalous = bool(getattr(data, "has_anomalous", True))
         samples = getattr(data, "samples", None)
@@ -506,6 +510,7 @@ class MVFA(AnomalibModule):
         if self.trainer.state.fn != TrainerFn.FITTING:
             self._ensure_model()
             self._take_class_name()
+            self._check_intensity()
         self._remember()
         if self.hparams["fusion_scale"] == "test":
             self._scale_by(self.trainer.val_dataloaders)
@@ -521,17 +526,59 @@ class MVFA(AnomalibModule):
             self._scale_by(self.trainer.test_dataloaders)
 
     def on_predict_start(self) -> None:
-        """Warn of untrained adapters."""
+        """Warn of untrained adapters; let files of a plain folder that cannot be read be reported."""
         self._check_ready()
+        ReportingDataset.adopt(loaded_dataset(self.trainer))
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:  # noqa: ANN401
+        """Predict a batch; images that could not be read get NaN.
+
+        Args:
+            batch: Images ``(B, 3, H, W)`` in [0, 1].
+            batch_idx: Number of the batch.
+            dataloader_idx: Number of the loader.
+
+        Returns:
+            The batch with scores and maps.
+        """
+        predictions = super().predict_step(batch, batch_idx, dataloader_idx)
+        withhold(batch)  # updated in place, as anomalib does
+        return predictions
 
     def _check_ready(self) -> None:
         self._ensure_model()
         self._take_class_name()
+        self._check_intensity()
         if self._memory_step < 0 and not self._given_adapters:
             logger.warning(
                 "The adapters are untrained: train first, or give --ckpt_path or --model.adapters. "
                 "The predictions mean nothing.",
             )
+
+    def _check_intensity(self) -> None:
+        """Refuse images that are read by another intensity rule than those of the training.
+
+        Raises:
+            ValueError: If the rules differ.
+        """
+        datamodule = getattr(self.trainer, "datamodule", None)
+        rule = getattr(datamodule, "intensity", None)
+        if self.intensity is None or rule == self.intensity:
+            return
+        if rule is None:
+            if self.intensity != "auto":
+                logger.warning(
+                    "The model was trained on images read with the intensity rule '%s', which these images were not: "
+                    "they must show the same grey levels already. --data MedicalFolder applies the rule.",
+                    self.intensity,
+                )
+            return
+        msg = (
+            f"The model was trained on images read with the intensity rule '{self.intensity}', but these are read "
+            f"with '{rule}'. Set the datamodule's intensity to '{self.intensity}' (for prediction it may be left out), "
+            "or train with the other rule."
+        )
+        raise ValueError(msg)
 
     def _remember(self) -> None:
         """Build the bank, unless it fits the present adapters already."""
@@ -615,6 +662,7 @@ class MVFA(AnomalibModule):
             "image_size": list(self.model.image_size),
             "class_name": self.model.class_name,
             "has_masks": self.model.has_masks,
+            "intensity": self.intensity,
             "variant": self.hparams["variant"],
         }
         return write_adapters(path, self.model.seg_adapters, self.model.det_adapters, facts, dtype)
@@ -632,6 +680,7 @@ class MVFA(AnomalibModule):
             "fingerprint": self.model.fingerprint,
             "class_name": self.model.class_name,
             "has_masks": self.model.has_masks,
+            "intensity": self.intensity,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -663,6 +712,7 @@ class MVFA(AnomalibModule):
             )
             raise ValueError(msg)
         self.model.has_masks = facts["has_masks"]
+        self.intensity = facts.get("intensity")
         self.model.restore_class_name(facts["class_name"])
         self._memory_step = int(checkpoint.get("global_step", 0))
         tower = {TOWER + name: value for name, value in self.model.tower.state_dict().items()}

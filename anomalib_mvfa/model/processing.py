@@ -81,9 +81,17 @@ class MVFAPreProcessor(PreProcessor):
         return {"image_size": list(self.image_size)}
 
     def load_checkpoint_config(self, config: dict[str, Any]) -> None:
-        """Restore what :meth:`checkpoint_config` gave."""
+        """Restore what :meth:`checkpoint_config` gave.
+
+        The transform stays the same object: datasets that were set up before the checkpoint was read hold it, too, and
+        would otherwise resize to the size that this model was built with first.
+        """
+        resize = self.transform
         height, width = config["image_size"]
         MVFAPreProcessor.__init__(self, (height, width))
+        if isinstance(resize, EightBitResize):
+            resize.size = [height, width]
+            self.transform = resize
 
 
 class MVFAPostProcessor(DynamicBufferMixin, PostProcessor):

@@ -4,15 +4,18 @@
 """What a person gets to see: heatmaps at the image's own size and a table of predictions."""
 
 import csv
+import dataclasses
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anomalib.data import ImageBatch
+import torch
+from anomalib.data import ImageBatch, ImageItem, PredictDataset
 from anomalib.utils.path import generate_output_filename
 from anomalib.visualization import ImageVisualizer
 from anomalib.visualization.image import visualize_image_item
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
 from PIL import Image
 
 from .processing import MVFAPostProcessor
@@ -20,7 +23,7 @@ from .processing import MVFAPostProcessor
 if TYPE_CHECKING:
     from anomalib.models.components import AnomalibModule
 
-__all__ = ["MVFAVisualizer", "PredictionTable", "results_dir"]
+__all__ = ["MVFAVisualizer", "PredictionTable", "ReportingDataset", "loaded_dataset", "results_dir", "withhold"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +33,94 @@ def results_dir(trainer: Trainer) -> Path:
     return Path(trainer.default_root_dir) / "images"
 
 
+def claim_name(target: Path, source: str, taken: dict[Path, str]) -> Path:
+    """Give a file name that no other source has.
+
+    Args:
+        target: The name wanted.
+        source: What the file is made from.
+        taken: Names that were given out, with their sources; extended here.
+
+    Returns:
+        The name wanted, or one with ``_2``, ``_3`` and so on before its suffix.
+    """
+    suffix = ".nii.gz" if target.name.endswith(".nii.gz") else target.suffix
+    stem = target.name.removesuffix(suffix)
+    candidate, number = target, 1
+    while taken.setdefault(candidate, source) != source:
+        number += 1
+        candidate = target.with_name(f"{stem}_{number}{suffix}")
+    return candidate
+
+
+def from_command_line(trainer: Trainer) -> bool:
+    """Tell whether the command line runs this: it adds a callback that a program has no use for."""
+    return any(isinstance(callback, SaveConfigCallback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def loaded_dataset(trainer: Trainer) -> Any:  # noqa: ANN401 - any dataset
+    """Give the dataset that is tested or predicted, or ``None`` if there are several or none."""
+    loaders = trainer.predict_dataloaders if trainer.predicting else trainer.test_dataloaders
+    if isinstance(loaders, list) and len(loaders) == 1:
+        loaders = loaders[0]
+    return getattr(loaders, "dataset", None)
+
+
+class ReportingDataset(PredictDataset):
+    """anomalib's dataset of a folder, in which a file that cannot be read does not end the prediction.
+
+    Such a file becomes a black image whose ``explanation`` is the reason; the other explanations are empty.
+    """
+
+    @classmethod
+    def adopt(cls, dataset: Any) -> None:  # noqa: ANN401 - any dataset
+        """Turn a dataset of anomalib into one of these; leave others alone."""
+        if type(dataset) is PredictDataset:
+            dataset.__class__ = cls
+
+    def __getitem__(self, index: int) -> ImageItem:
+        """Read one image, or report why it cannot be read."""
+        path = Path(self.image_filenames[index])
+        try:
+            item = super().__getitem__(index)
+        except Exception as error:  # Pillow raises many kinds on damaged files
+            reason = _why_unreadable(path, error)
+            return ImageItem(image=torch.zeros(3, 1, 1), image_path=str(path), explanation=reason)
+        item.explanation = ""
+        return item
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    if isinstance(error, PermissionError):
+        return "permission denied"
+    if not path.is_file():
+        return "no such file"
+    if path.stat().st_size == 0:
+        return "the file is empty"
+    return "truncated, damaged or not an image"
+
+
+def withhold(batch: ImageBatch) -> None:
+    """Replace the predictions of images that could not be read by NaN, in place.
+
+    Args:
+        batch: Predictions. Images with an ``explanation`` are those that could not be read.
+    """
+    unread = torch.tensor([bool(reason) for reason in batch.explanation or [""] * len(batch)])
+    for name in ("pred_score", "anomaly_map"):
+        values = getattr(batch, name)
+        if values is not None and unread.any():
+            values = values.clone()
+            values[unread.to(values.device)] = torch.nan
+            setattr(batch, name, values)
+
+
 class MVFAVisualizer(ImageVisualizer):
     """anomalib's visualizer, each panel at the size of the image it shows.
 
-    Pictures are written as PNG; images of the same name from different folders get names of their own.
+    Pictures are written as PNG; images of the same name from different folders get names of their own. A dataset that
+    has ``original(image_path)`` and ``output_name(image_path)`` is asked for image and name; other images are opened
+    with Pillow.
 
     Args:
         field_size: Width and height of a panel in pixels; ``None`` takes the image's own.
@@ -57,15 +144,24 @@ class MVFAVisualizer(ImageVisualizer):
         """Write one picture an image."""
         del pl_module, outputs, batch_idx, dataloader_idx
         folder = Path(self.output_dir or results_dir(trainer))
+        dataset = loaded_dataset(trainer)
         for item in batch:
             if item.image_path is None:
                 continue
-            size = self.field_size
-            if self.own_size:
+            if item.explanation and trainer.predicting:  # the image could not be read
+                continue
+            shown, size = item, self.field_size
+            if hasattr(dataset, "original"):
+                original = dataset.original(item.image_path)
+                shown = dataclasses.replace(item, image=original, image_path=None)
+                own_size = (original.shape[-1], original.shape[-2])
+            else:
                 with Image.open(item.image_path) as image:
-                    size = image.size
+                    own_size = image.size
+            if self.own_size:
+                size = own_size
             picture = visualize_image_item(
-                item,
+                shown,
                 fields=self.fields,
                 overlay_fields=self.overlay_fields,
                 field_size=size,
@@ -78,19 +174,19 @@ class MVFAVisualizer(ImageVisualizer):
 
     def _target(self, source: str, folder: Path, trainer: Trainer) -> Path:
         """Choose the file of a picture, never one that another image has."""
-        datamodule = getattr(trainer, "datamodule", None)
-        target = generate_output_filename(
-            input_path=source,
-            output_path=folder,
-            dataset_name=getattr(datamodule, "name", None),
-            category=getattr(datamodule, "category", None),
-        ).with_suffix(".png")
-        number = 1
-        candidate = target
-        while self._sources.setdefault(candidate, source) != source:
-            number += 1
-            candidate = target.with_stem(f"{target.stem}_{number}")
-        return candidate
+        dataset = loaded_dataset(trainer)
+        if hasattr(dataset, "output_name"):
+            target = folder / f"{dataset.output_name(source)}.png"
+            target.parent.mkdir(parents=True, exist_ok=True)
+        else:
+            datamodule = getattr(trainer, "datamodule", None)
+            target = generate_output_filename(
+                input_path=source,
+                output_path=folder,
+                dataset_name=getattr(datamodule, "name", None),
+                category=getattr(datamodule, "category", None),
+            ).with_suffix(".png")
+        return claim_name(target, source, self._sources)
 
 
 class PredictionTable(Callback):
@@ -99,10 +195,15 @@ class PredictionTable(Callback):
     Columns: ``path``; ``score`` in [0, 1]; ``label`` (1 abnormal, 0 normal, empty without a threshold); ``threshold``,
     to which the score is compared; ``abnormal_area``, the share of abnormal pixels; ``normal_percentile``, the share of
     normal reference images that score lower, in [0, 1], which compares across models and is empty without reference;
-    in testing also ``true_label``.
+    in prediction ``error``, why an image could not be read; in testing ``true_label``.
+
+    The command ends with exit status 1 when images could not be read, after everything else was written.
     """
 
     COLUMNS = ("path", "score", "label", "threshold", "abnormal_area", "normal_percentile")
+
+    def __init__(self) -> None:
+        self._images = self._unread = 0
 
     def _path(self, trainer: Trainer) -> Path:
         return results_dir(trainer) / "predictions.csv"
@@ -125,18 +226,27 @@ class PredictionTable(Callback):
         with self._path(trainer).open("a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             for index, item in enumerate(batch):
+                error = "" if with_truth else item.explanation or ""
+                self._images += 1
+                self._unread += bool(error)
+                if error:
+                    writer.writerow([item.image_path, "", "", "", "", "", error])
+                    continue
                 score = "" if item.pred_score is None else f"{float(item.pred_score):.8g}"
                 label = str(int(item.pred_label)) if threshold and item.pred_label is not None else ""
                 area = f"{float(item.pred_mask.float().mean()):.6f}" if threshold and item.pred_mask is not None else ""
                 percentile = "" if percentiles is None else f"{float(percentiles[index]):.6g}"
                 truth = "" if item.gt_label is None else str(int(item.gt_label))
                 row = [item.image_path, score, label, threshold, area, percentile]
-                writer.writerow([*row, truth] if with_truth else row)
+                writer.writerow([*row, truth if with_truth else error])
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a table."""
         del pl_module
-        self._start(trainer, self.COLUMNS)
+        self._images = self._unread = 0
+        if from_command_line(trainer):  # nobody receives the predictions, which would fill the memory
+            trainer.predict_loop.return_predictions = False
+        self._start(trainer, (*self.COLUMNS, "error"))
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a table."""
@@ -175,3 +285,20 @@ class PredictionTable(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say where the results are."""
         self.on_predict_end(trainer, pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Say how many images could not be read, once everything is written, and let the command fail.
+
+        Raises:
+            SystemExit: If images could not be read and the command line runs this.
+        """
+        del pl_module
+        if stage != "predict" or not self._unread:
+            return
+        msg = (
+            f"{self._unread} of {self._images} images could not be read; the column 'error' of {self._path(trainer)} "
+            "tells why. The others were predicted."
+        )
+        if from_command_line(trainer):  # a program gets its predictions instead
+            raise SystemExit(msg)
+        logger.error(msg)

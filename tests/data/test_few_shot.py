@@ -322,7 +322,7 @@ def test_mask_of_another_size_is_refused_before_training(make_folder):
     source = make_folder()
     mask = Path(source.root) / "masks" / "03.png"
     Image.new("L", (10, 12)).save(mask)
-    with pytest.raises(ValueError, match=rf"1 of \d masks differ in size .*{mask} \(10x12, image 72x64\)"):
+    with pytest.raises(ValueError, match=rf"1 file cannot be used.*\n  {mask}: this mask is 10x12 .*its image 72x64"):
         few_shot(source, k_shot=1)
 
 
@@ -331,3 +331,48 @@ def test_missing_mask_is_refused_before_training(make_folder):
     (Path(source.root) / "masks" / "03.png").unlink()
     with pytest.raises(ValueError, match=f"Folder at {source.root} could not be read"):
         few_shot(source, k_shot=1)
+
+
+def test_every_damaged_support_and_evaluation_image_is_listed_at_once(make_folder):
+    source = make_folder(normal=4, abnormal=4)
+    root = Path(source.root)
+    few_shot(source, k_shot=1)  # what was in order once is looked at again
+    reasons = {
+        root / "abnormal" / "00.png": "the file is empty",
+        root / "abnormal" / "01.png": "truncated, damaged or of an unsupported pixel format",
+        root / "abnormal" / "02.png": "not an image of a supported format",
+        root / "masks" / "03.png": "the file is empty",
+    }
+    for path, reason in reasons.items():
+        whole = path.read_bytes()
+        path.write_bytes({"the": b"", "tru": whole[: len(whole) // 2], "not": b"words"}[reason[:3]])
+    for path in (root / "normal").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"\d files cannot be used") as refusal:
+        few_shot(source, k_shot=2)
+    for path, reason in reasons.items():
+        assert f"{path}: {reason}" in str(refusal.value)
+    assert str(refusal.value).count(f"{root / 'normal'}") >= 2  # the supports at least; training uses no other
+
+
+def test_unchanged_files_are_read_once_a_process(make_folder, monkeypatch):
+    source = make_folder(8, 8)
+    few_shot(source, k_shot=2)
+    reading = []
+    monkeypatch.setattr("anomalib_mvfa.checks._problem", lambda part, position: reading.append(position))
+    few_shot(source, k_shot=2)
+    assert not reading
+    image = Path(source.root) / "abnormal" / "03.png"
+    image.write_bytes(image.read_bytes() + b" ")
+    few_shot(source, k_shot=2)
+    assert len(reading) == 1
+
+
+def test_reading_beforehand_leaves_the_random_numbers_alone(make_folder):
+    source = make_folder(8, 8)
+    drawn = []
+    for _ in range(2):  # the first time the files are read, the second time they are known
+        torch.manual_seed(0)
+        few_shot(source, k_shot=2)
+        drawn.append(torch.rand(3))
+    assert torch.equal(drawn[0], drawn[1])

@@ -174,6 +174,17 @@ def test_arguments_are_checked(root, options, message):
         leave_out(root, **options)
 
 
+def test_all_images_that_cannot_be_used_are_listed_at_once(root):
+    empty = root / "Liver_AD" / "valid" / "good" / "img" / "2.png"
+    empty.write_bytes(b"")
+    cut = root / "Chest_AD" / "valid" / "Ungood" / "img" / "1.png"
+    cut.write_bytes(cut.read_bytes()[:80])
+    with pytest.raises(ValueError, match="2 files cannot be used") as error:
+        leave_out(root)
+    assert str(empty) in str(error.value)
+    assert str(cut) in str(error.value)
+
+
 def test_missing_target_missing_others_and_one_sided_sets_are_refused_by_name(root):
     with pytest.raises(FileNotFoundError, match="No set 'Kidney'"):
         leave_out(root, target="Kidney")

@@ -25,9 +25,11 @@ from anomalib_mvfa.data.readers import (
     IntensityRule,
     UnreadableImageError,
     list_images,
+    patient_key,
     read_image,
     read_mask,
     read_volume,
+    same_grid,
     volume_slice,
     write_volume,
 )
@@ -213,6 +215,10 @@ class TestRaster:
         np.testing.assert_allclose(windowed, np.clip(pixels / 80, 0, 1), atol=1e-6)
         stretched = grey(read_image(tmp_path / "a.tif", {"percentile": [0, 100]}))
         np.testing.assert_allclose(stretched, (pixels + 1000.0) / 2000, atol=1e-6)
+
+    def test_eight_bit_image_is_taken_for_windowed_already(self, tmp_path: Path) -> None:
+        Image.fromarray(RAMP).save(tmp_path / "a.png")
+        assert torch.equal(read_image(tmp_path / "a.png", "lung"), read_image(tmp_path / "a.png"))
 
     def test_nan_pixels_become_the_minimum(self, tmp_path: Path) -> None:
         Image.fromarray(np.array([[np.nan, 2], [3, 4]], dtype=np.float32)).save(tmp_path / "a.tif")
@@ -687,6 +693,12 @@ class TestListing:
             with pytest.raises(UnreadableImageError):
                 read_image(ref)
 
+    def test_volume_of_empty_slices_is_listed_and_says_so(self, tmp_path: Path) -> None:
+        (ref,) = list_images(write_nifti(tmp_path / "flat.nii", np.ones((4, 4, 3), np.float32)))
+        assert ref.key == "flat.nii"
+        with pytest.raises(UnreadableImageError, match=r"flat\.nii: all its slices are empty"):
+            read_image(ref)
+
     def test_missing_and_empty_folders_name_the_suffixes(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match="nowhere") as missing:
             list_images(tmp_path / "nowhere")
@@ -877,3 +889,37 @@ class TestUnreadable:
         for function in (read_image, list_images):
             with pytest.raises(ImportError, match=r'pip install "anomalib-mvfa\[medical\]"'):
                 function(tmp_path / name)
+
+
+class TestGridsAndPatients:
+    """What is told from headers alone."""
+
+    def test_grids_are_compared_in_the_canonical_orientation(self, tmp_path: Path) -> None:
+        affine = np.diag([-2.0, 3, 4, 1])
+        affine[:3, 3] = [9, 1, 2]
+        first = write_nifti(tmp_path / "a.nii", np.zeros((5, 6, 7), np.float32), affine)
+        turned = nibabel.as_closest_canonical(nibabel.load(first))
+        nibabel.save(turned, tmp_path / "b.nii.gz")
+        moved = affine.copy()
+        moved[0, 3] += 1
+        shifted = write_nifti(tmp_path / "c.nii", np.zeros((5, 6, 7), np.float32), moved)
+        shorter = write_nifti(tmp_path / "d.nii", np.zeros((5, 6, 6), np.float32), affine)
+        assert same_grid(first, tmp_path / "b.nii.gz")
+        assert not same_grid(first, shifted)
+        assert not same_grid(first, shorter)
+
+    def test_patients_are_told_apart_under_a_salt_and_not_named(self, tmp_path: Path) -> None:
+        files = [
+            write_dicom(tmp_path / f"{index}.dcm", RAMP, PatientID=patient)
+            for index, patient in enumerate(("ID-1", "ID-1 ", "ID-2", ""))
+        ]
+        one, again, two, nobody = (patient_key(path, b"salt") for path in files)
+        assert one == again != two
+        assert nobody is None
+        assert "ID-1" not in str(one)
+        assert patient_key(files[0], b"other") != one
+
+    def test_only_dicom_files_have_patients(self, tmp_path: Path) -> None:
+        Image.fromarray(RAMP).save(tmp_path / "a.png")
+        with pytest.raises(UnreadableImageError, match="not a DICOM file"):
+            patient_key(tmp_path / "a.png", b"salt")

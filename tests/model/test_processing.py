@@ -79,3 +79,12 @@ def test_checkpoint_config_restores_the_size():
     assert restored.checkpoint_config() == {"image_size": [24, 40]}
     image = torch.rand(3, 33, 20)
     assert torch.equal(restored.transform(image), EightBitResize((24, 40))(image))
+
+
+def test_transform_stays_the_same_object_when_a_checkpoint_changes_its_size():
+    pre_processor = MVFAPreProcessor((240, 240))
+    held_by_a_dataset = pre_processor.transform
+    pre_processor.load_checkpoint_config({"image_size": [112, 96]})
+    assert pre_processor.transform is held_by_a_dataset
+    assert held_by_a_dataset(torch.rand(3, 50, 40)).shape == (3, 112, 96)
+    assert pre_processor.export_transform(torch.rand(1, 3, 50, 40)).shape == (1, 3, 112, 96)
