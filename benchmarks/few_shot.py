@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=50)
     parser.add_argument("--abnormal_source", default="auto")
     parser.add_argument("--backbone", default="tiny")
+    parser.add_argument("--pretrained", help="tag, file or 'random' (default: the backbone's own)")
     parser.add_argument("--class_name", default="Brain")
     parser.add_argument("--output", type=Path, default=Path("results/few_shot"))
     options = parser.parse_args()
@@ -61,7 +62,12 @@ def main() -> None:
             eval_batch_size=16,
         )
         data = FewShot(source, k_shot=options.k_shot, seed=seed, abnormal_source=options.abnormal_source)
-        model = MVFA(backbone=options.backbone, class_name=options.class_name, visualizer=False)
+        model = MVFA(
+            backbone=options.backbone,
+            pretrained=options.pretrained,
+            class_name=options.class_name,
+            visualizer=False,
+        )
         engine = Engine(
             max_epochs=options.epochs,
             check_val_every_n_epoch=options.epochs,
