@@ -34,7 +34,16 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw
 from rich.progress import track
 
-__all__ = ["LESIONS", "MODALITIES", "Phantom", "contact_sheet", "draw_phantom", "write_phantoms"]
+__all__ = [
+    "LESIONS",
+    "MODALITIES",
+    "Phantom",
+    "contact_sheet",
+    "describe_extent",
+    "describe_place",
+    "draw_phantom",
+    "write_phantoms",
+]
 
 MODALITIES: tuple[str, ...] = ("brain_mri", "chest_xray", "liver_ct", "retinal_oct", "histology", "breast_ultrasound")
 LESIONS: tuple[str, ...] = ("bright", "dark", "ring", "texture", "displaced")
@@ -909,16 +918,16 @@ def _grow(rng: np.random.Generator, scene: _Scene, outline: _Outline, kind: str)
     return channels, mask
 
 
-def _place(mask: Mask) -> str:
-    """Position of the mask's centre in the image, in words."""
+def describe_place(mask: Mask) -> str:
+    """Say in words where in the image the centre of a mask ``(H, W)``, not empty, lies: ``"upper left"``."""
     rows, columns = np.nonzero(mask)
     row = ("upper", "", "lower")[int(rows.mean() * 3 / mask.shape[0])]
     column = ("left", "", "right")[int(columns.mean() * 3 / mask.shape[1])]
     return f"{row} {column}".strip() or "centre"
 
 
-def _extent(mask: Mask) -> str:
-    """Size of the lesion in words, by its share of the image."""
+def describe_extent(mask: Mask) -> str:
+    """Say in words how much of the image a mask ``(H, W)`` covers: ``"small"``, ``"medium"`` or ``"large"``."""
     share = float(mask.mean())
     return "small" if share < 0.012 else "medium" if share < 0.035 else "large"
 
@@ -973,7 +982,7 @@ def draw_phantom(
         image = np.repeat(image[..., None], 3, axis=2)
     if lesion is None:
         return Phantom(image, mask, modality, scene.variant)
-    return Phantom(image, mask, modality, scene.variant, kind, _place(mask), _extent(mask))
+    return Phantom(image, mask, modality, scene.variant, kind, describe_place(mask), describe_extent(mask))
 
 
 def write_phantoms(
