@@ -229,7 +229,7 @@ def test_results_have_a_row_and_a_panel_at_its_own_size_for_each_image(few_shot,
 
     running.predict(model, data_path=tmp_path / "data" / "abnormal")
     table = rows(tmp_path)
-    assert list(table[0]) == ["path", "score", "label", "threshold", "abnormal_area", "normal_percentile"]
+    assert list(table[0]) == ["path", "score", "label", "threshold", "abnormal_area", "normal_percentile", "error"]
     assert sorted(row["path"] for row in table) == sorted(map(str, (tmp_path / "data" / "abnormal").glob("*.png")))
     for row in table:
         assert 0 <= float(row["score"]) <= 1
