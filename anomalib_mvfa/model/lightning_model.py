@@ -633,7 +633,7 @@ class MVFA(AnomalibModule):
         images: Tensor = batch.image  # type: ignore[assignment]  # a batch always has images
         predictions = self.model.fuse(*self.model.branches(images, self._text_features_of(batch)))
         batch.update(**predictions._asdict())
-        if self._selection_score is not None:
+        if self._selection_score is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._selection_score.update(batch)
         return batch
 
