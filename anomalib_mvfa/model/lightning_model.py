@@ -14,7 +14,7 @@ Paper:
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from .metrics import SelectionScore
 from .processing import MVFAPostProcessor, MVFAPreProcessor
 from .prompts import prompt_name
 from .results import MVFAVisualizer, PredictionTable, ReportingDataset, loaded_dataset, withhold
+from .token_cache import TokenCache
 from .torch_model import BranchOutput, MVFAModel, SupportOutput
 from .variant import Variant
 from .weights import load_adapters, write_adapters
@@ -50,6 +51,8 @@ logger = logging.getLogger(__name__)
 ADAM_BETAS = (0.5, 0.999)
 PUBLISHED_EPOCHS = 50
 LIGHTNING_EPOCHS = 1000  # what Lightning sets when nobody gave a number
+CACHE_IMAGES = 1000
+CACHE_BYTES = 2**30
 FUSION_SCALES = ("support", "test")
 SELECTIONS = ("last", "best")
 SELECTION_SCORE = "selection_score"
@@ -173,6 +176,7 @@ class MVFA(AnomalibModule):
         self._lesions: LesionSynthesizer | None = None
         self._memory_step = -1
         self._class_features: dict[str, Tensor] = {}
+        self._token_cache: TokenCache | None = None
         self._selection_score = SelectionScore() if selection == "best" else None
         self._support_output: SupportOutput | None = None
         self.intensity: str | None = None  # rule by which the training images were read, where the datamodule has one
@@ -332,6 +336,8 @@ class MVFA(AnomalibModule):
         if not has_anomalous:
             self._lesions = LesionSynthesizer()
             logger.info("No abnormal training images: lesions are drawn on half of the normal ones.")
+        elif isinstance(data, Sized) and len(data) <= CACHE_IMAGES:
+            self._token_cache = TokenCache(CACHE_BYTES, max_images=len(data))
 
     def _train_data(self) -> Any:  # noqa: ANN401 - any dataset
         datamodule = getattr(self.trainer, "datamodule", None)
@@ -434,7 +440,7 @@ class MVFA(AnomalibModule):
             masks = masks if bool(has_mask.any()) else None
             has_mask = None if bool(has_mask.all()) else has_mask
         frozen = masks is None if has_mask is None or masks is None else ~has_mask
-        hidden = self.model.hidden_tokens(images, frozen_segmentation=frozen)
+        hidden = self.model.hidden_tokens(images, frozen_segmentation=frozen, cache=self._token_cache)
         scores = [self.model.level_probabilities(tokens, text_features)[1] for tokens in hidden.detection]
         terms = {"bce": _sum(score_loss(score, labels, self.model.variant.bce_as_logits) for score in scores)}
         if masks is not None:
@@ -480,6 +486,7 @@ class MVFA(AnomalibModule):
         """Leave a bank that fits the final adapters."""
         self._remember()
         self._support_output = None
+        self._token_cache = None
 
     def _calibrate_without_validation(self) -> None:
         self._remember()

@@ -28,6 +28,7 @@ from .backbone import fingerprint, load_clip, resolve_backbone
 from .fusion import Fusion
 from .memory import MemoryBank, Support, bank_distance
 from .prompts import encode_states
+from .token_cache import TokenCache
 from .tower import FrozenTower, quarter_levels
 from .variant import Variant
 
@@ -251,21 +252,39 @@ class MVFAModel(nn.Module):
             anomaly_map = image_functional.gaussian_blur(anomaly_map, [kernel, kernel], [self.variant.map_blur])
         return InferenceBatch(pred_score=score, anomaly_map=anomaly_map)
 
-    def hidden_tokens(self, images: Tensor, frozen_segmentation: Tensor | bool = False) -> HiddenTokens:
+    def first_level_tokens(self, images: Tensor) -> Tensor:
+        """Run the tower up to the first adapters.
+
+        Args:
+            images: ``(B, 3, H, W)`` in [0, 1].
+
+        Returns:
+            Tokens ``(B, L, D)``, which no training changes.
+        """
+        return self.tower.run_stage(self.tower.embed(images), 0)
+
+    def hidden_tokens(
+        self,
+        images: Tensor,
+        frozen_segmentation: Tensor | bool = False,
+        cache: TokenCache | None = None,
+    ) -> HiddenTokens:
         """Run the tower with its adapters.
 
         Args:
             images: ``(B, 3, H, W)`` in [0, 1].
             frozen_segmentation: Keep gradients away from the segmentation adapters' weights, as for training images
                 of sets without masks; for all images, or ``(B,)`` for those that are true.
+            cache: Keeps the tokens below the first adapters.
 
         Returns:
             The hidden vectors of every level.
         """
-        tokens = self.tower.embed(images)
+        tokens = cache(images, self.first_level_tokens) if cache else self.first_level_tokens(images)
         segmentation, detection = [], []
         for stage, (seg_adapter, det_adapter) in enumerate(zip(self.seg_adapters, self.det_adapters, strict=True)):
-            tokens = self.tower.run_stage(tokens, stage)
+            if stage:
+                tokens = self.tower.run_stage(tokens, stage)
             seg_hidden, seg_output = seg_adapter(tokens, frozen=frozen_segmentation)
             det_hidden, det_output = det_adapter(tokens)
             segmentation.append(seg_hidden)

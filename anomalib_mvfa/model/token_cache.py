@@ -1,0 +1,78 @@
+# Copyright (C) 2026 The anomalib-mvfa authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Tokens below the first adapter, kept while a small training set is seen again and again."""
+
+import hashlib
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["TokenCache"]
+
+logger = logging.getLogger(__name__)
+
+
+class TokenCache:
+    """What a frozen network makes of images, by the images' content.
+
+    Nothing that is trained lies below the first adapter, so that an image always gives the same tokens there. Each
+    image is computed by itself: its tokens do not depend on the batch that it comes in, nor on when it came.
+
+    Args:
+        max_bytes: Most memory that the tokens may take, in bytes.
+        max_images: Most different images; beyond that the set is not fixed (its images are changed at random), the
+            tokens are dropped, and nothing more is kept.
+
+    Example:
+        >>> cache = TokenCache(max_bytes=2**20, max_images=8)
+        >>> images = torch.rand(2, 3, 4, 4)
+        >>> bool((cache(images, lambda image: 2 * image) == 2 * images).all()), len(cache)
+        (True, 2)
+    """
+
+    def __init__(self, max_bytes: int, max_images: int) -> None:
+        self.max_bytes = max_bytes
+        self.max_images = max_images
+        self.open = True
+        self._tokens: dict[bytes, Tensor] = {}
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        """Count the images whose tokens are kept."""
+        return len(self._tokens)
+
+    def __call__(self, images: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """Give the tokens of images.
+
+        Args:
+            images: ``(B, 3, H, W)``.
+            compute: Makes tokens ``(1, L, D)`` out of one image ``(1, 3, H, W)``.
+
+        Returns:
+            Tokens ``(B, L, D)``.
+        """
+        if not self.open:
+            return compute(images)
+        return torch.cat([self._get(image, compute) for image in images.split(1)])
+
+    def _get(self, image: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        # Under another autocast the same image has other tokens.
+        kind = image.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else image.dtype
+        content = image.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        key = hashlib.blake2b(content, digest_size=16, salt=str(dtype).encode()[:16]).digest()
+        if key in self._tokens:
+            return self._tokens[key]
+        tokens = compute(image).detach()
+        size = tokens.numel() * tokens.element_size()
+        if len(self._tokens) == self.max_images:
+            logger.info("The training images change from epoch to epoch: their tokens are no longer kept.")
+            self.open = False
+            self._tokens.clear()
+        elif self.open and self._bytes + size <= self.max_bytes:
+            self._tokens[key] = tokens
+            self._bytes += size
+        return tokens
