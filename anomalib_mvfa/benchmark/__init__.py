@@ -4,5 +4,6 @@
 """Methods side by side: what was measured, how sure it is, and a page that shows it."""
 
 from .cells import Cell, load_cells
+from .report import write_page, write_tables
 
-__all__ = ["Cell", "load_cells"]
+__all__ = ["Cell", "load_cells", "write_page", "write_tables"]

@@ -57,8 +57,8 @@ def curves(lines: Sequence[Line], x_label: str, y_label: str, description: str, 
         An ``svg`` element.
     """
     right, base = _LEFT + _SIDE, _TOP + _SIDE
-    parts = [f'<svg class="plot" viewBox="0 0 {right + 10} {base + _BOTTOM}" role="img" '
-             f'aria-label="{escape(description)}">']  # fmt: skip
+    box = f"0 0 {right + 10} {base + _BOTTOM}"
+    parts = [f'<svg class="plot" viewBox="{box}" role="img" aria-label="{escape(description)}">']
     for step in range(6):
         share = step / 5
         x, y = _LEFT + _SIDE * share, base - _SIDE * share

@@ -3,8 +3,8 @@
 
 """The page: one HTML file that carries its style and pictures, and needs no script and no network.
 
-Nothing here knows of a comparison: `page` is the skeleton, `gallery` shows images with their heatmaps, `Table` is written
-as HTML or Markdown.
+Nothing here knows of a comparison: `page` is the skeleton, `gallery` shows images with their heatmaps, `Table` is
+written as HTML or Markdown.
 """
 
 import base64
@@ -109,7 +109,8 @@ def page(title: str, sections: Sequence[Section], intro: str = "", footer: str =
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-        f'<header><h1>{escape(title)}</h1>{intro}</header>\n<nav aria-label="Contents">{links}</nav>\n<main>\n{parts}</main>\n'
+        f"<header><h1>{escape(title)}</h1>{intro}</header>\n"
+        f'<nav aria-label="Contents">{links}</nav>\n<main>\n{parts}</main>\n'
         f"<footer>{footer}</footer>\n</body>\n</html>\n"
     )
 
@@ -125,8 +126,9 @@ def colour_bar(low: str = "low", high: str = "high") -> str:
     """Draw the colours of the heatmaps, with what their ends stand for."""
     stops = ", ".join(f"rgb({r}, {g}, {b})" for r, g, b in _colours()[::17].tolist())
     return (
-        f'<div class="bar"><div role="img" aria-label="Colours of the heatmaps, from black over purple and orange to pale '
-        f'yellow" style="background: linear-gradient(to right, {stops})"></div>'
+        '<div class="bar"><div role="img" '
+        'aria-label="Colours of the heatmaps, from black over purple and orange to pale yellow" '
+        f'style="background: linear-gradient(to right, {stops})"></div>'
         f"<span><span>{escape(low)}</span><span>{escape(high)}</span></span></div>"
     )
 
@@ -192,7 +194,7 @@ def gallery(rows: Sequence[GalleryRow]) -> str:
 def _gallery_row(row: GalleryRow) -> str:
     about = f"{row.name}, {row.label}" if row.label else row.name
     figures = []
-    shape = (1, 1)
+    shape: tuple[int, ...] = (1, 1)
     if row.image is None:
         figures.append('<figure><div class="none">image not found</div><figcaption>input</figcaption></figure>')
     else:
@@ -202,7 +204,8 @@ def _gallery_row(row: GalleryRow) -> str:
         if row.mask is not None and row.mask.any():
             figures.append(_figure(_outlined(small, row.mask), f"Outline of the mask: {about}", "mask outline"))
     for panel in row.panels:
-        said = f"{escape(panel.name)}<small>{escape(panel.score)}{'<br>' if panel.detail else ''}{escape(panel.detail)}</small>"
+        lines = "<br>".join(escape(line) for line in (panel.score, panel.detail) if line)
+        said = f"{escape(panel.name)}<small>{lines}</small>"
         if panel.heat is None:
             figures.append(f'<figure><div class="none">gives no map</div><figcaption>{said}</figcaption></figure>')
         else:

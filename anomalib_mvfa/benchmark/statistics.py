@@ -13,6 +13,7 @@ done seed by seed.
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -133,8 +134,13 @@ def bootstrap(runs: Sequence[ImageScores], draws: int = DRAWS, seed: int = 0) ->
         seed: Seed of the draws.
 
     Returns:
-        For each of `IMAGE_METRICS` the ``(B,)`` means over the runs.
+        For each of `IMAGE_METRICS` the ``(B,)`` means over the runs, kept for the next call with the same runs.
     """
+    return _drawn(tuple(runs), draws, seed)
+
+
+@lru_cache(maxsize=64)
+def _drawn(runs: tuple[ImageScores, ...], draws: int, seed: int) -> dict[str, Array]:
     labels = {path: bool(label) for run in runs for path, label in zip(run.paths, run.labels, strict=True)}
     position = {path: index for index, path in enumerate(sorted(labels))}
     abnormal = np.array([labels[path] for path in position])
