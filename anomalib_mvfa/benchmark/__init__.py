@@ -1,0 +1,9 @@
+# Copyright (C) 2026 The anomalib-mvfa authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Methods side by side: what was measured, how sure it is, and a page that shows it."""
+
+from .cells import Cell, load_cells
+from .report import write_page, write_tables
+
+__all__ = ["Cell", "load_cells", "write_page", "write_tables"]
