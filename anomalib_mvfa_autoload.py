@@ -17,12 +17,12 @@ from types import ModuleType
 
 __all__ = ["install"]
 
-# The second name serves when torch is first imported from within the first.
-TRIGGERS = ("anomalib.models.components", "anomalib.models.image")
+# All that our classes build on is there once this one was executed, and torch is always imported before it.
+TRIGGER = "anomalib.models.image"
 
 
 class _RegisterAfterImport(importlib.abc.MetaPathFinder):
-    """Finds the trigger modules as usual and registers MVFA once one of them was executed."""
+    """Finds the trigger module as usual and registers MVFA once it was executed."""
 
     def find_spec(
         self,
@@ -30,7 +30,7 @@ class _RegisterAfterImport(importlib.abc.MetaPathFinder):
         path: Sequence[str] | None,
         target: ModuleType | None = None,
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname not in TRIGGERS:
+        if fullname != TRIGGER:
             return None
         for finder in sys.meta_path:
             if finder is self:

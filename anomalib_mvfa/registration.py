@@ -13,12 +13,14 @@ __all__ = ["register"]
 
 
 def register() -> None:
-    """Register the model and the datamodules with anomalib.
+    """Register the models and the datamodules with anomalib.
 
     Works while ``anomalib.models`` is still being imported, and any number of times.
     """
-    from anomalib_mvfa import data, model
+    from anomalib_mvfa import baselines, data, model
 
     setattr(sys.modules["anomalib.models"], "MVFA", model.MVFA)  # noqa: B010 - mypy knows no such attribute
+    for name in baselines.MODELS:
+        setattr(sys.modules["anomalib.models"], name, getattr(baselines, name))
     for name in data.DATAMODULES:
         setattr(sys.modules["anomalib.data"], name, getattr(data, name))

@@ -9,7 +9,7 @@ abnormal states times 35 templates, kept in ``prompts.json`` beside this file.
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -58,23 +58,28 @@ def prompt_name(category: str) -> str:
     return " ".join(word if word.isupper() else word.lower() for word in words)
 
 
-def class_prompts(class_name: str) -> tuple[list[str], list[str]]:
+def class_prompts(
+    class_name: str,
+    ensemble: Mapping[str, Sequence[str]] | None = None,
+) -> tuple[list[str], list[str]]:
     """Write the sentences for the two states of a class.
 
     Args:
         class_name: What the images show, such as ``"Brain"``.
+        ensemble: The lists ``normal_states``, ``abnormal_states`` and ``templates``, whose entries hold ``{}`` where
+            the name or the state goes. Defaults to those of the released MVFA.
 
     Returns:
-        245 sentences for the normal and 175 for the abnormal state.
+        The sentences for the normal and for the abnormal state, of the released ensemble 245 and 175.
 
     Example:
         >>> normal, abnormal = class_prompts("Brain")
         >>> len(normal), len(abnormal), abnormal[0]
         (245, 175, 'a bad photo of a damaged Brain.')
     """
-    ensemble = _ensemble()
+    ensemble = _ensemble() if ensemble is None else ensemble
 
-    def sentences(states: list[str]) -> list[str]:
+    def sentences(states: Sequence[str]) -> list[str]:
         # The name may hold braces, so it is put in by replacement, not by formatting.
         return [
             template.replace("{}", state.replace("{}", class_name))

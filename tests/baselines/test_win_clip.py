@@ -1,0 +1,161 @@
+# Copyright (C) 2026 The anomalib-mvfa authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""WinCLIP on any backbone against anomalib's own, and what its arguments do."""
+
+import copy
+
+import open_clip
+import pytest
+import torch
+from anomalib import LearningType
+from anomalib.engine import Engine
+from anomalib.models import WinClip
+from anomalib.models.image.winclip import torch_model
+from torchvision.tv_tensors import Image
+
+from anomalib_mvfa import MVFA
+from anomalib_mvfa.baselines import WinClipAny
+from anomalib_mvfa.data import FewShot
+from anomalib_mvfa.model.backbone import fingerprint
+
+EMBEDDINGS = ("_text_embeddings", "_patch_embeddings")
+
+
+@pytest.fixture
+def anomalibs_own(monkeypatch):
+    """Build anomalib's WinCLIP, its backbone and download replaced by a given CLIP."""
+
+    def build(backbone, clip, **arguments):
+        def create(name, pretrained):
+            assert (name, pretrained) == (backbone, torch_model.PRETRAINED)
+            with torch.device("meta"):  # the architecture that anomalib would build, without filling it
+                architecture = open_clip.create_model(name, device="meta")
+            shapes = {key: value.shape for key, value in architecture.state_dict().items()}
+            assert shapes == {key: value.shape for key, value in clip.state_dict().items()}
+            return copy.deepcopy(clip), None, None
+
+        monkeypatch.setattr(torch_model.open_clip, "create_model_and_transforms", create)
+        return WinClip(**arguments)
+
+    return build
+
+
+@pytest.fixture
+def small_name(small_backbone):
+    """The small tower under a name of open_clip, which anomalib's WinCLIP needs."""
+    open_clip.add_model_config(small_backbone)
+    yield "small"
+    open_clip.factory._MODEL_CONFIGS.pop("small")
+
+
+def assert_equal_models(ours, theirs, images):
+    for got, expected in zip(ours(images), theirs(images), strict=True):
+        if expected is not None:
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    for name in EMBEDDINGS:
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-5, atol=1e-6)
+
+
+def test_equals_anomalibs_with_its_own_backbone_and_weights(anomalibs_own):
+    ours = WinClipAny(pretrained="random")
+    theirs = anomalibs_own(torch_model.BACKBONE, ours.model.clip)
+    assert ours.model.grid_size == theirs.model.grid_size == (15, 15)
+    for model in (ours, theirs):  # two of twelve blocks will do, and are six times as fast
+        model.model.clip.visual.transformer.resblocks = model.model.clip.visual.transformer.resblocks[:2]
+    picture = Image(torch.rand(3, 300, 260, generator=torch.Generator().manual_seed(1)))
+    image = ours.pre_processor.transform(picture)[None]
+    torch.testing.assert_close(image, theirs.pre_processor.transform(picture)[None], rtol=0, atol=0)
+    # anomalib's ensemble takes long on a text tower of this size; the small tower below meets it.
+    ours.model.ensemble = {"normal_states": ["{}"], "abnormal_states": ["damaged {}"], "templates": ["a {}."]}
+    ours.model.setup("transistor", image.flip(-1))
+    theirs.model._text_embeddings = ours.model.text_embeddings
+    theirs.model.setup(reference_images=image.flip(-1))
+    assert_equal_models(ours.model, theirs.model, image)
+
+
+@pytest.mark.parametrize("shots", [0, 3])
+def test_equals_anomalibs_on_the_same_small_tower(shots, anomalibs_own, small_name, small_backbone, monkeypatch):
+    monkeypatch.setattr(torch_model, "BACKBONE", small_name)
+    ours = WinClipAny(small_backbone, "random").model
+    theirs = anomalibs_own(small_name, ours.clip).model
+    images = torch.randn(5, 3, 56, 56, generator=torch.Generator().manual_seed(1))
+    references = torch.randn(shots, 3, 56, 56, generator=torch.Generator().manual_seed(2)) if shots else None
+    for model in (ours, theirs):
+        model.setup("Brain", references)
+    assert ours.k_shot == theirs.k_shot == shots
+    assert_equal_models(ours, theirs, images)
+
+
+def test_sees_the_tower_of_mvfa(small_backbone):
+    mvfa = MVFA(small_backbone, "random")
+    mvfa.configure_model()
+    for backbone, pretrained, size in ((small_backbone, "random", (56, 56)), ("tiny", None, (112, 112))):
+        model = WinClipAny(backbone, pretrained)
+        assert model.pre_processor.transform.transforms[0].size == list(size)
+        if backbone == small_backbone:
+            assert fingerprint(model.model.clip.visual) == mvfa.model.fingerprint
+
+
+def test_prompts_and_size_and_normalisation_are_arguments(small_backbone):
+    ensemble = {"normal_states": ["{}"], "abnormal_states": ["ill {}"], "templates": ["{}"]}
+    model = WinClipAny(small_backbone, "random", image_size=84, prompts=ensemble, normalize_input=False, scales=(2,))
+    model.model.setup("liver")
+    expected = model.model.clip.encode_text(model.model.tokenizer(["liver", "ill liver"]))
+    torch.testing.assert_close(model.model.text_embeddings, expected)
+    assert model.model.grid_size == (6, 6)
+    assert [list(masks.shape) for masks in model.model.masks] == [[4, 25]]
+    white = model.pre_processor.transform(Image(torch.ones(3, 90, 90)))
+    assert white.shape == (3, 84, 84)
+    torch.testing.assert_close(white, torch.ones_like(white))
+    texts = [WinClipAny(small_backbone, "random", prompts=name).model for name in ("winclip", "mvfa")]
+    for text in texts:
+        text.setup("liver")
+    assert not torch.allclose(texts[0].text_embeddings, texts[1].text_embeddings)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": "unknown"}, "prompts must be one of winclip, mvfa or a mapping"),
+        ({"prompts": {"templates": ["{}"]}}, "prompts lacks normal_states, abnormal_states"),
+        ({"k_shot": -1}, "k_shot is a number of images"),
+        ({"scales": (2, 9)}, r"windows within the grid of 4 x 4, got \(2, 9\)"),
+    ],
+)
+def test_unknown_arguments_are_refused(arguments, message, small_backbone):
+    with pytest.raises(ValueError, match=message):
+        WinClipAny(small_backbone, "random", **arguments)
+
+
+def test_references_are_the_normal_supports_pre_processed(make_folder, small_backbone, tmp_path):
+    data = FewShot(make_folder(normal=8, abnormal=8), k_shot=2, seed=3)
+    model = WinClipAny(small_backbone, "random", k_shot=2, visualizer=False)
+    assert model.learning_type == LearningType.FEW_SHOT
+    engine = Engine(default_root_dir=tmp_path, enable_progress_bar=False, accelerator="cpu", logger=False)
+    result = engine.test(model, datamodule=data, verbose=False)[0]
+    assert {"image_AUROC", "pixel_AUROC"} <= result.keys()
+    assert model.model.class_name == "object"
+    assert model.model.k_shot == 2
+    normal = model.pre_processor.transform(data.support.normal[0])
+    torch.testing.assert_close(model.model.reference_images, normal)
+    assert normal.shape == (2, 3, 56, 56)
+    assert normal.min() < 0  # normalised
+
+
+def test_more_references_than_supports_are_refused(make_folder, small_backbone, tmp_path):
+    data = FewShot(make_folder(normal=8, abnormal=8), k_shot=2)
+    engine = Engine(default_root_dir=tmp_path, enable_progress_bar=False, accelerator="cpu", logger=False)
+    with pytest.raises(ValueError, match="3 reference images were asked for, but the datamodule has 2"):
+        engine.test(WinClipAny(small_backbone, "random", k_shot=3), datamodule=data)
+
+
+def test_zero_shot_asks_the_datamodule_for_nothing_but_the_name(make_folder, small_backbone, tmp_path):
+    data = make_folder(normal=8, abnormal=8)
+    data.category = "Retina_RESC"
+    model = WinClipAny(small_backbone, "random", visualizer=False)
+    assert model.learning_type == LearningType.ZERO_SHOT
+    engine = Engine(default_root_dir=tmp_path, enable_progress_bar=False, accelerator="cpu", logger=False)
+    engine.test(model, datamodule=data, verbose=False)
+    assert model.model.class_name == "retinal OCT"
+    assert model.model.k_shot == 0
