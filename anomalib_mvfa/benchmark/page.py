@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-__all__ = ["GalleryRow", "Panel", "Section", "Table", "colour_bar", "gallery", "page", "thumbnail"]
+__all__ = ["GalleryRow", "Panel", "Section", "Table", "colour_bar", "gallery", "page", "picture", "thumbnail"]
 
 THUMBNAIL = 160  # pixels of the longer side
 _QUALITY = 82
@@ -200,9 +200,9 @@ def _gallery_row(row: GalleryRow) -> str:
     else:
         small = thumbnail(row.image)
         shape = small.shape[:2]
-        figures.append(_figure(small, f"Input: {about}", "input"))
+        figures.append(picture(small, f"Input: {about}", "input"))
         if row.mask is not None and row.mask.any():
-            figures.append(_figure(_outlined(small, row.mask), f"Outline of the mask: {about}", "mask outline"))
+            figures.append(picture(_outlined(small, row.mask), f"Outline of the mask: {about}", "mask outline"))
     for panel in row.panels:
         lines = "<br>".join(escape(line) for line in (panel.score, panel.detail) if line)
         said = f"{escape(panel.name)}<small>{lines}</small>"
@@ -210,14 +210,25 @@ def _gallery_row(row: GalleryRow) -> str:
             figures.append(f'<figure><div class="none">gives no map</div><figcaption>{said}</figcaption></figure>')
         else:
             alt = f"Heatmap of {panel.name}: {about}, {panel.score}"
-            figures.append(_figure(_colours()[panel.heat], alt, said, shape))
+            figures.append(picture(_colours()[panel.heat], alt, said, shape))
     remark = f" <span>{escape(row.remark)}</span>" if row.remark else ""
     return (
         f'<article class="image"><h4>{escape(about)}{remark}</h4><div class="strip">{"".join(figures)}</div></article>'
     )
 
 
-def _figure(pixels: Pixels, alt: str, caption: str, shape: tuple[int, ...] | None = None) -> str:
+def picture(pixels: Pixels, alt: str, caption: str, shape: tuple[int, ...] | None = None) -> str:
+    """Embed a picture with its caption.
+
+    Args:
+        pixels: ``(H, W, 3)``, uint8.
+        alt: What it shows, for those who cannot see it.
+        caption: HTML.
+        shape: Height and width that it is stretched to; ``None`` takes its own.
+
+    Returns:
+        HTML.
+    """
     height, width = (shape or pixels.shape)[:2]
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "JPEG", quality=_QUALITY, optimize=True)
