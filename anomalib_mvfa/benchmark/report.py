@@ -89,14 +89,15 @@ DEMONSTRATION = (
 MEASURED = (
     "All figures in percent, mean ± standard deviation over the seeds, each of which draws other supports. Square "
     "brackets: 95 % bootstrap interval over test images (2000 draws, normal and abnormal images drawn apart, all "
-    "seeds on the same drawn images); it holds for the supports that were drawn. Pixel figures have no interval, since full "
-    "maps are not kept."
+    "seeds on the same drawn images); it holds for the supports that were drawn. Pixel figures have no interval, since "
+    "full maps are not kept."
 )
 TESTED = (
     "Differences in points, first method minus second, mean over the seeds that both have, on the same images. The "
-    "interval and p come from a paired bootstrap over images, p no smaller than 0.001; Holm's p is corrected for the number of methods compared "
-    "in one set and shot. DeLong's test knows one pair of models: its p is given seed by seed. 'Ahead' counts the seeds "
-    "in which the first method is better: the tests are about other images, that count is about other supports."
+    "interval and p come from a paired bootstrap over images, p no smaller than 0.001; Holm's p is corrected for the "
+    "number of methods compared in one set and shot. DeLong's test knows one pair of models: its p is given seed by "
+    "seed, where both have the same images. 'Ahead' counts the seeds in which the first method is better: the tests are "
+    "about other images, that count is about other supports."
 )
 
 
@@ -147,8 +148,8 @@ class Comparison:
             for cell in members:
                 if cell.seed in found:
                     msg = (
-                        f"{found[cell.seed].folder} and {cell.folder} are of the same method, set, shot and seed: write "
-                        "one report a backbone, each with cells of its own."
+                        f"{found[cell.seed].folder} and {cell.folder} are of the same method, set, shot and seed: "
+                        "write one report a backbone, each with cells of its own."
                     )
                     raise ValueError(msg)
                 found[cell.seed] = cell
@@ -252,17 +253,17 @@ def _verdict(pair: Pair, family: int) -> str:
     other = f"{pair.second.method} ({_percent(c.metrics['image_AUROC'] for c in pair.second.cells.values())} %)"
     direction = "better" if difference.mean > 0 else "worse"
     numbers = (
-        f"{100 * difference.mean:+.1f} points, 95 % interval {100 * difference.low:+.1f} to {100 * difference.high:+.1f}, "
+        f"{100 * difference.mean:+.1f} points, 95 % interval {100 * difference.low:+.1f} to "
+        f"{100 * difference.high:+.1f}, "
         f"p = {_p_value(pair.adjusted)} corrected for {family} comparison{'s' * (family > 1)}"
     ).replace("p = <", "p <")
     if not pair.adjusted < LEVEL:
-        return f"Compared with {other} the difference is not significant ({numbers}): these images do not tell which is better."
+        verdict = "these images do not tell which is better"
+        return f"Compared with {other} the difference is not significant ({numbers}): {verdict}."
     agreeing = difference.ahead if difference.mean > 0 else difference.seeds - difference.ahead
     said = f"It is significantly {direction} than {other} on these images ({numbers})"
     if agreeing < difference.seeds:
-        said += (
-            f", but only with {agreeing} of {difference.seeds} seeds, so that another seed may turn it round"
-        )
+        said += f", but only with {agreeing} of {difference.seeds} seeds, so that another seed may turn it round"
     return said + "."
 
 
@@ -514,7 +515,8 @@ def _interval_figures(comparison: Comparison) -> str:
             items.append(f"<li><span>{escape(pair.second.method)}</span>{bar}<span>{_points(area)}</span></li>")
         ends = f'<span></span><span class="ends note"><span>← {escape(method)} worse</span><span>better →</span></span>'
         parts.append(
-            f"<h3>{escape(name)}, {_shot(k_shot)}: {escape(method)} against each other method, image AUROC in points</h3>"
+            f"<h3>{escape(name)}, {_shot(k_shot)}: {escape(method)} against each other method, "
+            "image AUROC in points</h3>"
             f'<ul class="intervals">{"".join(items)}<li>{ends}<span></span></li></ul>',
         )
     return "".join(parts)
@@ -538,7 +540,8 @@ def _histograms(comparison: Comparison) -> str:
                     scores[~labels], scores[labels], cell.threshold, f"Scores of {group.method} on {name}: {said}."
                 )
                 figures.append(
-                    f"<figure>{drawing}<figcaption>{escape(group.method)}, seed {cell.seed}: {said}</figcaption></figure>",
+                    f"<figure>{drawing}<figcaption>{escape(group.method)}, seed {cell.seed}: {said}</figcaption>"
+                    "</figure>",
                 )
             if figures:
                 parts.append(
@@ -652,9 +655,9 @@ def _pictures(comparison: Comparison, roots: Mapping[str, Path], show_paths: boo
     note = (
         "Rank error of an image: the share of images of the other class that the method puts on the wrong side of it; "
         "among equals the surer image is the better one. Shown are each method's best, median and worst abnormal image "
-        "and its worst normal image, with the models of the first seed. One colour scale for all images of a method: it "
-        "reaches from the 0.5 % to the 99.5 % quantile of the method's map values on the whole set. ✓ and ✗: the call at "
-        "the method's own threshold is right or wrong."
+        "and its worst normal image, with the models of the first seed, as far as the page has room. One colour scale "
+        "for all images of a method: it reaches from the 0.5 % to the 99.5 % quantile of the method's map values on the "
+        "whole set. ✓ and ✗: the call at the method's own threshold is right or wrong."
     )
     ends = ("0.5 % quantile of the method's maps", "99.5 %")
     return f'<p class="note">{note}</p>{colour_bar(*ends)}{"".join(parts)}'

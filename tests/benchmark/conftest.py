@@ -27,7 +27,9 @@ METHODS = {  # distance of the classes, and whether there is a map
 }
 
 
-def write_cell(out: Path, method: str, name: str, k_shot: int, seed: int, masks=None, images: int = 60, **changes) -> Path:
+def write_cell(
+    out: Path, method: str, name: str, k_shot: int, seed: int, masks=None, images: int = 60, **changes
+) -> Path:
     """Write one cell with normally distributed scores; ``changes`` replace what cell.json says."""
     shift, has_map = METHODS[method]
     rng = np.random.default_rng([seed, *method.encode()])
