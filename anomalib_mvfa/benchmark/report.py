@@ -96,8 +96,8 @@ TESTED = (
     "Differences in points, first method minus second, mean over the seeds that both have, on the same images. The "
     "interval and p come from a paired bootstrap over images, p no smaller than 0.001; Holm's p is corrected for the "
     "number of methods compared in one set and shot. DeLong's test knows one pair of models: its p is given seed by "
-    "seed, where both have the same images. 'Ahead' counts the seeds in which the first method is better: the tests are "
-    "about other images, that count is about other supports."
+    "seed, where both have the same images. 'Ahead' counts the seeds in which the first method is better: the tests "
+    "are about other images, that count is about other supports."
 )
 
 
@@ -656,8 +656,8 @@ def _pictures(comparison: Comparison, roots: Mapping[str, Path], show_paths: boo
         "Rank error of an image: the share of images of the other class that the method puts on the wrong side of it; "
         "among equals the surer image is the better one. Shown are each method's best, median and worst abnormal image "
         "and its worst normal image, with the models of the first seed, as far as the page has room. One colour scale "
-        "for all images of a method: it reaches from the 0.5 % to the 99.5 % quantile of the method's map values on the "
-        "whole set. ✓ and ✗: the call at the method's own threshold is right or wrong."
+        "for all images of a method: it reaches from the 0.5 % to the 99.5 % quantile of the method's map values on "
+        "the whole set. ✓ and ✗: the call at the method's own threshold is right or wrong."
     )
     ends = ("0.5 % quantile of the method's maps", "99.5 %")
     return f'<p class="note">{note}</p>{colour_bar(*ends)}{"".join(parts)}'
