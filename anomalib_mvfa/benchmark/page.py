@@ -74,7 +74,7 @@ class Table:
             body.append(f'<tr{style}><th scope="row">{escape(first)}</th>{cells}</tr>')
         return (
             f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(self.caption)}"><table>'
-            f"<caption>{escape(self.caption)}</caption><thead><tr>{''.join(head)}</tr></thead>"
+            f"<caption><span>{escape(self.caption)}</span></caption><thead><tr>{''.join(head)}</tr></thead>"
             f"<tbody>{''.join(body)}</tbody></table></div>"
         )
 

@@ -83,20 +83,21 @@ LEVEL = 0.05
 GALLERY_ROWS = 40  # images on a page: with ten heatmaps each they stay under 2 MB
 NOT_CLINICAL = "For research. Not a medical device, and not for clinical use."
 DEMONSTRATION = (
-    "The backbone is `tiny`, the small demonstration network inside the package: these figures show that the software "
+    "The backbone is 'tiny', the small demonstration network inside the package: these figures show that the software "
     "works, not how good the methods are with the backbones that they were published with."
 )
 MEASURED = (
     "All figures in percent, mean ± standard deviation over the seeds, each of which draws other supports. Square "
-    "brackets: 95 % bootstrap interval over test images (2000 draws, normal and abnormal images drawn apart, all seeds "
-    "on the same drawn images); it holds for the supports that were drawn. Pixel figures have no interval, since full "
-    "maps are not kept."
+    "brackets: 95 % bootstrap interval over test images (2000 draws, normal and abnormal images drawn apart, all "
+    "seeds on the same drawn images); it holds for the supports that were drawn. Pixel figures have no interval, since "
+    "full maps are not kept."
 )
 TESTED = (
     "Differences in points, first method minus second, mean over the seeds that both have, on the same images. The "
-    "interval and p come from a paired bootstrap over images; Holm's p is corrected for the number of methods compared "
-    "in one set and shot. DeLong's test knows one pair of models: its p is given seed by seed. 'Ahead' counts the seeds "
-    "in which the first method is better: the tests are about other images, that count is about other supports."
+    "interval and p come from a paired bootstrap over images, p no smaller than 0.001; Holm's p is corrected for the "
+    "number of methods compared in one set and shot. DeLong's test knows one pair of models: its p is given seed by "
+    "seed, where both have the same images. 'Ahead' counts the seeds in which the first method is better: the tests "
+    "are about other images, that count is about other supports."
 )
 
 
@@ -147,8 +148,8 @@ class Comparison:
             for cell in members:
                 if cell.seed in found:
                     msg = (
-                        f"{found[cell.seed].folder} and {cell.folder} are of the same method, set, shot and seed: write "
-                        "one report a backbone, each with cells of its own."
+                        f"{found[cell.seed].folder} and {cell.folder} are of the same method, set, shot and seed: "
+                        "write one report a backbone, each with cells of its own."
                     )
                     raise ValueError(msg)
                 found[cell.seed] = cell
@@ -208,7 +209,7 @@ def _shot(k_shot: int) -> str:
 def _percent(values: Iterable[float]) -> str:
     known = [100 * value for value in values if not math.isnan(value)]
     if not known:
-        return "–"
+        return "-"
     mean, spread = mean_and_spread(known)
     return f"{mean:.1f}" if math.isnan(spread) else f"{mean:.1f} ± {spread:.1f}"
 
@@ -218,7 +219,7 @@ def _figure(group: Group, name: str) -> str:
 
 
 def _p_value(value: float) -> str:
-    return "–" if math.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
+    return "-" if math.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _points(difference: Difference) -> str:
@@ -252,17 +253,17 @@ def _verdict(pair: Pair, family: int) -> str:
     other = f"{pair.second.method} ({_percent(c.metrics['image_AUROC'] for c in pair.second.cells.values())} %)"
     direction = "better" if difference.mean > 0 else "worse"
     numbers = (
-        f"{100 * difference.mean:+.1f} points, 95 % interval {100 * difference.low:+.1f} to {100 * difference.high:+.1f}, "
-        f"p = {_p_value(pair.adjusted)} corrected for {family} comparisons"
+        f"{100 * difference.mean:+.1f} points, 95 % interval {100 * difference.low:+.1f} to "
+        f"{100 * difference.high:+.1f}, "
+        f"p = {_p_value(pair.adjusted)} corrected for {family} comparison{'s' * (family > 1)}"
     ).replace("p = <", "p <")
     if not pair.adjusted < LEVEL:
-        return f"Compared with {other} the difference is not significant ({numbers}): these images do not tell which is better."
+        verdict = "these images do not tell which is better"
+        return f"Compared with {other} the difference is not significant ({numbers}): {verdict}."
     agreeing = difference.ahead if difference.mean > 0 else difference.seeds - difference.ahead
     said = f"It is significantly {direction} than {other} on these images ({numbers})"
     if agreeing < difference.seeds:
-        said += (
-            f", but only with {agreeing} of {difference.seeds} draws of supports, so other supports may turn it round"
-        )
+        said += f", but only with {agreeing} of {difference.seeds} seeds, so that another seed may turn it round"
     return said + "."
 
 
@@ -309,7 +310,7 @@ def _own_row(
     row = []
     for name, level in columns:
         group = groups.get((method, name))
-        row.append(_figure(group, f"{level}_AUROC") if group else "–")
+        row.append(_figure(group, f"{level}_AUROC") if group else "-")
     for level in ("image", "pixel") if with_mean and masked else ("image",) if with_mean else ():
         wanted = [name for name, kind in columns if kind == level]
         means = []
@@ -317,7 +318,7 @@ def _own_row(
             group = groups.get((method, name))
             values = [c.metrics.get(f"{level}_AUROC", math.nan) for c in group.cells.values()] if group else [math.nan]
             means.append(float(np.mean(values)))
-        row.append("–" if any(map(math.isnan, means)) else f"{100 * float(np.mean(means)):.1f}")
+        row.append("-" if any(map(math.isnan, means)) else f"{100 * float(np.mean(means)):.1f}")
     return row
 
 
@@ -330,11 +331,11 @@ def _published_row(
         known = figures.get(paper_set(name) or "")
         value: float | None = getattr(known, level) if known else None
         values[level].append(value)
-        row.append("–" if value is None else f"{value:.2f}")
+        row.append("-" if value is None else f"{value:.2f}")
     for level in ("image", "pixel") if with_mean and masked else ("image",) if with_mean else ():
         known_values = [value for value in values[level] if value is not None]
         complete = len(known_values) == len(values[level])
-        row.append(f"{float(np.mean(known_values)):.2f}" if complete else "–")
+        row.append(f"{float(np.mean(known_values)):.2f}" if complete else "-")
     return row
 
 
@@ -407,7 +408,7 @@ def _cost_tables(comparison: Comparison) -> list[Table]:
 
 
 def _whole(values: Sequence[float]) -> str:
-    return f"{np.mean(values):,.0f}" if values else "–"
+    return f"{np.mean(values):,.0f}" if values else "-"
 
 
 def _failure_table(comparison: Comparison, show_paths: bool) -> Table | None:
@@ -492,7 +493,7 @@ def _curve_figures(comparison: Comparison) -> str:
                 f"<h3>{escape(name)}, {_shot(k_shot)}</h3>"
                 f'<ul class="legend" aria-label="Methods with their image AUROC in percent">{legend}</ul>'
                 '<div class="plots">'
-                + curves(roc, "1 − specificity", "sensitivity", f"ROC curves on {name}. Areas: {said}.")
+                + curves(roc, "1 - specificity", "sensitivity", f"ROC curves on {name}. Areas: {said}.")
                 + curves(precision, "recall", "precision", f"Precision-recall curves on {name}.", float(labels.mean()))
                 + "</div>",
             )
@@ -514,7 +515,8 @@ def _interval_figures(comparison: Comparison) -> str:
             items.append(f"<li><span>{escape(pair.second.method)}</span>{bar}<span>{_points(area)}</span></li>")
         ends = f'<span></span><span class="ends note"><span>← {escape(method)} worse</span><span>better →</span></span>'
         parts.append(
-            f"<h3>{escape(name)}, {_shot(k_shot)}: {escape(method)} against each other method, image AUROC in points</h3>"
+            f"<h3>{escape(name)}, {_shot(k_shot)}: {escape(method)} against each other method, "
+            "image AUROC in points</h3>"
             f'<ul class="intervals">{"".join(items)}<li>{ends}<span></span></li></ul>',
         )
     return "".join(parts)
@@ -538,7 +540,8 @@ def _histograms(comparison: Comparison) -> str:
                     scores[~labels], scores[labels], cell.threshold, f"Scores of {group.method} on {name}: {said}."
                 )
                 figures.append(
-                    f"<figure>{drawing}<figcaption>{escape(group.method)}, seed {cell.seed}: {said}</figcaption></figure>",
+                    f"<figure>{drawing}<figcaption>{escape(group.method)}, seed {cell.seed}: {said}</figcaption>"
+                    "</figure>",
                 )
             if figures:
                 parts.append(
@@ -652,9 +655,9 @@ def _pictures(comparison: Comparison, roots: Mapping[str, Path], show_paths: boo
     note = (
         "Rank error of an image: the share of images of the other class that the method puts on the wrong side of it; "
         "among equals the surer image is the better one. Shown are each method's best, median and worst abnormal image "
-        "and its worst normal image, with the models of the first seed. One colour scale for all images of a method: it "
-        "reaches from the 0.5 % to the 99.5 % quantile of the method's map values on the whole set. ✓ and ✗: the call at "
-        "the method's own threshold is right or wrong."
+        "and its worst normal image, with the models of the first seed, as far as the page has room. One colour scale "
+        "for all images of a method: it reaches from the 0.5 % to the 99.5 % quantile of the method's map values on "
+        "the whole set. ✓ and ✗: the call at the method's own threshold is right or wrong."
     )
     ends = ("0.5 % quantile of the method's maps", "99.5 %")
     return f'<p class="note">{note}</p>{colour_bar(*ends)}{"".join(parts)}'

@@ -51,9 +51,10 @@ def write_cell(
             metrics |= {"pixel_AUROC": 0.8 + 0.01 * seed, "pixel_AP": 0.4, "pixel_AUPRO": 0.6, "pixel_Dice": 0.45}
         np.savez_compressed(folder / "maps.npz", maps=maps, **arrays)
     cell = {
-        "method": method, "set": name, "k_shot": k_shot, "seed": seed, "backbone": "tiny", "status": "done", "error": None,
+        "method": method, "set": name, "k_shot": k_shot, "seed": seed, "backbone": "tiny", "status": "done",
+        "error": None, "config": {"root": "secret/place"},
         "metrics": metrics, "threshold": 0.6, "supports": [f"good/support_{seed}.png"], "anomalib_mvfa": "0.1.0",
-        "cost": {"train_seconds": 12.5, "train_peak_mb": 812.0, "predict_ms": 4.2, "size_mb": 3.1}, "config": {"root": "secret/place"},
+        "cost": {"train_seconds": 12.5, "train_peak_mb": 812.0, "predict_ms": 4.2, "size_mb": 3.1},
     }  # fmt: skip
     (folder / "cell.json").write_text(json.dumps({**cell, **changes}), encoding="utf-8")
     return folder
