@@ -71,7 +71,8 @@ class MVFA(AnomalibModule):
             demonstration model inside this package. Defaults to ``"ViT-L-14-336"``.
         pretrained: Tag, local file or ``"random"``. Defaults to the backbone's own, or ``"openai"``.
         image_size: Input size in pixels. Defaults to 240 for ``ViT-L-14-336``, otherwise to the backbone's own.
-        levels: One-based blocks to read. Defaults to the ends of the quarters, ``[6, 12, 18, 24]`` for ViT-L.
+        levels: One-based blocks to read. ``"half"`` reads the first two of the default ones and ``"middle"`` the second
+            alone, at half the cost. Defaults to the ends of the quarters, ``[6, 12, 18, 24]`` for ViT-L.
         class_name: What the images show, for the prompts. Defaults to the name that the datamodule gives, the published
             one for the sets of BMAD, or ``"object"``.
         adapters: File of trained adapters (``.pth`` in the released format, or ``.safetensors``). The model then is not
@@ -86,6 +87,8 @@ class MVFA(AnomalibModule):
         fusion_scale: ``"support"`` takes the ranges of the two branches from the supports; ``"test"`` from the whole
             evaluated set, as in the published protocol. Defaults to ``"support"``.
         language_weight: Share of the language branch in the fusion. Defaults to ``0.5``.
+        coreset: Share of the memory bank that is kept, in (0, 1]; a smaller bank is searched faster.
+            Defaults to ``1.0``.
         threshold: How the thresholds of images and pixels are set: ``"f1"`` and ``"youden"`` from labelled validation
             images, ``"fpr"`` from normal images alone: those of the validation part, or the supports. Where abnormal
             validation images lack, ``"fpr"`` is used. Defaults to ``"f1"``.
@@ -126,7 +129,7 @@ class MVFA(AnomalibModule):
         backbone: str = "ViT-L-14-336",
         pretrained: str | None = None,
         image_size: int | tuple[int, int] | None = None,
-        levels: Sequence[int] | None = None,
+        levels: Sequence[int] | str | None = None,
         class_name: str | None = None,
         adapters: str | Path | None = None,
         memory: bool = True,
@@ -135,6 +138,7 @@ class MVFA(AnomalibModule):
         selection: str = "last",
         fusion_scale: str = "support",
         language_weight: float = 0.5,
+        coreset: float = 1.0,
         threshold: str = "f1",
         target_fpr: float = 0.01,
         variant: str = "released",
@@ -210,7 +214,7 @@ class MVFA(AnomalibModule):
             self.model.to(self.device)
 
     def _build(self) -> None:
-        arguments = ("backbone", "pretrained", "image_size", "levels", "class_name", "language_weight")
+        arguments = ("backbone", "pretrained", "image_size", "levels", "class_name", "language_weight", "coreset")
         self.model = MVFAModel(variant=self._variant(), **{name: self.hparams[name] for name in arguments})
         if self.hparams["adapters"] is not None:
             facts = load_adapters(self.hparams["adapters"], self.model.seg_adapters, self.model.det_adapters)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from anomalib.models.components import DynamicBufferMixin
+from anomalib.models.components import DynamicBufferMixin, KCenterGreedy
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -55,11 +55,20 @@ class MemoryBank(DynamicBufferMixin, nn.Module):
 
     Args:
         num_levels: Number of levels.
+        coreset: Share of the entries that is kept, in (0, 1], chosen by anomalib's greedy search for the k centres
+            that cover the others best. A smaller bank is searched faster.
+
+    Raises:
+        ValueError: If the share is not in (0, 1].
     """
 
-    def __init__(self, num_levels: int) -> None:
+    def __init__(self, num_levels: int, coreset: float = 1.0) -> None:
         super().__init__()
+        if not 0 < coreset <= 1:
+            msg = f"coreset is the share of the bank that is kept, in (0, 1], got {coreset}."
+            raise ValueError(msg)
         self.num_levels = num_levels
+        self.coreset = coreset
         for level in range(num_levels):
             self.register_buffer(f"level_{level}", torch.empty(0))
 
@@ -80,7 +89,14 @@ class MemoryBank(DynamicBufferMixin, nn.Module):
             tokens: One tensor ``(..., E)`` of hidden vectors a level.
         """
         for level, hidden in enumerate(tokens):
-            setattr(self, f"level_{level}", functional.normalize(hidden.detach().flatten(0, -2).float(), dim=-1))
+            entries = functional.normalize(hidden.detach().flatten(0, -2).float(), dim=-1)
+            if self.coreset < 1:
+                with torch.random.fork_rng():
+                    torch.manual_seed(level)  # the same entries for the same bank
+                    search = KCenterGreedy(entries, self.coreset)
+                    search.model.random_state = level
+                    entries = search.sample_coreset()
+            setattr(self, f"level_{level}", entries)
 
     def forget(self) -> None:
         """Drop the contents."""

@@ -29,7 +29,7 @@ from .fusion import Fusion
 from .memory import MemoryBank, Support, bank_distance
 from .prompts import encode_states
 from .token_cache import TokenCache
-from .tower import FrozenTower, quarter_levels
+from .tower import FrozenTower, resolve_levels
 from .variant import Variant
 
 __all__ = ["BranchOutput", "HiddenTokens", "MVFAModel", "SupportOutput"]
@@ -84,7 +84,9 @@ class MVFAModel(nn.Module):
         backbone: open_clip vision transformer, ``hf-hub:owner/name``, JSON configuration, or ``"tiny"``.
         pretrained: Tag, local file or ``"random"``; ``None`` takes the backbone's own or ``"openai"``.
         image_size: Input size in pixels; ``None`` takes 240 for ``ViT-L-14-336``, otherwise the backbone's own.
-        levels: One-based blocks to read; ``None`` takes the ends of the quarters. Blocks behind the last are dropped.
+        levels: One-based blocks to read, or a word: :func:`~anomalib_mvfa.model.tower.resolve_levels`. ``None`` takes
+            the ends of the quarters. Blocks behind the last are dropped.
+        coreset: Share of the bank that is kept, in (0, 1]: the entries that cover the others best.
         class_name: What the images show, for the prompts.
         variant: Choices in which the paper and the released code differ.
         language_weight: Share of the language branch in the fusion.
@@ -111,10 +113,11 @@ class MVFAModel(nn.Module):
         backbone: str = "ViT-L-14-336",
         pretrained: str | None = None,
         image_size: int | tuple[int, int] | None = None,
-        levels: Sequence[int] | None = None,
+        levels: Sequence[int] | str | None = None,
         class_name: str | None = "object",
         variant: Variant | str = "released",
         language_weight: float = 0.5,
+        coreset: float = 1.0,
     ) -> None:
         super().__init__()
         self.variant = Variant.from_name(variant) if isinstance(variant, str) else variant
@@ -124,15 +127,15 @@ class MVFAModel(nn.Module):
         self.fingerprint = fingerprint(clip.visual)
         self.tower = FrozenTower(
             clip.visual,
-            levels or quarter_levels(len(clip.visual.transformer.resblocks)),
+            resolve_levels(levels, len(clip.visual.transformer.resblocks)),
             self.variant.normalize_input,
         )
         self.levels = self.tower.levels
         width, text_width = self.tower.width, self.tower.text_width
         self.seg_adapters = self._make_adapters(width, text_width)
         self.det_adapters = self._make_adapters(width, text_width)
-        self.seg_memory = MemoryBank(len(self.levels))
-        self.det_memory = MemoryBank(len(self.levels))
+        self.seg_memory = MemoryBank(len(self.levels), coreset)
+        self.det_memory = MemoryBank(len(self.levels), coreset)
         self.fusion = Fusion(language_weight)
         self.has_masks = True
         self.class_name: str | None = None

@@ -14,7 +14,7 @@ import torch
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
-__all__ = ["FrozenTower", "quarter_levels"]
+__all__ = ["FrozenTower", "quarter_levels", "resolve_levels"]
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -37,6 +37,34 @@ def quarter_levels(depth: int) -> tuple[int, ...]:
         (1, 2)
     """
     return tuple(sorted({max(1, depth * quarter // 4) for quarter in range(1, 5)}))
+
+
+def resolve_levels(levels: Sequence[int] | str | None, depth: int) -> tuple[int, ...]:
+    """Give the blocks that are read.
+
+    Args:
+        levels: One-based block numbers; ``None`` for the ends of the quarters; ``"half"`` for the first two of them and
+            ``"middle"`` for the second alone: no block behind it is run, which halves the cost.
+        depth: Number of blocks.
+
+    Returns:
+        One-based block numbers.
+
+    Raises:
+        ValueError: If the word is unknown.
+
+    Example:
+        >>> resolve_levels("half", 24), resolve_levels("middle", 24)
+        ((6, 12), (12,))
+    """
+    quarters = quarter_levels(depth)
+    presets = {"half": quarters[:2], "middle": quarters[1:2]}
+    if isinstance(levels, str):
+        if levels not in presets:
+            msg = f"levels must be block numbers, 'half' or 'middle', got '{levels}'."
+            raise ValueError(msg)
+        return presets[levels]
+    return tuple(levels) if levels else quarters
 
 
 class FrozenTower(nn.Module):

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from anomalib_mvfa import MVFAModel
 from anomalib_mvfa.data.augmentation import support_versions
 from anomalib_mvfa.model import memory, torch_model
-from anomalib_mvfa.model.memory import Support, bank_distance
+from anomalib_mvfa.model.memory import MemoryBank, Support, bank_distance
 from anomalib_mvfa.model.variant import Variant
 
 PAPER = Variant(
@@ -254,3 +254,39 @@ def test_later_choices_change_the_map_and_stay_finite(tiny, images, choice):
     if "map_blur" in choice:
         assert float(ours.std()) < float(released.std())
         assert_close(model(images).pred_score, tiny(images).pred_score)
+
+
+def test_words_choose_fewer_levels_and_drop_the_blocks_behind() -> None:
+    """``half`` and ``middle`` end the tower at half its depth."""
+    half = MVFAModel(backbone="tiny", class_name="Brain", levels="half")
+    middle = MVFAModel(backbone="tiny", class_name="Brain", levels="middle")
+    assert half.levels == (1, 2)
+    assert middle.levels == (2,)
+    assert len(half.tower.blocks) == len(middle.tower.blocks) == 2
+
+
+def test_unknown_word_for_levels_is_refused() -> None:
+    """The message names the words that exist."""
+    with pytest.raises(ValueError, match="'half' or 'middle', got 'quick'"):
+        MVFAModel(backbone="tiny", class_name="Brain", levels="quick")
+
+
+def test_coreset_keeps_a_share_of_the_bank_and_every_entry_is_one_of_it() -> None:
+    """The smaller bank is a part of the whole one, and the same part each time."""
+    tokens = [torch.randn(2, 50, 8, generator=torch.Generator().manual_seed(0))]
+    whole, small, again = MemoryBank(1), MemoryBank(1, coreset=0.2), MemoryBank(1, coreset=0.2)
+    for bank in (whole, small, again):
+        bank.remember(tokens)
+    assert small[0].shape == (20, 8)
+    assert torch.equal(small[0], again[0])
+    assert torch.cdist(small[0], whole[0]).amin(1).max() < 1e-6
+    distance = bank_distance(whole[0][None], small[0])
+    spread = bank_distance(whole[0][None], whole[0][:20])
+    assert distance.max() < spread.max()  # it covers the others better than the first entries do
+
+
+def test_share_of_the_bank_outside_its_range_is_refused() -> None:
+    """Nothing and more than everything cannot be kept."""
+    for share in (0.0, 1.5):
+        with pytest.raises(ValueError, match="share of the bank"):
+            MemoryBank(1, coreset=share)

@@ -1,0 +1,68 @@
+# Copyright (C) 2026 The anomalib-mvfa authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""How the search of the memory bank grows with the number of supports, beside the forward pass of the tower.
+
+    python -m benchmarks.bank                            # ViT-L-14-336 with random weights, 240 px
+
+Random entries take the place of a bank of eleven versions of each support: the search does not depend on them.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+from anomalib_mvfa.model import MVFAModel
+from anomalib_mvfa.model.memory import bank_distance
+from benchmarks.timing import machine, side_by_side, write_results
+
+SHOTS = (1, 2, 4, 8, 16)
+SHARES = (1.0, 0.25, 0.1)
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Time the search for each size, and draw it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", default="ViT-L-14-336")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=Path("results/benchmarks/bank.json"))
+    options = parser.parse_args()
+    facts = machine()
+    torch.manual_seed(0)
+    model = MVFAModel(options.backbone, pretrained="random", class_name="Brain").eval()
+    images = torch.rand(1, 3, *model.image_size)
+    patches = model.tower.grid_size[0] * model.tower.grid_size[1]
+    queries = torch.randn(1, patches, model.tower.text_width)
+    variants = {"forward": lambda: model.hidden_tokens(images)}
+    for shot in SHOTS:
+        for share in SHARES:
+            count = max(1, int(11 * shot * (patches + 1) * share))
+            bank = functional.normalize(torch.randn(count, model.tower.text_width), dim=-1)
+            variants[f"{shot}, {share}"] = lambda bank=bank: bank_distance(queries, bank)  # type: ignore[misc]
+    seconds = side_by_side(variants, options.repeats)
+    levels = len(model.levels)
+    shares = {name: levels * value / seconds["forward"] for name, value in seconds.items() if name != "forward"}
+    rows = [[str(shot), *(f"{100 * shares[f'{shot}, {share}']:.1f} %" for share in SHARES)] for shot in SHOTS]
+    columns = ["k", *(f"search of {100 * share:.0f} % of the bank, of a forward pass" for share in SHARES)]
+    write_results(options.output, {"machine": facts, "seconds": seconds, "share": shares}, columns, rows)
+
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
+    for share in SHARES:
+        axes.plot(SHOTS, [100 * shares[f"{shot}, {share}"] for shot in SHOTS], marker="o", label=f"coreset {share:g}")
+    axes.axhline(10, color="grey", linestyle=":", linewidth=1)
+    axes.set(xlabel="normal supports k", ylabel="search, % of a forward pass", xscale="log", yscale="log")
+    axes.set_xticks(SHOTS, [str(shot) for shot in SHOTS])
+    axes.legend(frameon=False)
+    figure.savefig(options.output.with_suffix(".png"), dpi=120)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+# Copyright (C) 2026 The anomalib-mvfa authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""How long an image takes: tower, both branches and scores, beside a naive variant, fewer levels and WinCLIP.
+
+    python -m benchmarks.inference                       # ViT-L-14-336 with random weights, 240 px
+    python -m benchmarks.inference --backbone tiny
+
+The naive variant computes in float32 with gradients for all of CLIP, one image at a time, normalises the bank at every
+query, and holds all distances between patches and bank at once, as the released code does.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from anomalib_mvfa.baselines.win_clip import WinClipAny
+from anomalib_mvfa.model import MVFAModel
+from anomalib_mvfa.model.memory import Support
+from benchmarks.timing import machine, side_by_side, write_results
+
+
+def naive(model: MVFAModel, image: Tensor) -> Tensor:
+    """Predict one image without any of the savings.
+
+    Args:
+        model: With a bank; the parameters of its tower require gradients.
+        image: ``(1, 3, H, W)``.
+
+    Returns:
+        Map ``(1, H, W)``.
+    """
+    hidden = model.hidden_tokens(image)
+    language = model.language_branch(hidden.segmentation)
+    model.language_branch(hidden.detection)
+    maps = []
+    for level, tokens in enumerate(hidden.segmentation):
+        bank = functional.normalize(2 * model.seg_memory[level], dim=-1)  # normalised anew
+        patches = functional.normalize(tokens[:, 1:], dim=-1)
+        distances = 1 - patches[0] @ bank.T  # (P, N)
+        grid = distances.amin(dim=1).view(1, 1, *model.tower.grid_size)
+        maps.append(functional.interpolate(grid, size=model.image_size, mode="bilinear", align_corners=True)[0])
+    return model.fusion(language.anomaly_map, torch.stack(maps).sum(dim=0), kind="map")
+
+
+def predictor(model: MVFAModel, images: Tensor, dtype: torch.dtype | None = None) -> Callable[[], object]:
+    """Give a call that predicts images as a user of the model would."""
+
+    @torch.inference_mode()
+    def call() -> object:
+        with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+            return model(images)
+
+    return call
+
+
+def main() -> None:
+    """Time all variants in turns."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", default="ViT-L-14-336")
+    parser.add_argument("--winclip_backbone", default="ViT-B-16-plus-240")
+    parser.add_argument("--k_shot", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--batch", type=int, default=1, help="images at once; the naive variant takes one after another"
+    )
+    parser.add_argument("--bf16", action="store_true", help="also bfloat16, which only some processors compute fast")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, default=Path("results/benchmarks/inference.json"))
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    facts = machine(device)
+
+    def build(levels: str | None = None, coreset: float = 1.0) -> MVFAModel:
+        model = MVFAModel(
+            options.backbone, pretrained="random", class_name="Brain", levels=levels, coreset=coreset
+        ).eval()
+        support = Support(torch.rand(11, options.k_shot, 3, *model.image_size), torch.rand(0, 3, *model.image_size))
+        model.to(device).remember(support)
+        return model
+
+    torch.manual_seed(0)
+    full, reference = build(), build()
+    reference.tower.requires_grad_()
+    images = torch.rand(options.batch, 3, *full.image_size, device=device)
+    win_clip = WinClipAny(options.winclip_backbone, pretrained="random", k_shot=options.k_shot)
+    win_size = win_clip.pre_processor.transform(torch.rand(1, 3, 240, 240)).shape[-2:]  # type: ignore[union-attr,operator]
+    win_clip.model.to(device).setup("Brain", torch.rand(options.k_shot, 3, *win_size, device=device))
+    win_images = torch.rand(options.batch, 3, *win_size, device=device)
+
+    variants: dict[str, Callable[[], object]] = {
+        "naive": lambda: [naive(reference, image) for image in images.split(1)],
+        "float32": predictor(full, images),
+        "float32, coreset 0.1": predictor(build(coreset=0.1), images),
+        "float32, levels=half": predictor(build("half"), images),
+        "float32, levels=middle": predictor(build("middle"), images),
+        f"WinCLIP, {options.winclip_backbone}": lambda: win_clip.model(win_images),
+    }
+    if options.bf16:
+        variants["bfloat16"] = predictor(full, images, torch.bfloat16)
+        variants["bfloat16, levels=middle"] = predictor(build("middle"), images, torch.bfloat16)
+    seconds = side_by_side(variants, options.repeats)
+    rows = [
+        [name, f"{1000 * value / options.batch:.0f}", f"{seconds['naive'] / value:.2f}"]
+        for name, value in seconds.items()
+    ]
+    results = {"machine": facts, "options": {k: str(v) for k, v in vars(options).items()}, "seconds": seconds}
+    write_results(options.output, results, ["variant", "ms an image", "times as fast as naive"], rows)
+
+
+if __name__ == "__main__":
+    main()
