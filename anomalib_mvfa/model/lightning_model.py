@@ -15,6 +15,7 @@ Paper:
 
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,16 @@ from torch.utils.data import DataLoader
 from anomalib_mvfa.lesions import LesionSynthesizer
 
 from .backbone import resolve_backbone
+from .card import upload
 from .loss import dice_loss, focal_loss, score_loss
 from .memory import Support
 from .metrics import SelectionScore
 from .processing import MVFAPostProcessor, MVFAPreProcessor
-from .prompts import prompt_name
+from .prompts import prompt_ensemble, prompt_name
 from .results import MVFAVisualizer, PredictionTable, ReportingDataset, loaded_dataset, withhold
 from .torch_model import BranchOutput, MVFAModel, SupportOutput
 from .variant import Variant
-from .weights import load_adapters, write_adapters
+from .weights import check_facts, load_adapters, write_adapters
 
 __all__ = ["MVFA"]
 
@@ -71,8 +73,8 @@ class MVFA(AnomalibModule):
         levels: One-based blocks to read. Defaults to the ends of the quarters, ``[6, 12, 18, 24]`` for ViT-L.
         class_name: What the images show, for the prompts. Defaults to the name that the datamodule gives, the published
             one for the sets of BMAD, or ``"object"``.
-        adapters: File of trained adapters (``.pth`` in the released format, or ``.safetensors``). The model then is not
-            trained any more. Defaults to ``None``.
+        adapters: Trained adapters: a file (``.pth`` in the released format, or ``.safetensors``), or
+            ``hf-hub:owner/name``. The model then is not trained any more. Defaults to ``None``.
         memory: Whether to use the memory branch. Without it the model is zero-shot. Defaults to ``True``.
         max_support: For datamodules that know no supports: how many normal training images go into the bank.
             Defaults to ``32``.
@@ -173,9 +175,11 @@ class MVFA(AnomalibModule):
         self._lesions: LesionSynthesizer | None = None
         self._memory_step = -1
         self._class_features: dict[str, Tensor] = {}
+        self._adapters_class: str | None = None
         self._selection_score = SelectionScore() if selection == "best" else None
         self._support_output: SupportOutput | None = None
         self.intensity: str | None = None  # rule by which the training images were read, where the datamodule has one
+        self.history: dict[str, Any] = {"training": {}, "figures": {}}  # what an adapters file tells of its making
 
     def _variant(self) -> Variant:
         names = Variant.__dataclass_fields__
@@ -207,11 +211,16 @@ class MVFA(AnomalibModule):
 
     def _build(self) -> None:
         arguments = ("backbone", "pretrained", "image_size", "levels", "class_name", "language_weight")
-        self.model = MVFAModel(variant=self._variant(), **{name: self.hparams[name] for name in arguments})
-        if self.hparams["adapters"] is not None:
-            facts = load_adapters(self.hparams["adapters"], self.model.seg_adapters, self.model.det_adapters)
-            self.model.has_masks = bool(facts.get("has_masks", True))
+        model = MVFAModel(variant=self._variant(), **{name: self.hparams[name] for name in arguments})
+        source = self.hparams["adapters"]
+        if source is not None:
+            facts: dict[str, Any] = load_adapters(source, model.seg_adapters, model.det_adapters)
+            check_facts(source, facts, model.fingerprint, model.levels, model.variant)
+            model.has_masks = bool(facts.get("has_masks", True))
             self.intensity = str(facts["intensity"]) if facts.get("intensity") else None
+            self.history = {name: facts.get(name) or {} for name in self.history}
+            self._adapters_class = facts.get("class_name")
+        self.model = model
 
     def forward(self, batch: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - anomalib's signature
         """Pre-process, predict and post-process images ``(B, 3, H, W)`` in [0, 1]."""
@@ -329,9 +338,38 @@ class MVFA(AnomalibModule):
         samples = getattr(data, "samples", None)
         with_masks = samples is None or samples.attrs.get("task", "segmentation") == "segmentation"
         self.model.has_masks = with_masks or not has_anomalous
+        self.history = {"training": self._training_facts(drawn_lesions=not has_anomalous), "figures": {}}
         if not has_anomalous:
             self._lesions = LesionSynthesizer()
             logger.info("No abnormal training images: lesions are drawn on half of the normal ones.")
+
+    def _training_facts(self, *, drawn_lesions: bool) -> dict[str, Any]:
+        """Tell what the adapters are trained on, by names and numbers alone: paths may name patients."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        return {
+            "data": _data_name(datamodule),
+            "classes": list(getattr(datamodule, "class_names", ())) or [self.model.class_name],
+            "k_shot": getattr(datamodule, "k_shot", None),
+            "seed": getattr(datamodule, "seed", None),
+            "drawn_lesions": drawn_lesions or getattr(datamodule, "abnormal_source", None) == "synthetic",
+            "epochs": self.trainer.max_epochs,
+            "learning_rate": self.hparams["learning_rate"],
+        }
+
+    def on_test_end(self) -> None:
+        """Keep the figures of the test, which go into an adapters file."""
+        metrics = {
+            name: float(value)
+            for name, value in self.trainer.callback_metrics.items()
+            if name.startswith(("image_", "pixel_"))
+        }
+        datamodule = getattr(self.trainer, "datamodule", None)
+        self.history["figures"] = {
+            "data": _data_name(datamodule),
+            "images": len(getattr(datamodule, "test_data", ())),
+            "fusion_scale": self.hparams["fusion_scale"],
+            "metrics": metrics,
+        }
 
     def _train_data(self) -> Any:  # noqa: ANN401 - any dataset
         datamodule = getattr(self.trainer, "datamodule", None)
@@ -340,11 +378,11 @@ class MVFA(AnomalibModule):
         return getattr(self.trainer.train_dataloader, "dataset", None)
 
     def _take_class_name(self) -> None:
-        """Choose the class name: the argument, the datamodule's, what is known already, or ``"object"``."""
-        datamodule = getattr(self.trainer, "datamodule", None)
+        """Choose the class name: the argument, what is known, the datamodule's, the adapters', or ``"object"``."""
+        datamodule = getattr(self._trainer, "datamodule", None)
         category = getattr(datamodule, "category", None)
         from_data = getattr(datamodule, "class_name", None) or (prompt_name(category) if category else None)
-        name = self.hparams["class_name"] or self.model.class_name or from_data or "object"
+        name = self.hparams["class_name"] or self.model.class_name or from_data or self._adapters_class or "object"
         if name != self.model.class_name:
             logger.info("Prompts are written for the class '%s'.", name)
             self.model.set_class_name(name)
@@ -645,27 +683,59 @@ class MVFA(AnomalibModule):
 
     # Files
 
+    def facts(self) -> dict[str, Any]:
+        """Tell what the adapters fit and how they were made, in what JSON can hold; no path is among it."""
+        return {
+            "backbone": _without_folder(self.model.backbone.name),
+            "pretrained": _without_folder(self.model.backbone.weights),
+            "fingerprint": self.model.fingerprint,
+            "levels": list(self.model.levels),
+            "image_size": list(self.model.image_size),
+            "class_name": self.model.class_name,
+            "prompts": prompt_ensemble(),
+            "has_masks": self.model.has_masks,
+            "intensity": self.intensity,
+            "variant": {
+                name: list(value) if isinstance(value, tuple) else value
+                for name, value in asdict(self.model.variant).items()
+            },
+            "language_weight": self.model.fusion.language_weight,
+            **self.history,
+        }
+
     def save_adapters(self, path: str | Path, dtype: torch.dtype | None = None) -> Path:
-        """Save the adapters alone.
+        """Save the adapters alone, without memory bank and thresholds.
 
         Args:
-            path: ``.safetensors``, or ``.pth`` for the released format.
+            path: ``.safetensors``, with :meth:`facts` as metadata, or ``.pth`` for the released format.
             dtype: Storage type; ``None`` keeps float32.
 
         Returns:
             The path.
         """
-        facts: dict[str, object] = {
-            "backbone": self.hparams["backbone"],
-            "fingerprint": self.model.fingerprint,
-            "levels": list(self.model.levels),
-            "image_size": list(self.model.image_size),
-            "class_name": self.model.class_name,
-            "has_masks": self.model.has_masks,
-            "intensity": self.intensity,
-            "variant": self.hparams["variant"],
-        }
-        return write_adapters(path, self.model.seg_adapters, self.model.det_adapters, facts, dtype)
+        return write_adapters(path, self.model.seg_adapters, self.model.det_adapters, self.facts(), dtype)
+
+    def push_to_hub(self, repository: str, licence: str, private: bool = True) -> str:
+        """Upload the adapters in half precision, with a model card made of :meth:`facts`.
+
+        ``adapters="hf-hub:owner/name"`` then loads them. Neither images nor the memory bank are uploaded.
+
+        Args:
+            repository: ``owner/name``; made unless it exists.
+            licence: Identifier of the licence, such as ``"cc-by-nc-sa-4.0"``. That of the training data counts.
+            private: Whether a new repository can be seen by its owner alone.
+
+        Returns:
+            Address of the repository.
+        """
+        facts = self.facts()
+        return upload(
+            repository,
+            facts,
+            licence,
+            lambda path: write_adapters(path, self.model.seg_adapters, self.model.det_adapters, facts, torch.float16),
+            private=private,
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen backbone out and store the bank in half precision."""
@@ -676,12 +746,7 @@ class MVFA(AnomalibModule):
                 del state[name]
             elif name.startswith(BANKS):
                 state[name] = state[name].half()
-        checkpoint[CHECKPOINT_KEY] = {
-            "fingerprint": self.model.fingerprint,
-            "class_name": self.model.class_name,
-            "has_masks": self.model.has_masks,
-            "intensity": self.intensity,
-        }
+        checkpoint[CHECKPOINT_KEY] = self.facts()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build the network that the checkpoint describes.
@@ -713,6 +778,7 @@ class MVFA(AnomalibModule):
             raise ValueError(msg)
         self.model.has_masks = facts["has_masks"]
         self.intensity = facts.get("intensity")
+        self.history = {name: facts.get(name) or {} for name in self.history}
         self.model.restore_class_name(facts["class_name"])
         self._memory_step = int(checkpoint.get("global_step", 0))
         tower = {TOWER + name: value for name, value in self.model.tower.state_dict().items()}
@@ -721,6 +787,16 @@ class MVFA(AnomalibModule):
 
 def _sum(terms: Any) -> Tensor:  # noqa: ANN401 - any iterable of tensors
     return torch.stack(list(terms)).sum(dim=0)
+
+
+def _without_folder(name: str | None) -> str | None:
+    """Keep the file's name of a local path, which is nobody else's business; leave other names."""
+    return Path(name).name if name and Path(name).is_file() else name
+
+
+def _data_name(datamodule: Any) -> str | None:  # noqa: ANN401 - any datamodule
+    names = (getattr(datamodule, "name", None), getattr(datamodule, "category", None))
+    return "/".join(dict.fromkeys(name for name in names if name)) or None
 
 
 def _extremes(output: BranchOutput) -> BranchOutput:
