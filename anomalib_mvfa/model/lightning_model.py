@@ -23,6 +23,7 @@ import torch
 from anomalib import LearningType
 from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import AnomalibDataModule, ImageBatch
+from anomalib.deploy import CompressionType
 from anomalib.metrics import AUPR, AUROC, Evaluator, F1Score
 from anomalib.models.components import AnomalibModule
 from anomalib.visualization import Visualizer
@@ -30,11 +31,13 @@ from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchmetrics import Metric
 
 from anomalib_mvfa.lesions import LesionSynthesizer
 
 from .backbone import resolve_backbone
 from .card import upload
+from .export import compress
 from .loss import dice_loss, focal_loss, score_loss
 from .memory import Support
 from .metrics import SelectionScore
@@ -736,6 +739,78 @@ class MVFA(AnomalibModule):
             lambda path: write_adapters(path, self.model.seg_adapters, self.model.det_adapters, facts, torch.float16),
             private=private,
         )
+
+    def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
+        """Export as a torch file.
+
+        Args:
+            export_root: Folder.
+            model_file_name: Name of the file without its suffix.
+
+        Returns:
+            Path of the file.
+
+        Raises:
+            ValueError: If the adapters are untrained, or the memory bank is empty where one is wanted.
+        """
+        self._check_exportable()
+        return super().to_torch(export_root, model_file_name)
+
+    def to_onnx(  # type: ignore[override]  # as anomalib's own
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> Path:
+        """Export as an ONNX graph from images in [0, 1] to normalised maps and scores, labels and masks.
+
+        The batch is dynamic, the size is not. OpenVINO models are made of this graph.
+
+        Args:
+            export_root: Folder.
+            model_file_name: Name of the file without its suffix.
+            input_size: Height and width of the images; ``None`` takes those that the model reads. From others the graph
+                resizes as training did.
+            **kwargs: Arguments of ``torch.onnx.export``.
+
+        Returns:
+            Path of the file.
+
+        Raises:
+            ValueError: If the adapters are untrained, or the memory bank is empty where one is wanted.
+        """
+        self._check_exportable()
+        size = input_size or self.model.image_size
+        return super().to_onnx(export_root, model_file_name, size, **{"opset_version": 18, **kwargs})
+
+    def _compress_ov_model(  # anomalib's hook for its compression types
+        self,
+        model: Any,  # noqa: ANN401 - a model of OpenVINO
+        compression_type: CompressionType | None = None,
+        datamodule: AnomalibDataModule | None = None,
+        metric: Metric | None = None,
+        task: Any = None,  # noqa: ANN401 - follows from the data
+        max_drop: float = 0.01,
+    ) -> Any:  # noqa: ANN401
+        return compress(model, compression_type, datamodule, metric, max_drop)
+
+    def _check_exportable(self) -> None:
+        self._ensure_model()
+        self._take_class_name()
+        if not self._given_adapters and self._memory_step < 0 and self.model.memory.is_empty:
+            msg = (
+                "The adapters are untrained, so that there is nothing to export. Give --ckpt_path a checkpoint of "
+                "`anomalib train --model MVFA`, or --model.adapters trained adapters."
+            )
+            raise ValueError(msg)
+        if not self._zero_shot and self.model.memory.is_empty:
+            msg = (
+                "The memory bank is empty: adapters alone have none. Export a checkpoint (--ckpt_path), or build the "
+                "bank first with Engine().validate(model, datamodule=...), or export the language branch alone with "
+                "--model.memory false."
+            )
+            raise ValueError(msg)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen backbone out and store the bank in half precision."""
