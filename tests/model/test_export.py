@@ -3,8 +3,13 @@
 
 """Exported models predict as the Lightning model, compressed ones nearly so, and bad input is refused."""
 
+import csv
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
+import cv2
 import numpy as np
 import openvino
 import pytest
@@ -222,6 +227,56 @@ def test_export_without_a_bank_is_refused_unless_it_is_zero_shot(trained, small_
 def test_images_of_another_size_are_refused_by_the_graph(full):
     with pytest.raises(RuntimeError, match=r"model input \(shape=\[\?,3,56,56\]\)"):
         run(full, torch.rand(1, 3, 40, 40))
+
+
+def serve(*arguments):
+    script = Path(__file__).parents[2] / "examples" / "serve_openvino.py"
+    return subprocess.run(
+        [sys.executable, script, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+@torch.no_grad()
+def test_served_folder_has_the_scores_of_the_model_in_the_order_of_the_files(trained, full, tmp_path):
+    rng = np.random.default_rng(2)
+    pictures = {f"{index:02}.png": rng.integers(0, 40 + 20 * index, (70, 90, 3), dtype=np.uint8) for index in range(9)}
+    (tmp_path / "in").mkdir()
+    for name, pixels in pictures.items():
+        Image.fromarray(pixels).save(tmp_path / "in" / name)
+    (tmp_path / "in" / "04b.png").write_bytes(b"nothing")
+    done = serve(full, tmp_path / "in", "--output", tmp_path / "scores.csv")
+    assert done.returncode == 1
+    assert "10 images" in done.stderr
+    assert "1 could not be read" in done.stderr
+    with (tmp_path / "scores.csv").open(newline="", encoding="utf-8") as file:
+        rows = {row["image"]: row for row in csv.DictReader(file)}
+    assert list(rows) == sorted([*pictures, "04b.png"])
+    assert rows.pop("04b.png")["error"] == "could not be read"
+    for name, row in rows.items():
+        image = trained._pre_processed(torch.from_numpy(pictures[name]).permute(2, 0, 1) / 255)
+        expected = trained(image[None])
+        assert float(row["score"]) == pytest.approx(float(expected.pred_score), abs=1e-4)
+        assert row["label"] == str(int(expected.pred_label))
+
+
+def test_served_video_has_a_row_for_each_frame(full, tmp_path):
+    writer = cv2.VideoWriter(str(tmp_path / "video.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 5, (64, 48))
+    for grey in (20, 120, 220):
+        writer.write(np.full((48, 64, 3), grey, np.uint8))
+    writer.release()
+    done = serve(full, tmp_path / "video.avi")
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(done.stdout.splitlines()))
+    assert [row["image"] for row in rows] == ["frame 0", "frame 1", "frame 2"]
+    assert len({row["score"] for row in rows}) == 3
+
+
+def test_serving_nothing_says_so(full, tmp_path):
+    for source, message in ((tmp_path, "holds no image"), (tmp_path / "no.avi", "no folder")):
+        done = serve(full, source)
+        assert done.returncode == 1
+        assert message in done.stderr
+    assert "anomalib export" in serve(tmp_path / "no.xml", tmp_path).stderr
 
 
 def test_calibration_is_spread_over_all_images():
