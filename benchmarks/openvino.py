@@ -97,7 +97,12 @@ def accuracy(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
             for name, kind in KINDS.items()
         }
         resize = EightBitResize(mvfa.model.image_size)
-        images = torch.stack([resize(torch.as_tensor(item.image).as_subclass(Tensor)) for item in data.val_data])
+        images = torch.stack(
+            [
+                resize(torch.as_tensor(item.image).as_subclass(Tensor))
+                for item in map(data.val_data.__getitem__, range(len(data.val_data)))
+            ]
+        )
         paths["INT8_PTQ, all nodes, no scheme"] = quantise_plainly(paths["FP32"], images)
         for name, path in paths.items():
             rows.setdefault(name, []).append({**auroc(path, *test), "size_mb": size_of(path)})

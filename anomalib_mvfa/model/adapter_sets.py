@@ -68,7 +68,7 @@ class AdapterSets:
     """
 
     def __init__(self, mvfa: MVFA) -> None:
-        mvfa.configure_model()
+        mvfa._ensure_model()
         self.mvfa = mvfa.eval()
         self._sets: dict[str, AdapterSet] = {}
         self.active: str | None = None
@@ -116,8 +116,14 @@ class AdapterSets:
             known = ", ".join(self.names) or "none"
             msg = f"There is no adapter set '{name}'. Known: {known}; add(name, source) adds one."
             raise KeyError(msg)
-        self._put(self._sets[name])
+        chosen = self._sets[name]
+        self._put(chosen)
         self.active = name
+        # What the engine and the export would otherwise settle anew: prompts, and whether there is a bank to fill.
+        mvfa = self.mvfa
+        mvfa.hparams["class_name"] = chosen.class_name
+        mvfa._memory_step = mvfa.global_step
+        mvfa._zero_shot = mvfa.model.memory.is_empty
 
     @torch.no_grad()
     def predict(

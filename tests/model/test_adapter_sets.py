@@ -146,8 +146,11 @@ def test_stream_is_predicted_item_by_item(live):
     assert not torch.equal(first.pred_score, second.pred_score)
 
 
-def test_switched_model_is_the_set_for_saving_and_for_forward(live, checkpoints, tmp_path):
+def test_switched_model_is_the_set_for_saving_for_export_and_for_forward(live, checkpoints, tmp_path):
     live.use("liver")
+    features = live.mvfa.model.text_features.clone()
+    live.mvfa.to_torch(tmp_path)
+    assert torch.equal(live.mvfa.model.text_features, features)
     again = MVFA.load_from_checkpoint(checkpoints[1]["liver"])
     assert live.mvfa.facts()["class_name"] == again.facts()["class_name"] == "liver"
     image = torch.rand(1, 3, 56, 56)
@@ -166,6 +169,7 @@ def test_adapters_file_is_zero_shot_until_it_is_given_supports(live, checkpoints
     assert live.mvfa.model.class_name == "liver"
     live.use("zero")
     assert live.mvfa.model.memory.is_empty
+    live.mvfa.to_torch(tmp_path)  # not refused for want of a bank
     assert_close(live.mvfa.model.text_features, source.model.text_features)
     live.use("few")
     assert live.mvfa.model.memory[0].shape[0] == 4 * 17
