@@ -6,10 +6,10 @@
 Importing this package registers the model and the datamodules with anomalib.
 """
 
-from anomalib_mvfa.model import MVFA, MVFAModel
+from anomalib_mvfa.model import MVFA, AdapterSets, MVFAModel
 from anomalib_mvfa.registration import register
 
-__all__ = ["MVFA", "MVFAModel"]
+__all__ = ["MVFA", "AdapterSets", "MVFAModel"]
 __version__ = "0.1.0"
 
 register()

@@ -5,6 +5,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -90,15 +91,22 @@ def tiny() -> MVFAModel:
 
 
 @pytest.fixture
-def make_folder(tmp_path: Path) -> Callable[..., Folder]:
+def make_folder(tmp_path: Path, make_folder_in: Callable[..., Folder]) -> Callable[..., Folder]:
     """Write grey disks, the abnormal ones with a bright square and a mask, and give a Folder of them."""
+    return partial(make_folder_in, tmp_path / "data")
 
-    def make(normal: int = 6, abnormal: int = 6, masks: bool = True, size: tuple[int, int] = (72, 64)) -> Folder:
+
+@pytest.fixture(scope="session")
+def make_folder_in() -> Callable[..., Folder]:
+    """As ``make_folder``, in a folder of the caller's choice."""
+
+    def make(
+        root: Path, normal: int = 6, abnormal: int = 6, masks: bool = True, size: tuple[int, int] = (72, 64)
+    ) -> Folder:
         rng = np.random.default_rng(5)
         width, height = size
         y, x = np.mgrid[:height, :width]
         disk = (x - width / 2) ** 2 + (y - height / 2) ** 2 < (0.4 * min(size)) ** 2
-        root = tmp_path / "data"
         for kind, count in (("normal", normal), ("abnormal", abnormal)):
             for index in range(count):
                 picture = np.where(disk, 110, 20) + rng.integers(0, 25, (height, width))

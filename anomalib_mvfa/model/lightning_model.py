@@ -15,6 +15,7 @@ Paper:
 
 import logging
 from collections.abc import Sequence, Sized
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from anomalib import LearningType
 from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import AnomalibDataModule, ImageBatch
+from anomalib.deploy import CompressionType
 from anomalib.metrics import AUPR, AUROC, Evaluator, F1Score
 from anomalib.models.components import AnomalibModule
 from anomalib.visualization import Visualizer
@@ -29,20 +31,23 @@ from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchmetrics import Metric
 
 from anomalib_mvfa.lesions import LesionSynthesizer
 
 from .backbone import resolve_backbone
+from .card import upload
+from .export import compress
 from .loss import dice_loss, focal_loss, score_loss
 from .memory import Support
 from .metrics import SelectionScore
 from .processing import MVFAPostProcessor, MVFAPreProcessor
-from .prompts import prompt_name
+from .prompts import prompt_ensemble, prompt_name
 from .results import MVFAVisualizer, PredictionTable, ReportingDataset, loaded_dataset, withhold
 from .token_cache import TokenCache
 from .torch_model import BranchOutput, MVFAModel, SupportOutput
 from .variant import Variant
-from .weights import load_adapters, write_adapters
+from .weights import check_facts, load_adapters, write_adapters
 
 __all__ = ["MVFA"]
 
@@ -75,8 +80,8 @@ class MVFA(AnomalibModule):
             alone, at half the cost. Defaults to the ends of the quarters, ``[6, 12, 18, 24]`` for ViT-L.
         class_name: What the images show, for the prompts. Defaults to the name that the datamodule gives, the published
             one for the sets of BMAD, or ``"object"``.
-        adapters: File of trained adapters (``.pth`` in the released format, or ``.safetensors``). The model then is not
-            trained any more. Defaults to ``None``.
+        adapters: Trained adapters: a file (``.pth`` in the released format, or ``.safetensors``), or
+            ``hf-hub:owner/name``. The model then is not trained any more. Defaults to ``None``.
         memory: Whether to use the memory branch. Without it the model is zero-shot. Defaults to ``True``.
         max_support: For datamodules that know no supports: how many normal training images go into the bank.
             Defaults to ``32``.
@@ -181,9 +186,11 @@ class MVFA(AnomalibModule):
         self._memory_step = -1
         self._class_features: dict[str, Tensor] = {}
         self._token_cache: TokenCache | None = None
+        self._adapters_class: str | None = None
         self._selection_score = SelectionScore() if selection == "best" else None
         self._support_output: SupportOutput | None = None
         self.intensity: str | None = None  # rule by which the training images were read, where the datamodule has one
+        self.history: dict[str, Any] = {"training": {}, "figures": {}}  # what an adapters file tells of its making
 
     def _variant(self) -> Variant:
         names = Variant.__dataclass_fields__
@@ -215,11 +222,16 @@ class MVFA(AnomalibModule):
 
     def _build(self) -> None:
         arguments = ("backbone", "pretrained", "image_size", "levels", "class_name", "language_weight", "coreset")
-        self.model = MVFAModel(variant=self._variant(), **{name: self.hparams[name] for name in arguments})
-        if self.hparams["adapters"] is not None:
-            facts = load_adapters(self.hparams["adapters"], self.model.seg_adapters, self.model.det_adapters)
-            self.model.has_masks = bool(facts.get("has_masks", True))
+        model = MVFAModel(variant=self._variant(), **{name: self.hparams[name] for name in arguments})
+        source = self.hparams["adapters"]
+        if source is not None:
+            facts: dict[str, Any] = load_adapters(source, model.seg_adapters, model.det_adapters)
+            check_facts(source, facts, model.fingerprint, model.levels, model.variant)
+            model.has_masks = bool(facts.get("has_masks", True))
             self.intensity = str(facts["intensity"]) if facts.get("intensity") else None
+            self.history = {name: facts.get(name) or {} for name in self.history}
+            self._adapters_class = facts.get("class_name")
+        self.model = model
 
     def forward(self, batch: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - anomalib's signature
         """Pre-process, predict and post-process images ``(B, 3, H, W)`` in [0, 1]."""
@@ -337,11 +349,40 @@ class MVFA(AnomalibModule):
         samples = getattr(data, "samples", None)
         with_masks = samples is None or samples.attrs.get("task", "segmentation") == "segmentation"
         self.model.has_masks = with_masks or not has_anomalous
+        self.history = {"training": self._training_facts(drawn_lesions=not has_anomalous), "figures": {}}
         if not has_anomalous:
             self._lesions = LesionSynthesizer()
             logger.info("No abnormal training images: lesions are drawn on half of the normal ones.")
         elif isinstance(data, Sized) and len(data) <= CACHE_IMAGES:
             self._token_cache = TokenCache(CACHE_BYTES, max_images=len(data))
+
+    def _training_facts(self, *, drawn_lesions: bool) -> dict[str, Any]:
+        """Tell what the adapters are trained on, by names and numbers alone: paths may name patients."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        return {
+            "data": _data_name(datamodule),
+            "classes": list(getattr(datamodule, "class_names", ())) or [self.model.class_name],
+            "k_shot": getattr(datamodule, "k_shot", None),
+            "seed": getattr(datamodule, "seed", None),
+            "drawn_lesions": drawn_lesions or getattr(datamodule, "abnormal_source", None) == "synthetic",
+            "epochs": self.trainer.max_epochs,
+            "learning_rate": self.hparams["learning_rate"],
+        }
+
+    def on_test_end(self) -> None:
+        """Keep the figures of the test, which go into an adapters file."""
+        metrics = {
+            name: float(value)
+            for name, value in self.trainer.callback_metrics.items()
+            if name.startswith(("image_", "pixel_"))
+        }
+        datamodule = getattr(self.trainer, "datamodule", None)
+        self.history["figures"] = {
+            "data": _data_name(datamodule),
+            "images": len(getattr(datamodule, "test_data", ())),
+            "fusion_scale": self.hparams["fusion_scale"],
+            "metrics": metrics,
+        }
 
     def _train_data(self) -> Any:  # noqa: ANN401 - any dataset
         datamodule = getattr(self.trainer, "datamodule", None)
@@ -350,11 +391,11 @@ class MVFA(AnomalibModule):
         return getattr(self.trainer.train_dataloader, "dataset", None)
 
     def _take_class_name(self) -> None:
-        """Choose the class name: the argument, the datamodule's, what is known already, or ``"object"``."""
-        datamodule = getattr(self.trainer, "datamodule", None)
+        """Choose the class name: the argument, what is known, the datamodule's, the adapters', or ``"object"``."""
+        datamodule = getattr(self._trainer, "datamodule", None)
         category = getattr(datamodule, "category", None)
         from_data = getattr(datamodule, "class_name", None) or (prompt_name(category) if category else None)
-        name = self.hparams["class_name"] or self.model.class_name or from_data or "object"
+        name = self.hparams["class_name"] or self.model.class_name or from_data or self._adapters_class or "object"
         if name != self.model.class_name:
             logger.info("Prompts are written for the class '%s'.", name)
             self.model.set_class_name(name)
@@ -656,27 +697,131 @@ class MVFA(AnomalibModule):
 
     # Files
 
+    def facts(self) -> dict[str, Any]:
+        """Tell what the adapters fit and how they were made, in what JSON can hold; no path is among it."""
+        return {
+            "backbone": _without_folder(self.model.backbone.name),
+            "pretrained": _without_folder(self.model.backbone.weights),
+            "fingerprint": self.model.fingerprint,
+            "levels": list(self.model.levels),
+            "image_size": list(self.model.image_size),
+            "class_name": self.model.class_name,
+            "prompts": prompt_ensemble(),
+            "has_masks": self.model.has_masks,
+            "intensity": self.intensity,
+            "variant": {
+                name: list(value) if isinstance(value, tuple) else value
+                for name, value in asdict(self.model.variant).items()
+            },
+            "language_weight": self.model.fusion.language_weight,
+            **self.history,
+        }
+
     def save_adapters(self, path: str | Path, dtype: torch.dtype | None = None) -> Path:
-        """Save the adapters alone.
+        """Save the adapters alone, without memory bank and thresholds.
 
         Args:
-            path: ``.safetensors``, or ``.pth`` for the released format.
+            path: ``.safetensors``, with :meth:`facts` as metadata, or ``.pth`` for the released format.
             dtype: Storage type; ``None`` keeps float32.
 
         Returns:
             The path.
         """
-        facts: dict[str, object] = {
-            "backbone": self.hparams["backbone"],
-            "fingerprint": self.model.fingerprint,
-            "levels": list(self.model.levels),
-            "image_size": list(self.model.image_size),
-            "class_name": self.model.class_name,
-            "has_masks": self.model.has_masks,
-            "intensity": self.intensity,
-            "variant": self.hparams["variant"],
-        }
-        return write_adapters(path, self.model.seg_adapters, self.model.det_adapters, facts, dtype)
+        return write_adapters(path, self.model.seg_adapters, self.model.det_adapters, self.facts(), dtype)
+
+    def push_to_hub(self, repository: str, licence: str, private: bool = True) -> str:
+        """Upload the adapters in half precision, with a model card made of :meth:`facts`.
+
+        ``adapters="hf-hub:owner/name"`` then loads them. Neither images nor the memory bank are uploaded.
+
+        Args:
+            repository: ``owner/name``; made unless it exists.
+            licence: Identifier of the licence, such as ``"cc-by-nc-sa-4.0"``. That of the training data counts.
+            private: Whether a new repository can be seen by its owner alone.
+
+        Returns:
+            Address of the repository.
+        """
+        facts = self.facts()
+        return upload(
+            repository,
+            facts,
+            licence,
+            lambda path: write_adapters(path, self.model.seg_adapters, self.model.det_adapters, facts, torch.float16),
+            private=private,
+        )
+
+    def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
+        """Export as a torch file.
+
+        Args:
+            export_root: Folder.
+            model_file_name: Name of the file without its suffix.
+
+        Returns:
+            Path of the file.
+
+        Raises:
+            ValueError: If the adapters are untrained, or the memory bank is empty where one is wanted.
+        """
+        self._check_exportable()
+        return super().to_torch(export_root, model_file_name)
+
+    def to_onnx(  # type: ignore[override]  # as anomalib's own
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> Path:
+        """Export as an ONNX graph from images in [0, 1] to normalised maps and scores, labels and masks.
+
+        The batch is dynamic, the size is not. OpenVINO models are made of this graph.
+
+        Args:
+            export_root: Folder.
+            model_file_name: Name of the file without its suffix.
+            input_size: Height and width of the images; ``None`` takes those that the model reads. From others the graph
+                resizes as training did.
+            **kwargs: Arguments of ``torch.onnx.export``.
+
+        Returns:
+            Path of the file.
+
+        Raises:
+            ValueError: If the adapters are untrained, or the memory bank is empty where one is wanted.
+        """
+        self._check_exportable()
+        size = input_size or self.model.image_size
+        return super().to_onnx(export_root, model_file_name, size, **{"opset_version": 18, **kwargs})
+
+    def _compress_ov_model(  # anomalib's hook for its compression types
+        self,
+        model: Any,  # noqa: ANN401 - a model of OpenVINO
+        compression_type: CompressionType | None = None,
+        datamodule: AnomalibDataModule | None = None,
+        metric: Metric | None = None,
+        task: Any = None,  # noqa: ANN401 - follows from the data
+        max_drop: float = 0.01,
+    ) -> Any:  # noqa: ANN401
+        return compress(model, compression_type, datamodule, metric, max_drop)
+
+    def _check_exportable(self) -> None:
+        self._ensure_model()
+        self._take_class_name()
+        if not self._given_adapters and self._memory_step < 0 and self.model.memory.is_empty:
+            msg = (
+                "The adapters are untrained, so that there is nothing to export. Give --ckpt_path a checkpoint of "
+                "`anomalib train --model MVFA`, or --model.adapters trained adapters."
+            )
+            raise ValueError(msg)
+        if not self._zero_shot and self.model.memory.is_empty:
+            msg = (
+                "The memory bank is empty: adapters alone have none. Export a checkpoint (--ckpt_path), or build the "
+                "bank first with Engine().validate(model, datamodule=...), or export the language branch alone with "
+                "--model.memory false."
+            )
+            raise ValueError(msg)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen backbone out and store the bank in half precision."""
@@ -687,12 +832,7 @@ class MVFA(AnomalibModule):
                 del state[name]
             elif name.startswith(BANKS):
                 state[name] = state[name].half()
-        checkpoint[CHECKPOINT_KEY] = {
-            "fingerprint": self.model.fingerprint,
-            "class_name": self.model.class_name,
-            "has_masks": self.model.has_masks,
-            "intensity": self.intensity,
-        }
+        checkpoint[CHECKPOINT_KEY] = self.facts()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build the network that the checkpoint describes.
@@ -724,6 +864,7 @@ class MVFA(AnomalibModule):
             raise ValueError(msg)
         self.model.has_masks = facts["has_masks"]
         self.intensity = facts.get("intensity")
+        self.history = {name: facts.get(name) or {} for name in self.history}
         self.model.restore_class_name(facts["class_name"])
         self._memory_step = int(checkpoint.get("global_step", 0))
         tower = {TOWER + name: value for name, value in self.model.tower.state_dict().items()}
@@ -732,6 +873,16 @@ class MVFA(AnomalibModule):
 
 def _sum(terms: Any) -> Tensor:  # noqa: ANN401 - any iterable of tensors
     return torch.stack(list(terms)).sum(dim=0)
+
+
+def _without_folder(name: str | None) -> str | None:
+    """Keep the file's name of a local path, which is nobody else's business; leave other names."""
+    return Path(name).name if name and Path(name).is_file() else name
+
+
+def _data_name(datamodule: Any) -> str | None:  # noqa: ANN401 - any datamodule
+    names = (getattr(datamodule, "name", None), getattr(datamodule, "category", None))
+    return "/".join(dict.fromkeys(name for name in names if name)) or None
 
 
 def _extremes(output: BranchOutput) -> BranchOutput:

@@ -6,13 +6,14 @@
 import logging
 from typing import Any
 
+import numpy as np
 import torch
 from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.models.components import DynamicBufferMixin
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms.v2 import InterpolationMode, Resize
 from torchvision.transforms.v2 import functional as image_functional
 from torchvision.tv_tensors import Mask
@@ -20,7 +21,7 @@ from torchvision.tv_tensors import Mask
 from .metrics import squash
 from .thresholds import THRESHOLDS, ScoreThreshold
 
-__all__ = ["EightBitResize", "MVFAPostProcessor", "MVFAPreProcessor"]
+__all__ = ["EightBitResize", "ExportableResize", "MVFAPostProcessor", "MVFAPreProcessor"]
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +32,8 @@ class EightBitResize(Resize):  # type: ignore[misc]  # torchvision has no types
     """Bicubic resize through eight bits, value for value what the released code reads from its files.
 
     CLIP was trained on images that Pillow had resized in eight bits; torch's own antialiased resize differs from it by
-    up to 14 of 255 grey levels beside sharp edges. Masks are resized to the nearest pixel centre, as Pillow does. An
-    exported graph resizes in floating point instead (anomalib switches ``antialias`` off for export).
+    up to 14 of 255 grey levels beside sharp edges. Masks are resized to the nearest pixel centre, as Pillow does. In an
+    exported graph :class:`ExportableResize` takes its place.
 
     Args:
         size: Height and width in pixels.
@@ -63,6 +64,50 @@ class EightBitResize(Resize):  # type: ignore[misc]  # torchvision has no types
         return result
 
 
+class ExportableResize(nn.Module):
+    """:class:`EightBitResize` in operations that ONNX and OpenVINO have, to one grey level in 255.
+
+    Pillow resizes the rows, rounds to eight bits, then does the same with the columns; here each is a product with a
+    matrix of weights.
+
+    Args:
+        size: Height and width in pixels.
+    """
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Resize images ``(B, 3, H, W)`` in [0, 1], unless they have the size."""
+        height, width = images.shape[-2:]
+        if (height, width) == tuple(self.size):
+            return images
+        rows, columns = (
+            torch.tensor(_bicubic_weights(old, new), dtype=images.dtype, device=images.device)
+            for old, new in ((height, self.size[0]), (width, self.size[1]))
+        )
+        levels = (images.clamp(0, 1) * 255).round()
+        levels = (levels @ columns.T).round().clamp(0, 255)
+        levels = (rows @ levels).round().clamp(0, 255)
+        return levels / 255
+
+
+def _bicubic_weights(old: int, new: int) -> list[list[float]]:
+    """Give the weights ``(new, old)`` of Pillow's antialiased bicubic resize of a row (Keys 1981, a = -0.5)."""
+    scale = old / new
+    stretch = max(scale, 1.0)
+    offset = (np.arange(old) + 0.5 - (np.arange(new)[:, None] + 0.5) * scale) / stretch
+    distance = np.abs(offset)
+    weights = np.where(
+        distance < 1,
+        (1.5 * distance - 2.5) * distance**2 + 1,
+        np.where(distance < 2, ((-0.5 * distance + 2.5) * distance - 4) * distance + 2, 0.0),
+    )
+    normalised: list[list[float]] = (weights / weights.sum(axis=1, keepdims=True)).tolist()
+    return normalised
+
+
 class MVFAPreProcessor(PreProcessor):
     """Resizes images and masks to the size that the model reads.
 
@@ -74,6 +119,7 @@ class MVFAPreProcessor(PreProcessor):
 
     def __init__(self, image_size: tuple[int, int]) -> None:
         super().__init__(transform=EightBitResize(image_size))
+        self.export_transform = ExportableResize(image_size)  # anomalib's would resize without antialiasing
         self.image_size = image_size
 
     def checkpoint_config(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from open_clip import CLIP
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["class_prompts", "encode_states", "prompt_name", "published_class_names"]
+__all__ = ["class_prompts", "encode_states", "prompt_ensemble", "prompt_name", "published_class_names"]
 
 TEXT_BATCH = 64
 
@@ -28,6 +28,11 @@ TEXT_BATCH = 64
 def _ensemble() -> dict[str, Any]:
     ensemble: dict[str, Any] = json.loads(Path(__file__).with_name("prompts.json").read_text(encoding="utf-8"))
     return ensemble
+
+
+def prompt_ensemble() -> dict[str, list[str]]:
+    """Give what all prompts are made of: ``normal_states``, ``abnormal_states`` and ``templates``."""
+    return {name: list(_ensemble()[name]) for name in ("normal_states", "abnormal_states", "templates")}
 
 
 @lru_cache(maxsize=1)

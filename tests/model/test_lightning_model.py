@@ -18,6 +18,7 @@ from torch.testing import assert_close
 
 from anomalib_mvfa import MVFA
 from anomalib_mvfa.data import FewShot
+from anomalib_mvfa.model.weights import read_adapters
 
 
 @pytest.fixture
@@ -323,3 +324,23 @@ def test_supports_do_not_replace_validation_images_that_come_later(make_folder, 
     assert "normal supports" not in caplog.text
     labels = datamodule.val_data.samples.label_index
     assert len(model.post_processor.normal_scores) == (labels == 0).sum() > 0
+
+
+def test_training_and_figures_are_told_by_the_checkpoint_and_the_adapters_file(few_shot, engine, tmp_path):
+    datamodule = few_shot()
+    model, running, path = fit(engine, datamodule, epochs=2)
+    results = running.test(model, datamodule=datamodule, verbose=False)[0]
+    facts = read_adapters(model.save_adapters(tmp_path / "a.safetensors")).metadata
+    assert facts["training"] == {
+        "data": "disks",
+        "classes": ["Brain"],
+        "k_shot": 2,
+        "seed": 0,
+        "drawn_lesions": False,
+        "epochs": 2,
+        "learning_rate": 1e-3,
+    }
+    assert facts["figures"]["images"] == len(datamodule.test_data)
+    assert facts["figures"]["metrics"]["image_AUROC"] == pytest.approx(results["image_AUROC"])
+    assert str(tmp_path) not in str(facts)
+    assert MVFA.load_from_checkpoint(path).facts()["training"] == facts["training"]
