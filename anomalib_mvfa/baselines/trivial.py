@@ -3,7 +3,6 @@
 
 """Scores that know nothing of anomalies. A method that does not beat them has learnt nothing of use."""
 
-import torch
 from anomalib.data import InferenceBatch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional
@@ -15,6 +14,7 @@ class MeanBrightness(nn.Module):
     """Scores an image by its mean grey level.
 
     Example:
+        >>> import torch
         >>> MeanBrightness()(torch.full((1, 3, 8, 8), 0.25)).pred_score
         tensor([0.2500])
     """
@@ -28,6 +28,7 @@ class ImageVariance(nn.Module):
     """Scores an image by the variance of its values.
 
     Example:
+        >>> import torch
         >>> ImageVariance()(torch.full((1, 3, 8, 8), 0.25)).pred_score
         tensor([0.])
     """
@@ -45,6 +46,7 @@ class DistanceToMean(nn.Module):
         blur: Standard deviation in pixels of the blur of the map, which hides that no two images lie alike.
 
     Example:
+        >>> import torch
         >>> model = DistanceToMean(torch.zeros(2, 3, 32, 32))
         >>> model(torch.full((1, 3, 32, 32), 0.25)).pred_score
         tensor([0.2500])

@@ -117,6 +117,8 @@ class WinClipAny(WinClip):
         <LearningType.FEW_SHOT: 'few_shot'>
     """
 
+    model: WinClipAnyModel
+
     def __init__(
         self,
         backbone: str = "ViT-B-16-plus-240",
@@ -210,7 +212,7 @@ class WinClipAny(WinClip):
             )
             raise ValueError(msg)
         transform = getattr(self.pre_processor, "transform", None)
-        return images if transform is None else transform(images)  # type: ignore[operator]  # torchvision's
+        return images if transform is None else transform(images)
 
 
 def _ensemble(prompts: str | Mapping[str, Sequence[str]]) -> Mapping[str, Sequence[str]] | None:

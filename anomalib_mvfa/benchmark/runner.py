@@ -7,6 +7,9 @@ At a seed all methods meet the same supports, and all methods and numbers of sup
 are left beside the supports of the largest number. All read the same pixels, resized to the backbone's image size.
 """
 
+import contextlib
+import ctypes
+import gc
 import json
 import logging
 import os
@@ -20,6 +23,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -27,9 +31,11 @@ import psutil
 import torch
 from anomalib.data import AnomalibDataModule, AnomalibDataset, InferenceBatch, get_datamodule
 from anomalib.engine import Engine
-from anomalib.models import AnomalibModule, AnomalyDINO, Patchcore
+from anomalib.models import AnomalyDINO, Patchcore
+from anomalib.models.components import AnomalibModule
 from lightning import seed_everything
 from lightning.pytorch.trainer.states import TrainerFn
+from numpy.typing import NDArray
 from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional
@@ -38,7 +44,8 @@ from torch.utils.data import DataLoader
 from anomalib_mvfa import MVFA, __version__
 from anomalib_mvfa.baselines import DistanceToMean, ImageVariance, MeanBrightness, WinClipAny
 from anomalib_mvfa.data import FewShot, LeaveOneOut
-from anomalib_mvfa.model.backbone import read_state_dict, resolve_backbone
+from anomalib_mvfa.data.few_shot import SupportDataset
+from anomalib_mvfa.model.backbone import resolve_backbone
 from anomalib_mvfa.model.processing import EightBitResize
 
 from .figures import PixelFigures, image_figures
@@ -75,8 +82,8 @@ class Comparison:
         methods: Arguments by the name of the method. Those of MVFA and WinCLIP are arguments of their models, and for
             MVFA ``epochs`` and ``train_batch_size``. ``MVFA (zero-shot)`` needs either ``adapters``, a file, in whose
             name ``{set}`` stands for the set's name, or ``data``, arguments of ``LeaveOneOut`` but the target, which is
-            the category of the set. ``PatchCore`` and ``AnomalyDINO`` need ``weights``, a file with the weights of
-            their timm backbone, unless timm has them in its cache.
+            the category of the set. ``PatchCore`` and ``AnomalyDINO`` need ``weights``, a ``.safetensors`` file with
+            the weights of their timm backbone; they learn from the normal supports alone.
         output: Folder that receives one folder a cell.
         backbone: As of MVFA, the same for MVFA and WinCLIP.
         pretrained: As of MVFA.
@@ -197,9 +204,19 @@ def run_comparison(comparison: Comparison) -> list[Path]:
         spec.folder.mkdir(parents=True, exist_ok=True)
         (spec.folder / "cell.json").unlink(missing_ok=True)
         record: dict[str, Any] = {
-            **{"method": spec.method, "set": spec.set, "k_shot": spec.k_shot, "seed": spec.seed},
-            **{"backbone": comparison.backbone, "status": "done", "error": None, "metrics": {}, "cost": {}},
-            **{"threshold": None, "supports": [], "anomalib_mvfa": __version__, "config": spec.config},
+            "method": spec.method,
+            "set": spec.set,
+            "k_shot": spec.k_shot,
+            "seed": spec.seed,
+            "backbone": comparison.backbone,
+            "status": "done",
+            "error": None,
+            "metrics": {},
+            "cost": {},
+            "threshold": None,
+            "supports": [],
+            "anomalib_mvfa": __version__,
+            "config": spec.config,
         }
         try:
             record |= _Run(spec, episodes).record()
@@ -302,7 +319,8 @@ class _Run:
         if method == "image variance":
             return ImageVariance(), None
         if method == "distance to mean normal":
-            return DistanceToMean(torch.stack([item.image for item in self._normal_supports()]), **arguments), None
+            normal = self._normal_supports()
+            return DistanceToMean(torch.stack([normal[index].image for index in range(len(normal))]), **arguments), None
         if method.startswith("MVFA"):
             model, data, epochs = self._mvfa(arguments)
             return self._fit(model, epochs, datamodule=data)
@@ -352,8 +370,8 @@ class _Run:
         kind = Patchcore if self.spec.method == "PatchCore" else AnomalyDINO
         if weights is None:
             msg = (
-                f"comparison.methods.{self.spec.method} needs weights, a file with the weights of its timm backbone "
-                "(a state dict as .safetensors or .pth). Download it on a machine with a network and name it there, or "
+                f"comparison.methods.{self.spec.method} needs weights, a .safetensors file with the weights of "
+                "its timm backbone. Download it on a machine with a network and name it there, or "
                 "leave the method out."
             )
             raise FileNotFoundError(msg)
@@ -361,8 +379,10 @@ class _Run:
 
     def _normal_supports(self) -> AnomalibDataset:
         """Give the normal supports, unchanged but for the size."""
-        data = self.data.train_data
-        normal = data.images.subsample(list(range(data.num_abnormal, data.num_abnormal + data.num_normal)))
+        data: SupportDataset = self.data.train_data  # type: ignore[assignment]
+        normal: AnomalibDataset = data.images.subsample(
+            list(range(data.num_abnormal, data.num_abnormal + data.num_normal))
+        )
         normal.augmentations = self.resize
         return normal
 
@@ -379,6 +399,7 @@ class _Run:
                 enable_model_summary=False,
             )
             engine.fit(model, **data)
+        self.data.trainer = None  # it holds the model, which would stay in memory during the next cells
         threshold = float(getattr(model.post_processor, "image_threshold", torch.tensor(torch.nan)))
         return model, threshold if np.isfinite(threshold) else None
 
@@ -398,7 +419,7 @@ class _Run:
             began = time.perf_counter()
             with torch.inference_mode():
                 output: InferenceBatch = network(images if transform is None else transform(images))
-                score = output.pred_score.flatten().float().cpu()
+                score = torch.as_tensor(output.pred_score).flatten().float().cpu()
             times.append((time.perf_counter() - began) * 1000 / len(images))
             scores.append(score)
             labels.append(batch.gt_label.flatten().int())
@@ -408,7 +429,7 @@ class _Run:
             maps = output.anomaly_map.float().cpu().reshape(len(images), 1, *output.anomaly_map.shape[-2:])
             if maps.shape[-2:] != images.shape[-2:]:
                 maps = functional.interpolate(maps, images.shape[-2:], mode="bilinear")
-            size = tuple(min(PICTURE_SIZE, side) for side in maps.shape[-2:])
+            size = (min(PICTURE_SIZE, maps.shape[-2]), min(PICTURE_SIZE, maps.shape[-1]))
             small.append(functional.adaptive_avg_pool2d(maps, size)[:, 0].numpy())
             if truth is not None:
                 pixels.update(maps[:, 0], truth)
@@ -440,27 +461,21 @@ def _with_weights(
 ) -> AnomalibModule:
     """Build a model on a timm backbone whose weights come from a file instead of the network."""
     import timm
-    from unittest import mock  # noqa: PLC0415
 
-    state = read_state_dict(path)
-    create = timm.create_model
-
-    def create_from_file(name: str, *positional: Any, **named: Any) -> nn.Module:  # noqa: ANN401
-        named["pretrained"] = False
-        backbone: nn.Module = create(name, *positional, **named)
-        missing = backbone.load_state_dict(state, strict=False).missing_keys
-        if missing:
-            msg = f"{path} does not hold the weights of the timm backbone '{name}': {missing[0]} is missing."
-            raise ValueError(msg)
-        return backbone
-
-    with mock.patch.object(timm, "create_model", create_from_file):
+    if path.suffix != ".safetensors" or not path.is_file():
+        msg = f"No weights at {path}: give a .safetensors file of the timm backbone, as the hub offers it."
+        raise FileNotFoundError(msg)
+    from_file = partial(timm.create_model, pretrained_cfg_overlay={"file": str(path)})
+    with mock.patch.object(timm, "create_model", from_file):  # anomalib has no argument for it
         return kind(
-            pre_processor=kind.configure_pre_processor(image_size), visualizer=False, evaluator=False, **arguments
+            pre_processor=kind.configure_pre_processor(image_size),
+            visualizer=False,
+            evaluator=False,
+            **arguments,
         )
 
 
-def _write_maps(path: Path, maps: np.ndarray, masks: list[np.ndarray]) -> None:
+def _write_maps(path: Path, maps: NDArray[np.float32], masks: list[NDArray[np.uint8]]) -> None:
     """Write maps ``(N, h, w)`` in eight bits on one scale, with their masks."""
     low, high = np.quantile(maps[:: max(1, len(maps) // 2000)], QUANTILES)
     levels = np.clip((maps - low) / max(high - low, 1e-12) * 255, 0, 255).round().astype(np.uint8)
@@ -469,13 +484,16 @@ def _write_maps(path: Path, maps: np.ndarray, masks: list[np.ndarray]) -> None:
 
 
 class _Peak:
-    """Watches memory: of the device where there is one, otherwise of the whole process."""
+    """Watches how much memory is taken: on the device where there is one, otherwise by the process beyond its start."""
 
     INTERVAL = 0.02
 
     def __enter__(self) -> "_Peak":
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError):  # what earlier cells left goes back; glibc alone offers it
+            ctypes.CDLL(None).malloc_trim(0)
         self._process = psutil.Process()
-        self._bytes = self._process.memory_info().rss
+        self._start = self._most = self._process.memory_info().rss
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         if torch.cuda.is_available():
@@ -485,9 +503,10 @@ class _Peak:
 
     def _watch(self) -> None:
         while not self._stop.wait(self.INTERVAL):
-            self._bytes = max(self._bytes, self._process.memory_info().rss)
+            self._most = max(self._most, self._process.memory_info().rss)
 
     def __exit__(self, *_: object) -> None:
+        self._most = max(self._most, self._process.memory_info().rss)
         self._stop.set()
         self._thread.join()
 
@@ -495,4 +514,4 @@ class _Peak:
     def megabytes(self) -> float:
         """The greatest use that was seen."""
         on_device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-        return (on_device or self._bytes) / MEGABYTE
+        return (on_device or self._most - self._start) / MEGABYTE
