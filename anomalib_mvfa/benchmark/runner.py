@@ -320,7 +320,9 @@ class _Run:
             return ImageVariance(), None
         if method == "distance to mean normal":
             normal = self._normal_supports()
-            return DistanceToMean(torch.stack([normal[index].image for index in range(len(normal))]), **arguments), None
+            return DistanceToMean(
+                torch.stack([torch.as_tensor(normal[index].image) for index in range(len(normal))]), **arguments
+            ), None
         if method.startswith("MVFA"):
             model, data, epochs = self._mvfa(arguments)
             return self._fit(model, epochs, datamodule=data)
@@ -480,7 +482,8 @@ def _write_maps(path: Path, maps: NDArray[np.float32], masks: list[NDArray[np.ui
     low, high = np.quantile(maps[:: max(1, len(maps) // 2000)], QUANTILES)
     levels = np.clip((maps - low) / max(high - low, 1e-12) * 255, 0, 255).round().astype(np.uint8)
     truth = {"masks": np.concatenate(masks)} if masks else {}
-    np.savez_compressed(path, maps=levels, low=low, high=high, **truth)
+    arrays: dict[str, Any] = {"maps": levels, "low": low, "high": high, **truth}
+    np.savez_compressed(path, **arrays)
 
 
 class _Peak:
