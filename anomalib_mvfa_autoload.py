@@ -17,12 +17,13 @@ from types import ModuleType
 
 __all__ = ["install"]
 
-# All that our classes build on is there once this one was executed, and torch is always imported before it.
-TRIGGER = "anomalib.models.image"
+# All that our classes build on is there once the first was executed; torch is always imported before either.
+MODELS = "anomalib.models.image"
+BENCHMARK = "anomalib.pipelines.benchmark.pipeline"
 
 
 class _RegisterAfterImport(importlib.abc.MetaPathFinder):
-    """Finds the trigger module as usual and registers MVFA once it was executed."""
+    """Finds two of anomalib's modules as usual and adds what is ours once they were executed."""
 
     def find_spec(
         self,
@@ -30,7 +31,7 @@ class _RegisterAfterImport(importlib.abc.MetaPathFinder):
         path: Sequence[str] | None,
         target: ModuleType | None = None,
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != TRIGGER:
+        if fullname not in (MODELS, BENCHMARK):
             return None
         for finder in sys.meta_path:
             if finder is self:
@@ -47,18 +48,21 @@ class _RegisterAfterImport(importlib.abc.MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            if self in sys.meta_path:
-                sys.meta_path.remove(self)
-                _register()
+            _register(module)
 
         loader.exec_module = exec_module  # type: ignore[method-assign]
 
 
-def _register() -> None:
-    if "anomalib_mvfa" in sys.modules:  # being imported right now; it registers itself
+def _register(module: ModuleType) -> None:
+    if module.__name__ == MODELS and "anomalib_mvfa" in sys.modules:  # being imported right now; it registers itself
         return
     try:
-        import anomalib_mvfa  # noqa: F401
+        if module.__name__ == MODELS:
+            import anomalib_mvfa  # noqa: F401
+        else:
+            from anomalib_mvfa.registration import extend_benchmark
+
+            extend_benchmark(module.Benchmark)
     except Exception as error:
         warnings.warn(f"anomalib-mvfa could not be registered with anomalib: {error!r}", stacklevel=2)
 

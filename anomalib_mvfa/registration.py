@@ -7,9 +7,11 @@ The command line finds classes among the imported subclasses; ``get_model({"clas
 pipeline look for attributes of these two modules.
 """
 
+import functools
 import sys
+from typing import Any
 
-__all__ = ["register"]
+__all__ = ["extend_benchmark", "register"]
 
 
 def register() -> None:
@@ -24,3 +26,28 @@ def register() -> None:
         setattr(sys.modules["anomalib.models"], name, getattr(baselines, name))
     for name in data.DATAMODULES:
         setattr(sys.modules["anomalib.data"], name, getattr(data, name))
+
+
+def extend_benchmark(pipeline: Any) -> None:  # noqa: ANN401 - anomalib's class, which is being imported
+    """Let ``anomalib benchmark`` run configurations with a section ``comparison``; all others run as before.
+
+    Args:
+        pipeline: The class ``anomalib.pipelines.Benchmark``.
+    """
+    run_grid = pipeline.run
+
+    @functools.wraps(run_grid)
+    def run(self: Any, args: Any = None) -> None:  # noqa: ANN401 - anomalib's signature
+        config = self._get_args(args)
+        if "comparison" not in config:
+            run_grid(self, args)
+            return
+        from anomalib_mvfa.benchmark.runner import Comparison, run_comparison
+
+        failed = run_comparison(Comparison.from_config(config["comparison"]))
+        if failed:
+            names = "\n".join(f"  {folder / 'cell.json'}" for folder in failed)
+            msg = f"{len(failed)} cells failed; the same command tries them again. The reasons stand in\n{names}"
+            raise SystemExit(msg)
+
+    pipeline.run = run

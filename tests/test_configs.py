@@ -3,12 +3,14 @@
 
 """Every configuration, run through anomalib's command on miniature sets with a small random tower."""
 
+import json
 import logging
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from anomalib.cli import AnomalibCLI
 from PIL import Image
 
@@ -109,6 +111,50 @@ def test_published_zero_shot_protocol_keeps_the_best_of_five_looks_an_epoch(fold
     assert "Training on the test splits of Chest (10), Liver (10); 10 validation images" in caplog.text
     assert "validation part that shares 10 images with the test part" in caplog.text
     assert "Kept epoch 1 of 1, selection score" in caplog.text
+
+
+def compare(folder: Path, config: str, sets: list[str], k_shot: list[int]) -> dict[str, set[str]]:
+    """Run a comparison on miniature sets with a small tower, one seed and one epoch; give the figures by cell."""
+    comparison = yaml.safe_load((CONFIGS / config).read_text(encoding="utf-8"))["comparison"]
+    small = {"backbone": str(folder / "small.json"), "pretrained": "random", "accelerator": "cpu"}
+    comparison |= small | {"epochs": 1, "seeds": [0], "output": str(folder / config), "k_shot": k_shot}
+    source = next(iter(comparison["sets"].values()))
+    names = {"root": str(folder / "DATA"), "num_workers": 0}
+    comparison["sets"] = {
+        name: source | {"init_args": source["init_args"] | names | {"category": name}} for name in sets
+    }
+    for arguments in comparison["methods"].values():
+        if "data" in arguments:
+            arguments["data"] |= names
+    path = folder / "comparison.yaml"
+    path.write_text(yaml.safe_dump({"comparison": comparison}), encoding="utf-8")
+    AnomalibCLI(args=["benchmark", "--config", str(path)])
+    records = [json.loads(path.read_text()) for path in (folder / config / "cells").glob("*/cell.json")]
+    assert {record["status"] for record in records} == {"done"}
+    return {f"{record['method']} {record['set']} {record['k_shot']}": set(record["metrics"]) for record in records}
+
+
+def test_offline_comparison(folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # anomalib writes a log there
+    figures = compare(folder, "benchmark.yaml", ["Brain"], [1, 2])
+    assert len(figures) == 4 * 2 + 4
+    assert "pixel_AUPRO" in figures["MVFA (zero-shot) Brain 0"]
+    assert "pixel_AUPRO" in figures["WinCLIP Brain 2"]
+
+
+def test_comparison_of_the_first_table(folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    figures = compare(folder, "paper/table1.yaml", ["Brain", "Chest"], [2])
+    assert len(figures) == 2 * 6
+    assert "pixel_Dice" in figures["MVFA Brain 2"]
+    assert figures["MVFA Chest 2"] == {name for name in figures["MVFA Brain 2"] if name.startswith("image_")}
+
+
+def test_comparison_of_the_second_table(folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    figures = compare(folder, "paper/table2.yaml", ["Liver", "Chest"], [2])
+    methods = ("MVFA (zero-shot)", "WinCLIP (zero-shot)", "mean brightness", "image variance")
+    assert set(figures) == {f"{method} {name} 0" for method in methods for name in ("Liver", "Chest")}
 
 
 @pytest.mark.parametrize("config", sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml")))

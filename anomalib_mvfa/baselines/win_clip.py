@@ -39,7 +39,7 @@ ENSEMBLES: dict[str, Mapping[str, Sequence[str]] | None] = {
 }
 
 
-class WinClipAnyModel(WinClipModel):  # type: ignore[misc]  # anomalib has no types here
+class WinClipAnyModel(WinClipModel):
     """anomalib's WinCLIP network on a given CLIP.
 
     Args:
@@ -71,7 +71,7 @@ class WinClipAnyModel(WinClipModel):  # type: ignore[misc]  # anomalib has no ty
         self.register_buffer("_patch_embeddings", torch.empty(0))
 
     @torch.no_grad()
-    def _collect_text_embeddings(self, class_name: str) -> None:
+    def _collect_text_embeddings(self, class_name: str) -> None:  # type: ignore[override]  # decorated there, too
         """Average the embeddings of the sentences of each state: ``(2, E)``, normal first, of any length."""
         device = next(self.parameters()).device
         means = []
@@ -82,7 +82,7 @@ class WinClipAnyModel(WinClipModel):  # type: ignore[misc]  # anomalib has no ty
         self._text_embeddings = torch.stack(means)
 
 
-class WinClipAny(WinClip):  # type: ignore[misc]  # anomalib has no types here
+class WinClipAny(WinClip):
     """WinCLIP on any backbone, zero-shot or few-shot. It is not trained.
 
     Unlike anomalib's, whose references skip the normalisation that all other images pass, the reference images here are
@@ -116,6 +116,8 @@ class WinClipAny(WinClip):  # type: ignore[misc]  # anomalib has no types here
         >>> model.learning_type
         <LearningType.FEW_SHOT: 'few_shot'>
     """
+
+    model: WinClipAnyModel
 
     def __init__(
         self,
@@ -200,7 +202,7 @@ class WinClipAny(WinClip):  # type: ignore[misc]  # anomalib has no types here
         """Give the reference images ``(K, 3, H, W)`` as the network reads them."""
         support = getattr(datamodule, "support", None)
         if support is None:
-            images = self.collect_reference_images(self.trainer.datamodule.train_dataloader())
+            images = self.collect_reference_images(datamodule.train_dataloader())
         else:
             images = support.normal[0, : self.k_shot]  # the unchanged version
         if len(images) < self.k_shot:
