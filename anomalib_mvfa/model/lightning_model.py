@@ -128,6 +128,7 @@ class MVFA(AnomalibModule):
     """
 
     model: MVFAModel
+    _zero_shot: bool
 
     def __init__(
         self,

@@ -271,18 +271,18 @@ def test_unknown_word_for_levels_is_refused() -> None:
         MVFAModel(backbone="tiny", class_name="Brain", levels="quick")
 
 
-def test_coreset_keeps_a_share_of_the_bank_and_every_entry_is_one_of_it() -> None:
-    """The smaller bank is a part of the whole one, and the same part each time."""
-    tokens = [torch.randn(2, 50, 8, generator=torch.Generator().manual_seed(0))]
+def test_coreset_keeps_a_share_of_the_bank_and_covers_the_rest() -> None:
+    """The smaller bank is a part of the whole one, the same part each time, with entries of every group."""
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.randn(10, 1, 32, generator=generator) + 0.01 * torch.randn(10, 10, 32, generator=generator)
     whole, small, again = MemoryBank(1), MemoryBank(1, coreset=0.2), MemoryBank(1, coreset=0.2)
     for bank in (whole, small, again):
-        bank.remember(tokens)
-    assert small[0].shape == (20, 8)
+        bank.remember([groups])
+    assert small[0].shape == (20, 32)
     assert torch.equal(small[0], again[0])
     assert bank_distance(small[0][None], whole[0]).max() < 1e-6
-    distance = bank_distance(whole[0][None], small[0])
-    spread = bank_distance(whole[0][None], whole[0][:20])
-    assert distance.max() < spread.max()  # it covers the others better than the first entries do
+    assert bank_distance(whole[0][None], small[0]).max() < 1e-2
+    assert bank_distance(whole[0][None], whole[0][:20]).max() > 0.1  # the first entries leave groups out
 
 
 def test_share_of_the_bank_outside_its_range_is_refused() -> None:
