@@ -8,8 +8,12 @@ pipeline look for attributes of these two modules.
 """
 
 import functools
+import logging
 import sys
+from importlib.metadata import version
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["extend_benchmark", "register"]
 
@@ -42,9 +46,12 @@ def extend_benchmark(pipeline: Any) -> None:  # noqa: ANN401 - anomalib's class,
         if "comparison" not in config:
             run_grid(self, args)
             return
-        from anomalib_mvfa.benchmark.runner import Comparison, run_comparison
+        from anomalib_mvfa.benchmark.runner import Comparison, run_comparison, write_report
 
-        failed = run_comparison(Comparison.from_config(config["comparison"]))
+        comparison = Comparison.from_config(config["comparison"])
+        failed = run_comparison(comparison)
+        page = write_report(comparison, command=f"anomalib benchmark, anomalib-mvfa {version('anomalib-mvfa')}")
+        logger.info("Tables and page: %s", page.resolve())
         if failed:
             names = "\n".join(f"  {folder / 'cell.json'}" for folder in failed)
             msg = f"{len(failed)} cells failed; the same command tries them again. The reasons stand in\n{names}"

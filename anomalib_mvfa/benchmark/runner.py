@@ -48,9 +48,11 @@ from anomalib_mvfa.data.few_shot import SupportDataset
 from anomalib_mvfa.model.backbone import resolve_backbone
 from anomalib_mvfa.model.processing import EightBitResize
 
+from .cells import load_cells
 from .figures import PixelFigures, image_figures
+from .report import write_page, write_tables
 
-__all__ = ["METHODS", "Comparison", "run_comparison"]
+__all__ = ["METHODS", "Comparison", "run_comparison", "write_report"]
 
 logger = logging.getLogger(__name__)
 
@@ -228,6 +230,25 @@ def run_comparison(comparison: Comparison) -> list[Path]:
         partial_file.write_text(json.dumps(record, indent=1), encoding="utf-8")
         partial_file.replace(spec.folder / "cell.json")
     return failed
+
+
+def write_report(comparison: Comparison, command: str | None = None) -> Path:
+    """Write ``results.csv``, ``results.md`` and ``index.html`` of the cells that are there.
+
+    Args:
+        comparison: The grid.
+        command: How it was run.
+
+    Returns:
+        The page.
+    """
+    output = Path(comparison.output)
+    roots = {name: getattr(get_datamodule(dict(source)), "root", None) for name, source in comparison.sets.items()}
+    roots = {name: root for name, root in roots.items() if root}
+    cells = load_cells(output)
+    write_tables(cells, output)
+    write_page(cells, output / "index.html", data_root=roots, command=command)
+    return output / "index.html"
 
 
 class _Episodes:

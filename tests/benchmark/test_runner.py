@@ -18,7 +18,7 @@ from jsonargparse import Namespace
 from safetensors.torch import save_file
 
 from anomalib_mvfa.benchmark import runner
-from anomalib_mvfa.benchmark.runner import Comparison, run_comparison
+from anomalib_mvfa.benchmark.runner import Comparison, run_comparison, write_report
 
 TRIVIAL = {"mean brightness": None, "image variance": {}, "distance to mean normal": {"blur": 2.0}}
 
@@ -71,6 +71,13 @@ def test_methods_share_supports_and_test_images(config):
         assert set(record["cost"]) == {"train_seconds", "train_peak_mb", "predict_ms", "size_mb"}
     assert done["disks-MVFA-k1-seed0"]["threshold"] is not None
     assert "pixel_AUROC" not in done["disks-mean-brightness-k0-seed0"]["metrics"]
+
+    page = write_report(Comparison.from_config(config), command="anomalib benchmark").read_text(encoding="utf-8")
+    assert all(f"{record['method']}</th>" in page for record in done.values())
+    assert page.count("data:image/jpeg") > 20
+    assert "image not found" not in page
+    with (Path(config["output"]) / "results.csv").open(encoding="utf-8") as file:
+        assert len(list(csv.DictReader(file))) == len(done)
 
 
 def test_a_cell_holds_raw_scores_and_maps_on_one_scale(config):
