@@ -123,7 +123,7 @@ class AdapterSets:
         mvfa = self.mvfa
         mvfa.hparams["class_name"] = chosen.class_name
         mvfa._memory_step = mvfa.global_step
-        mvfa._zero_shot = mvfa.model.memory.is_empty
+        object.__setattr__(mvfa, "_zero_shot", mvfa.model.memory.is_empty)
 
     @torch.no_grad()
     def predict(
