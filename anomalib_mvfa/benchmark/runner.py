@@ -243,8 +243,8 @@ def write_report(comparison: Comparison, command: str | None = None) -> Path:
         The page.
     """
     output = Path(comparison.output)
-    roots = {name: getattr(get_datamodule(dict(source)), "root", None) for name, source in comparison.sets.items()}
-    roots = {name: root for name, root in roots.items() if root}
+    made = {name: get_datamodule(dict(source)) for name, source in comparison.sets.items()}
+    roots = {name: Path(getattr(source, "root")) for name, source in made.items() if hasattr(source, "root")}  # noqa: B009
     cells = load_cells(output)
     write_tables(cells, output)
     write_page(cells, output / "index.html", data_root=roots, command=command)
