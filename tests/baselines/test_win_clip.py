@@ -120,7 +120,7 @@ def test_prompts_and_size_and_normalisation_are_arguments(small_backbone):
         ({"prompts": "unknown"}, "prompts must be one of winclip, mvfa or a mapping"),
         ({"prompts": {"templates": ["{}"]}}, "prompts lacks normal_states, abnormal_states"),
         ({"k_shot": -1}, "k_shot is a number of images"),
-        ({"scales": (2, 9)}, r"sides of windows within the grid of 4 x 4, got \(2, 9\)"),
+        ({"scales": (2, 9)}, r"side lengths of windows within the grid of 4 x 4, got \(2, 9\)"),
     ],
 )
 def test_unknown_arguments_are_refused(arguments, message, small_backbone):
