@@ -3,8 +3,9 @@
 
 """The embedded ``tiny`` CLIP, a demonstration that needs no download.
 
-It is **untrained**: seeded random weights whose blocks stay close to the identity, so that a token still describes its
-patch after the whole tower. It shows that the software works, not how good the method is.
+It was trained on drawn images alone (`training.py`; `README.md` is its card). It shows that the software works, not how
+good the method is. With ``pretrained="random"`` it has seeded random weights instead, whose blocks stay close to the
+identity, so that a token still describes its patch after the whole tower.
 """
 
 import json
@@ -16,12 +17,13 @@ import torch
 from open_clip.model import CLIP
 from torch import nn
 
-__all__ = ["TINY", "TINY_CONFIG", "initialise_tiny"]
+__all__ = ["TINY", "TINY_CONFIG", "TINY_WEIGHTS", "announce_tiny", "initialise_tiny"]
 
 logger = logging.getLogger(__name__)
 
 TINY = "tiny"
 TINY_CONFIG: dict[str, Any] = json.loads(Path(__file__).with_name("tiny.json").read_text(encoding="utf-8"))
+TINY_WEIGHTS = Path(__file__).with_name("tiny.safetensors")
 TINY_SEED = 2403
 BLOCK_GAIN = 0.1
 """Size of what a block adds, relative to a usual start: small keeps blocks close to the identity."""
@@ -30,17 +32,21 @@ COMMON_STD = 0.3
 POSITION_STD = 0.1
 
 
+def announce_tiny() -> None:
+    """Say what the embedded weights are, and what their results are not."""
+    logger.warning(
+        "Backbone 'tiny' is a small demonstration model inside this package, trained on drawn images. "
+        "Its results show that the software works, not how good MVFA is.",
+    )
+
+
 @torch.no_grad()
 def initialise_tiny(model: CLIP) -> None:
-    """Give a tiny CLIP its weights, in place.
+    """Give a tiny CLIP seeded random weights, in place.
 
     Args:
         model: open_clip model built from ``tiny.json``.
     """
-    logger.warning(
-        "Backbone 'tiny' is a small untrained demonstration model inside this package. "
-        "Its results show that the software works, not how good MVFA is.",
-    )
     generator = torch.Generator().manual_seed(TINY_SEED)
     for name, parameter in model.named_parameters():
         if name.endswith("class_embedding") or "token_embedding" in name:

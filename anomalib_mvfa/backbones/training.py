@@ -6,8 +6,8 @@
     python -m anomalib_mvfa.backbones.training --output runs/tiny
     python -m anomalib_mvfa.backbones.training --output runs/tiny          # goes on where it was stopped
 
-The result is used with ``--model.backbone runs/tiny/tiny.json --model.pretrained runs/tiny/tiny.safetensors``. It is
-not what the package carries as ``tiny``: ``README.md`` beside this file says what was measured, and why.
+The package carries the result of such a run as ``tiny``; ``README.md`` beside this file is its card. Another result is
+used with ``--model.backbone runs/tiny/tiny.json --model.pretrained runs/tiny/tiny.safetensors``.
 
 What it learns: whole images match their captions (modality, state, kind, size and place of the lesion), and patches
 match sentences for the normal or the abnormal state, after every block, by linear heads that are thrown away. The
@@ -55,11 +55,8 @@ __all__ = ["CONFIG", "Settings", "TinyTraining", "ViewDataset", "initialise_stru
 Field = npt.NDArray[np.floating[Any]]
 Mask = npt.NDArray[np.bool_]
 
-CONFIG: dict[str, Any] = {
-    **TINY_CONFIG,
-    "text_cfg": {**TINY_CONFIG["text_cfg"], "context_length": 40},  # long enough for the sentences, and faster
-}
-"""open_clip configuration of what is trained, in the shape of ``tiny``; `train` writes it beside the weights."""
+CONFIG = TINY_CONFIG
+"""open_clip configuration of what is trained; `train` writes it beside the weights."""
 
 SIZE: int = CONFIG["vision_cfg"]["image_size"]
 PATCH: int = CONFIG["vision_cfg"]["patch_size"]

@@ -23,7 +23,7 @@ from open_clip.pretrained import download_pretrained, download_pretrained_from_h
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from anomalib_mvfa.backbones import TINY, TINY_CONFIG, initialise_tiny
+from anomalib_mvfa.backbones import TINY, TINY_CONFIG, TINY_WEIGHTS, announce_tiny, initialise_tiny
 
 __all__ = ["BackboneConfig", "fingerprint", "load_clip", "read_state_dict", "resolve_backbone"]
 
@@ -156,10 +156,10 @@ def load_clip(config: BackboneConfig) -> tuple[CLIP | CustomTextCLIP, Callable[[
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = (CustomTextCLIP if custom_text else CLIP)(**arguments)
-    if config.name == TINY and config.weights is None:
-        initialise_tiny(model)
-    elif config.weights == RANDOM_WEIGHTS:
+    if config.weights == RANDOM_WEIGHTS:
         logger.warning("Backbone %s has random weights: its results mean nothing.", config.name)
+        if config.name == TINY:
+            initialise_tiny(model)
     else:
         path = _weights_path(config)
         state = read_state_dict(path)
@@ -191,7 +191,10 @@ def _tokenizer(config: BackboneConfig) -> Callable[[list[str]], Tensor]:
 
 def _weights_path(config: BackboneConfig) -> Path:
     """Find the file that holds a backbone's weights, downloading it if need be."""
-    weights = config.weights or ""
+    if config.weights is None:  # only the embedded backbone
+        announce_tiny()
+        return TINY_WEIGHTS
+    weights = config.weights
     if Path(weights).is_file():
         return Path(weights)
     if weights.startswith(HF_HUB_PREFIX):
