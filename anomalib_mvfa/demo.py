@@ -37,6 +37,7 @@ __all__ = ["main"]
 ROOT = Path("results/demo")
 SET, TARGET = "BrainMRI", "LiverCT"
 MODALITIES = ("brain_mri", "liver_ct", "chest_xray", "breast_ultrasound")
+SIZE = 224
 EPOCHS = 15
 ZERO_SHOT_EPOCHS = 4
 SHOWN = 12
@@ -175,7 +176,7 @@ def _openvino(model: Path, rows: Sequence[Prediction]) -> tuple[list[Prediction]
     for row in _spread(rows):
         with Image.open(row.path) as file:
             image = np.asarray(file.convert("RGB"))
-        label = row.path.parents[2] / "test" / "Ungood" / "label" / row.path.name
+        label = row.path.parents[1] / "label" / row.path.name
         mask = np.asarray(Image.open(label)) > 0 if _is_abnormal(row.path) else None
         truth = "abnormal" if _is_abnormal(row.path) else "normal"
         shown.append(GalleryRow(row.path.stem, truth, image, mask, [panels[row.path]]))
@@ -190,7 +191,7 @@ def main() -> None:
     """Run everything and write the page."""
     began = time.monotonic()
     console = Console()
-    data = write_phantoms(ROOT / "phantoms", MODALITIES, size=224)
+    data = write_phantoms(ROOT / "phantoms", MODALITIES, size=SIZE)
     base, common = ROOT.resolve(), _common(ROOT)
 
     _anomalib(
@@ -222,7 +223,7 @@ def main() -> None:
 
     _anomalib(
         *("export", "--model", "MVFA", "--ckpt_path", str(checkpoint), "--export_type", "openvino"),
-        *("--export_root", str(ROOT / "export")),
+        *("--input_size", f"[{SIZE}, {SIZE}]", "--export_root", str(ROOT / "export")),
     )
     exported = _newest(base / "export", "**/model.xml")
     again, openvino = _openvino(exported, few_shot)

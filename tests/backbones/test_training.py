@@ -18,9 +18,12 @@ from anomalib_mvfa.backbones.training import (
     TinyTraining,
     ViewDataset,
     collate,
+    export,
     main,
     train,
 )
+from anomalib_mvfa.data.phantoms import draw_phantom
+from anomalib_mvfa.model import MVFAModel
 from anomalib_mvfa.model.backbone import load_clip, resolve_backbone
 
 CPU = torch.device("cpu")
@@ -123,3 +126,26 @@ def test_the_command_writes_weights_that_mvfa_loads(tmp_path, capsys, monkeypatc
     clip, _ = load_clip(resolve_backbone(str(tmp_path / "tiny.json"), str(path)))
     assert clip.visual.proj.shape == (CONFIG["vision_cfg"]["width"], CONFIG["embed_dim"])
     assert load_file(path)["visual.proj"].dtype == torch.float16
+
+
+def test_exported_states_are_as_alike_as_those_of_a_large_clip(tmp_path):
+    torch.manual_seed(0)
+    clip = TinyTraining(SHORT).clip
+    export(clip, tmp_path / "tiny.safetensors")
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(CONFIG))
+    model = MVFAModel(str(path), pretrained=str(tmp_path / "tiny.safetensors"), class_name="liver CT")
+    normal, abnormal = model.text_features.T
+    assert float(normal @ abnormal) > 0.95
+    assert not torch.allclose(normal, abnormal, atol=1e-3)
+
+
+def test_the_embedded_weights_name_modalities_and_leave_no_level_saturated():
+    model = MVFAModel("tiny", class_name="brain MRI").eval()
+    images = torch.stack(
+        [torch.from_numpy(draw_phantom("brain_mri", 112, None, np.random.default_rng(i)).image) for i in range(4)]
+    )
+    hidden = model.hidden_tokens(images.permute(0, 3, 1, 2) / 255)
+    for tokens in [*hidden.segmentation, *hidden.detection]:
+        abnormal = model.level_probabilities(tokens)[0][:, 1]
+        assert 0.05 < float(abnormal.mean()) < 0.95  # a fresh adapter decides nothing yet
