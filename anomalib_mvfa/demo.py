@@ -11,6 +11,7 @@ prints each command so that it can be typed again with other data. At the end th
 import csv
 import html
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -31,6 +32,7 @@ from torchmetrics.functional.classification import binary_auroc
 
 from anomalib_mvfa.benchmark.page import GalleryRow, Panel, Section, Table, colour_bar, gallery, page, picture
 from anomalib_mvfa.data.phantoms import write_phantoms
+from anomalib_mvfa.model.metrics import PixelAUROC
 
 __all__ = ["main"]
 
@@ -38,6 +40,7 @@ ROOT = Path("results/demo")
 SET, TARGET = "BrainMRI", "LiverCT"
 MODALITIES = ("brain_mri", "liver_ct", "chest_xray", "breast_ultrasound")
 SIZE = 224
+LESIONS = ("bright", "ring")  # what the demonstration backbone sees best
 EPOCHS = 15
 ZERO_SHOT_EPOCHS = 4
 SHOWN = 12
@@ -78,8 +81,20 @@ def _few_shot(data: Path) -> tuple[str, ...]:
     )
 
 
-def _common(root: Path) -> tuple[str, ...]:
-    return ("--default_root_dir", str(root), "--trainer.accelerator", "cpu", "--seed_everything", "0")
+COMMON = ("--default_root_dir", str(ROOT), "--trainer.accelerator", "cpu")
+
+
+def _logged(name: str) -> tuple[str, ...]:
+    """Let a run write its figures to ``logs/NAME/metrics.csv``."""
+    logger = ("--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", str(ROOT / "logs"))
+    return (*COMMON, "--seed_everything", "0", *logger, "--trainer.logger.name", name, "--trainer.logger.version", "")
+
+
+def _pixel_area(name: str) -> str:
+    """Read the pixel AUROC that a run measured."""
+    with (ROOT / "logs" / name / "metrics.csv").open(newline="", encoding="utf-8") as file:
+        found = [row["pixel_AUROC"] for row in csv.DictReader(file) if row.get("pixel_AUROC")]
+    return f"{float(found[-1]):.3f}"
 
 
 def _newest(root: Path, pattern: str) -> Path:
@@ -158,29 +173,35 @@ def _strips(predictions: Sequence[Prediction]) -> str:
     return f'<div class="images">{"".join(parts)}</div>'
 
 
-def _openvino(model: Path, rows: Sequence[Prediction]) -> tuple[list[Prediction], str]:
+def _openvino(model: Path, rows: Sequence[Prediction]) -> tuple[list[Prediction], float, str]:
     """Predict again with the exported model.
 
     Returns:
-        What it says of the same images, and a gallery.
+        What it says of the same images, its pixel AUROC, and a gallery.
     """
     inferencer = OpenVINOInferencer(path=model, device="CPU", config={"INFERENCE_PRECISION_HINT": "f32"})
-    again, panels = [], {}
+    again, panels, pixels = [], {}, PixelAUROC()
     for row in track(rows, "Predicting with OpenVINO", disable=not sys.stdout.isatty()):
         result = inferencer.predict(row.path)
         score = float(np.asarray(result.pred_score).squeeze())
         again.append(row._replace(score=score, label=int(np.asarray(result.pred_label).squeeze())))
         heat = np.asarray(result.anomaly_map, dtype=np.float32).squeeze()
+        pixels.update(torch.from_numpy(heat), torch.from_numpy(_mask(row.path)))
         panels[row.path] = Panel("OpenVINO", _heat(heat), f"score {score:.3f}", f"Lightning said {row.score:.3f}")
     shown = []
     for row in _spread(rows):
         with Image.open(row.path) as file:
             image = np.asarray(file.convert("RGB"))
-        label = row.path.parents[1] / "label" / row.path.name
-        mask = np.asarray(Image.open(label)) > 0 if _is_abnormal(row.path) else None
         truth = "abnormal" if _is_abnormal(row.path) else "normal"
-        shown.append(GalleryRow(row.path.stem, truth, image, mask, [panels[row.path]]))
-    return again, colour_bar("0", "1") + gallery(shown)
+        shown.append(GalleryRow(row.path.stem, truth, image, _mask(row.path), [panels[row.path]]))
+    return again, float(pixels.compute()), colour_bar("0", "1") + gallery(shown)
+
+
+def _mask(path: Path) -> NDArray[np.bool_]:
+    """Read the mask ``(H, W)`` of a drawn image, empty for a normal one."""
+    if not _is_abnormal(path):
+        return np.zeros((SIZE, SIZE), dtype=np.bool_)
+    return np.asarray(Image.open(path.parents[1] / "label" / path.name)) > 0
 
 
 def _heat(anomaly_map: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -191,19 +212,20 @@ def main() -> None:
     """Run everything and write the page."""
     began = time.monotonic()
     console = Console()
-    data = write_phantoms(ROOT / "phantoms", MODALITIES, size=SIZE)
-    base, common = ROOT.resolve(), _common(ROOT)
+    data = write_phantoms(ROOT / "phantoms", MODALITIES, size=SIZE, lesions=LESIONS)
+    base = ROOT.resolve()
+    shutil.rmtree(base / "logs", ignore_errors=True)  # figures of an earlier demonstration
 
     _anomalib(
         *("train", "--model", "MVFA", "--model.backbone", "tiny", *_few_shot(data)),
-        *("--trainer.max_epochs", str(EPOCHS), "--trainer.check_val_every_n_epoch", str(EPOCHS), *common),
+        *("--trainer.max_epochs", str(EPOCHS), "--trainer.check_val_every_n_epoch", str(EPOCHS), *_logged("few_shot")),
     )
     checkpoint = _newest(base / "MVFA", f"MedicalBMAD/{SET}/v*/weights/lightning/model.ckpt")
     few_shot = read_predictions(checkpoint.parents[2] / "images" / "predictions.csv")
 
     _anomalib(
         *("test", "--model", "WinClipAny", "--model.backbone", "tiny", "--model.k_shot", "4", *_few_shot(data)),
-        *("--trainer.callbacks", "anomalib_mvfa.model.results.PredictionTable", *common),
+        *("--trainer.callbacks", "anomalib_mvfa.model.results.PredictionTable", *_logged("winclip")),
     )
     winclip = read_predictions(_newest(base, "WinClipAny/**/predictions.csv"))
 
@@ -211,13 +233,13 @@ def main() -> None:
         *("train", "--model", "MVFA", "--model.backbone", "tiny", "--model.memory", "false"),
         *("--model.learning_rate", "0.0001", "--data", "LeaveOneOut", "--data.root", str(data)),
         *("--data.target", TARGET, "--data.train_batch_size", "4", "--data.num_workers", "0"),
-        *("--trainer.max_epochs", str(ZERO_SHOT_EPOCHS), *common),
+        *("--trainer.max_epochs", str(ZERO_SHOT_EPOCHS), *_logged("zero_shot")),
     )
     zero_shot = read_predictions(_newest(base, f"MVFA/**/{TARGET}/v*/images/predictions.csv"))
 
     _anomalib(
         *("predict", "--model", "MVFA", "--ckpt_path", str(checkpoint)),
-        *("--data", str(data / SET / "test" / "Ungood" / "img"), *common[:4]),
+        *("--data", str(data / SET / "test" / "Ungood" / "img"), *COMMON),
     )
     predicted = base / "MVFA" / "latest" / "images" / "predictions.csv"
 
@@ -226,7 +248,7 @@ def main() -> None:
         *("--input_size", f"[{SIZE}, {SIZE}]", "--export_root", str(ROOT / "export")),
     )
     exported = _newest(base / "export", "**/model.xml")
-    again, openvino = _openvino(exported, few_shot)
+    again, pixel_area, openvino = _openvino(exported, few_shot)
     difference = max(abs(one.score - other.score) for one, other in zip(again, few_shot, strict=True))
 
     rows = [
@@ -235,12 +257,13 @@ def main() -> None:
         (f"MVFA, zero-shot, trained on {len(MODALITIES) - 1} other modalities", TARGET, zero_shot),
         ("MVFA, 4-shot, exported to OpenVINO", SET, again),
     ]
-    header = ["run", "images", "image AUROC", "called rightly", "mean brightness, image AUROC"]
+    areas = [*map(_pixel_area, ("few_shot", "winclip", "zero_shot")), f"{pixel_area:.3f}"]
+    header = ["run", "images", "image AUROC", "pixel AUROC", "called rightly", "mean brightness, image AUROC"]
     lines = []
-    for name, where, predictions in rows:
+    for (name, where, predictions), pixels in zip(rows, areas, strict=True):
         found = figures(predictions)
         area, correct = f"{found['image_AUROC']:.3f}", f"{100 * found['correct']:.0f} %"
-        lines.append([name, f"{len(predictions)} of {where}", area, correct, f"{brightness(predictions):.3f}"])
+        lines.append([name, f"{len(predictions)} of {where}", area, pixels, correct, f"{brightness(predictions):.3f}"])
     agreement = f"The scores of the exported model differ from those of the trained one by at most {difference:.1e}."
 
     target = base / "index.html"

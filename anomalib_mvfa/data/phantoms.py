@@ -991,6 +991,7 @@ def write_phantoms(
     counts: Mapping[str, int] | None = None,
     size: int = 112,
     seed: int = 0,
+    lesions: Sequence[str] = LESIONS,
 ) -> Path:
     """Write data sets in the layout of BMAD, one folder a modality (``BrainMRI``, ``ChestXray``, ...).
 
@@ -1004,15 +1005,17 @@ def write_phantoms(
         counts: Images of each class in ``train``, ``valid`` and ``test``; a missing split gets 32, 16 or 40.
         size: Width and height in pixels.
         seed: Not negative.
+        lesions: Some of `LESIONS`; they take turns.
 
     Returns:
         The root.
 
     Raises:
-        ValueError: If a modality or a split is unknown.
+        ValueError: If a modality, a split or a lesion is unknown.
     """
     counts = {**DEFAULT_COUNTS, **(counts or {})}
-    for name, known in [(m, MODALITIES) for m in modalities] + [(c, SPLITS) for c in counts]:
+    named = [(m, MODALITIES) for m in modalities] + [(c, SPLITS) for c in counts] + [(x, LESIONS) for x in lesions]
+    for name, known in named:
         if name not in known:
             msg = f"Unknown name {name!r}: choose among {', '.join(known)}."
             raise ValueError(msg)
@@ -1026,7 +1029,7 @@ def write_phantoms(
     root = Path(root)
     for modality, split, abnormal, index in track(jobs, "Drawing phantoms", disable=not sys.stdout.isatty()):
         key = (seed, MODALITIES.index(modality), SPLITS.index(split), int(abnormal), index)
-        lesion = LESIONS[index % len(LESIONS)] if abnormal else None
+        lesion = lesions[index % len(lesions)] if abnormal else None
         phantom = draw_phantom(modality, size, lesion, np.random.default_rng(key))
         folder = root / SET_NAMES[modality] / split / ("Ungood" if abnormal else "good")
         name = f"{index:04d}.png"
@@ -1077,13 +1080,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write procedural medical images in the layout of BMAD.")
     parser.add_argument("--root", type=Path, required=True, help="folder that receives the sets")
     parser.add_argument("--modalities", nargs="+", choices=MODALITIES, default=MODALITIES, help="default: all")
+    parser.add_argument("--lesions", nargs="+", choices=LESIONS, default=LESIONS, help="kinds in turn; default: all")
     parser.add_argument("--size", type=int, default=112, help="pixels (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     for split, count in DEFAULT_COUNTS.items():
         parser.add_argument(f"--{split}", type=int, default=count, help="images of each class (default: %(default)s)")
     options = parser.parse_args(arguments)
     counts = {split: getattr(options, split) for split in SPLITS}
-    root = write_phantoms(options.root, options.modalities, counts, options.size, options.seed)
+    root = write_phantoms(options.root, options.modalities, counts, options.size, options.seed, options.lesions)
     print(f"Wrote {', '.join(SET_NAMES[m] for m in options.modalities)} to {root}")  # noqa: T201
 
 

@@ -140,12 +140,14 @@ def test_exported_states_are_as_alike_as_those_of_a_large_clip(tmp_path):
     assert not torch.allclose(normal, abnormal, atol=1e-3)
 
 
-def test_the_embedded_weights_name_modalities_and_leave_no_level_saturated():
+def test_fresh_adapters_on_the_embedded_weights_can_learn_at_every_level():
     model = MVFAModel("tiny", class_name="brain MRI").eval()
     images = torch.stack(
         [torch.from_numpy(draw_phantom("brain_mri", 112, None, np.random.default_rng(i)).image) for i in range(4)]
     )
-    hidden = model.hidden_tokens(images.permute(0, 3, 1, 2) / 255)
-    for tokens in [*hidden.segmentation, *hidden.detection]:
-        abnormal = model.level_probabilities(tokens)[0][:, 1]
-        assert 0.05 < float(abnormal.mean()) < 0.95  # a fresh adapter decides nothing yet
+    with torch.no_grad():
+        hidden = model.hidden_tokens(images.permute(0, 3, 1, 2) / 255)
+        for tokens in [*hidden.segmentation, *hidden.detection]:
+            abnormal = model.level_probabilities(tokens)[0][:, 1]
+            # The gradient of a probability p is in proportion to p (1 - p): a fresh adapter must be able to learn.
+            assert float((abnormal * (1 - abnormal)).mean()) > 1e-3
