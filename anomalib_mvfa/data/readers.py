@@ -37,6 +37,8 @@ from PIL import Image, UnidentifiedImageError
 from torchvision import tv_tensors
 from torchvision.transforms.v2.functional import to_dtype
 
+from anomalib_mvfa.files import replacing
+
 if TYPE_CHECKING:
     from pydicom import Dataset
 
@@ -430,8 +432,8 @@ def write_volume(path: str | Path, data: _Pixels, like: str | Path) -> None:
     image.set_sform(*grid.get_sform(coded=True))
     image.set_qform(*grid.get_qform(coded=True))
     image.header.set_xyzt_units(xyz=grid.header.get_xyzt_units()[0])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nibabel.save(image, path)
+    with replacing(path) as partial:
+        nibabel.save(image, partial)
 
 
 def is_dicom(path: str | Path) -> bool:

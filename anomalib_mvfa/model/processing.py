@@ -251,6 +251,8 @@ class MVFAPostProcessor(DynamicBufferMixin, PostProcessor):
             predictions, labels = self._support
             self._observe_range(predictions)
             normal = ~labels
+            if not trainer.is_global_zero:  # every process has all supports: one of them counts
+                normal = torch.zeros_like(normal)
             maps = None if predictions.anomaly_map is None else predictions.anomaly_map[normal]
             scores = None if predictions.pred_score is None else predictions.pred_score[normal]
             self._observe_scores(scores, maps, labels[normal], None)
