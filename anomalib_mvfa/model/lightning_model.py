@@ -17,7 +17,7 @@ import logging
 from collections.abc import Sequence, Sized
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from anomalib import LearningType
@@ -38,7 +38,8 @@ from anomalib_mvfa.lesions import LesionSynthesizer
 
 from .backbone import resolve_backbone
 from .card import upload
-from .checkpoints import AtomicCheckpointIO, ResumePoint, check_readable, check_state
+from .checkpoints import AtomicCheckpointIO, ResumePoint, check_readable, check_state, checkpoint_folder
+from .divergence import all_finite, diagnosis
 from .export import compress
 from .loss import dice_loss, focal_loss, score_loss
 from .memory import Support
@@ -47,6 +48,7 @@ from .processes import gather_objects, prepare_processes
 from .processing import MVFAPostProcessor, MVFAPreProcessor
 from .prompts import prompt_ensemble, prompt_name
 from .results import MVFAVisualizer, PredictionTable, ReportingDataset, loaded_dataset, withhold
+from .run_record import data_fingerprint, run_record, write_run_record
 from .token_cache import TokenCache
 from .torch_model import BranchOutput, MVFAModel, SupportOutput
 from .variant import Variant
@@ -197,6 +199,8 @@ class MVFA(AnomalibModule):
         self._selection_score = SelectionScore() if selection == "best" else None
         self._support_output: SupportOutput | None = None
         self._resumed: dict[str, Any] = {}
+        self._data_digest: str | None = None
+        self._good_adapters: dict[str, Tensor] = {}  # those that the present epoch began with
         self.intensity: str | None = None  # rule by which the training images were read, where the datamodule has one
         self.history: dict[str, Any] = {"training": {}, "figures": {}}  # what an adapters file tells of its making
 
@@ -385,7 +389,69 @@ class MVFA(AnomalibModule):
             caches = self._resumed.get("token_caches", [])
             if len(caches) == self.trainer.world_size and caches[self.trainer.global_rank]:
                 self._token_cache.restore(caches[self.trainer.global_rank])
+        self._record_run()
         self._resumed = {}
+
+    def _record_run(self) -> None:
+        """Write down how to repeat this training, and see that all processes have the same data.
+
+        Raises:
+            ValueError: If processes have different data.
+        """
+        datamodule = getattr(self.trainer, "datamodule", None)
+        parts = {name: getattr(datamodule, f"{name}_data", None) for name in ("train", "val", "test")}
+        if datamodule is None:
+            parts["train"] = self._train_data()
+        prints = {name: data_fingerprint(part) for name, part in parts.items()}
+        self._data_digest = (prints["train"] or {}).get("digest")
+        if len({str(found) for found in gather_objects(prints)}) > 1:
+            msg = (
+                "The processes have different images: their datamodule splits at random. Give it a seed, or set "
+                "--seed_everything."
+            )
+            raise ValueError(msg)
+        if self._resumed.get("data", self._data_digest) != self._data_digest:
+            logger.warning("The training images are not those that the checkpoint was made with.")
+        saves = self.trainer.checkpoint_callback is not None and not self.trainer.fast_dev_run  # type: ignore[attr-defined]
+        if saves and self.trainer.is_global_zero:
+            write_run_record(checkpoint_folder(self.trainer), run_record(self.trainer, self, prints))
+
+    def on_train_epoch_start(self) -> None:
+        """Keep the adapters, to go back to should this epoch fail."""
+        self._good_adapters = {
+            name: value.detach().to("cpu", copy=True)
+            for name, value in self.model.state_dict().items()
+            if name.startswith(("seg_adapters.", "det_adapters."))
+        }
+
+    def _stop_diverged(self, reason: str) -> NoReturn:
+        """Go back to the adapters that the epoch began with, save them, and end the training.
+
+        Raises:
+            FloatingPointError: Always.
+        """
+        self.model.load_state_dict(self._good_adapters, strict=False)
+        msg = f"The training has diverged in epoch {self.current_epoch + 1}, step {self.global_step + 1}. {reason}"
+        if self.current_epoch:
+            path = checkpoint_folder(self.trainer) / "last_good.safetensors"
+            if self.trainer.is_global_zero:
+                self.save_adapters(path)
+            msg += f" The adapters of {self.current_epoch} complete epochs are in {path}."
+        raise FloatingPointError(msg)
+
+    def _check_adapters(self) -> None:
+        if not all_finite(self.model):
+            self._stop_diverged(self._diagnosis({}, None, ()))
+
+    def _diagnosis(self, terms: dict[str, Tensor], images: Tensor | None, paths: Sequence[str]) -> str:
+        return diagnosis(
+            terms,
+            images,
+            paths,
+            weights_are_finite=all_finite(self.model),
+            precision=str(self.trainer.precision),
+            learning_rate=self.hparams["learning_rate"],
+        )
 
     def _training_facts(self, *, drawn_lesions: bool) -> dict[str, Any]:
         """Tell what the adapters are trained on, by names and numbers alone: paths may name patients."""
@@ -469,6 +535,7 @@ class MVFA(AnomalibModule):
 
         Raises:
             ValueError: If the batch has no labels.
+            FloatingPointError: If the loss is no finite number.
         """
         images: Tensor = batch.image  # type: ignore[assignment]  # a batch always has images
         masks: Tensor | None = batch.gt_mask
@@ -485,6 +552,8 @@ class MVFA(AnomalibModule):
             getattr(batch, "has_mask", None),
             self._text_features_of(batch),
         )
+        if not all(bool(values.isfinite().all()) for values in terms.values()):
+            self._stop_diverged(self._diagnosis(terms, images, batch.image_path or ()))
         for name, values in terms.items():
             self.log(f"train_{name}", values.mean(), batch_size=len(images), on_step=False, on_epoch=True)
         loss = torch.stack(list(terms.values())).sum(dim=0).mean()
@@ -555,7 +624,12 @@ class MVFA(AnomalibModule):
         return self.trainer.enable_validation and not is_empty
 
     def on_train_epoch_end(self) -> None:
-        """Remember the supports when a checkpoint may follow that no validation precedes."""
+        """Remember the supports when a checkpoint may follow that no validation precedes.
+
+        Raises:
+            FloatingPointError: If the adapters hold numbers that are not finite.
+        """
+        self._check_adapters()
         if not self._validates:
             self._calibrate_without_validation()
 
@@ -591,7 +665,9 @@ class MVFA(AnomalibModule):
 
     def on_validation_start(self) -> None:
         """Remember the supports with the present adapters."""
-        if self.trainer.state.fn != TrainerFn.FITTING:
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self._check_adapters()
+        else:
             self._ensure_model()
             self._take_class_name()
             self._check_intensity()
@@ -896,6 +972,7 @@ class MVFA(AnomalibModule):
                 state[name] = state[name].half()
         checkpoint[CHECKPOINT_KEY] = self.facts()
         checkpoint[RESUME_KEY] = {
+            "data": self._data_digest,
             "random_states": gather_objects(torch.get_rng_state()),
             "token_caches": gather_objects(None if self._token_cache is None else self._token_cache.state()),
         }
