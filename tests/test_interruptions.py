@@ -3,7 +3,6 @@
 
 """Trainings that are killed and resumed, and disks that are full."""
 
-import os
 import random
 import signal
 import subprocess
@@ -193,7 +192,8 @@ ResumePoint.SECONDS = 0
 torch.set_num_threads(1)
 torch.manual_seed(0)
 root, out, backbone = sys.argv[1:]
-folder = Folder("disks", normal_dir="normal", abnormal_dir="abnormal", mask_dir="masks", root=root, num_workers=0, seed=0)
+names = {"normal_dir": "normal", "abnormal_dir": "abnormal", "mask_dir": "masks"}
+folder = Folder("disks", root=root, num_workers=0, seed=0, **names)
 model = MVFA(backbone, "random", class_name="Brain", visualizer=False)
 engine = Engine(accelerator="cpu", max_epochs=10000, default_root_dir=out, logger=False, enable_progress_bar=False)
 engine.fit(model, datamodule=FewShot(folder, k_shot=1))
@@ -237,7 +237,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, name):
     with pytest.raises(OSError, match="No space left"), replacing(path) as partial:
         partial.write_text("after", encoding="utf-8")
     assert path.read_text(encoding="utf-8") == "before"
-    assert os.listdir(tmp_path) == [name]
+    assert [entry.name for entry in tmp_path.iterdir()] == [name]
 
 
 @full
