@@ -19,7 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import distributed
 from torch.utils.data import DistributedSampler
 
-__all__ = ["gather_objects", "interleave", "prepare_processes"]
+__all__ = ["gather_objects", "interleave", "is_first", "prepare_processes"]
 
 T = TypeVar("T")
 
@@ -38,6 +38,11 @@ def gather_objects(value: T) -> list[T]:
     values: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(values, value)
     return values
+
+
+def is_first() -> bool:
+    """Tell whether this is the first of the processes, or the only one."""
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
 def interleave(parts: Iterable[Iterable[T]]) -> Iterator[T]:
