@@ -881,7 +881,7 @@ def _filled_slices(path: Path, stamp: tuple[int, int], axis: int) -> _Pixels:
     data = _load_volume(path, stamp)[0]
     others = tuple(other for other in range(3) if other != axis)
     low, high = data.min(axis=others), data.max(axis=others)
-    floor = low.min()
+    floor = float(low.min())
     foreground = _volume_limits(path, stamp, IntensityRule("percentile"))[1]
     filled: _Pixels = (high > low) & (high > floor + _EMPTY_FRACTION * (foreground - floor))
     return filled

@@ -61,7 +61,7 @@ class AtomicCheckpointIO(AnomalibCheckpointIO):
         self,
         path: str | Path,
         map_location: Any = None,  # noqa: ANN401 - Lightning's signature
-        weights_only: bool = True,
+        weights_only: bool | None = True,
     ) -> dict[str, Any]:
         """Read a checkpoint without executing code from it.
 
@@ -69,11 +69,11 @@ class AtomicCheckpointIO(AnomalibCheckpointIO):
             FileNotFoundError: If there is no such file.
             ValueError: If it cannot be read.
         """
-        if not weights_only or "://" in str(path):
-            contents: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only)
+        if weights_only is False or "://" in str(path):  # Lightning hands None on for what was not given
+            contents: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only is not False)
             return contents
         with _readable(path), anomalib_safe_globals(extra=self.extra_safe_globals):
-            return _as_checkpoint(torch.load(path, map_location=map_location, weights_only=True))
+            return _as_checkpoint(torch.load(path, map_location=map_location or "cpu", weights_only=True))
 
 
 @contextmanager
