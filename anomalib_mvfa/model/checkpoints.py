@@ -57,7 +57,7 @@ class AtomicCheckpointIO(AnomalibCheckpointIO):
         with replacing(path) as partial, partial.open("wb") as file:
             torch.save(checkpoint, file)
 
-    def load_checkpoint(  # type: ignore[override]  # as anomalib's
+    def load_checkpoint(
         self,
         path: str | Path,
         map_location: Any = None,  # noqa: ANN401 - Lightning's signature
