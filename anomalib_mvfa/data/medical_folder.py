@@ -8,7 +8,9 @@ No header value of a DICOM file gets beyond this module: images are named by the
 
 import logging
 import secrets
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +31,7 @@ from torchvision.transforms.v2 import Transform
 from torchvision.tv_tensors import Image, Mask
 
 from anomalib_mvfa.checks import check_images, enumerate_some, size_difference
+from anomalib_mvfa.model.processes import gather_objects
 from anomalib_mvfa.model.results import claim_name, loaded_dataset, results_dir
 
 from .readers import (
@@ -164,6 +167,12 @@ class MedicalDataset(AnomalibDataset):
         root = self.root if self.root is not None and path.is_relative_to(self.root) else None
         return ImageRef(path, frame, self.axis, root)
 
+    @property
+    def image_paths(self) -> list[str]:
+        """The ``image_path`` of every item."""
+        rows = zip(self.samples["image_path"], self.samples["frame"], strict=True)
+        return [path if frame == WHOLE_FILE else f"{path}#{frame}" for path, frame in rows]
+
     def original(self, image_path: str) -> Tensor:
         """Read the image of an item again, at its own size: ``(3, H, W)`` in [0, 1]."""
         return read_image(self.ref(image_path), self.rule)
@@ -177,10 +186,13 @@ class AnomalyVolumes(Callback):
     """Writes the anomaly map of each predicted NIfTI volume in the voxel grid of the volume.
 
     ``<name>_anomaly.nii.gz`` lies beside the heatmaps. Its values are those of the maps, in [0, 1] with the threshold
-    at one half once a model is calibrated; slices that were left out are 0.
+    at one half once a model is calibrated; slices that were left out are 0. Of several processes the first writes,
+    with the slices of all.
     """
 
     def __init__(self) -> None:
+        self._parts: dict[ImageRef, str] = {}  # files of this process's slices, where there are several processes
+        self._folder = tempfile.TemporaryDirectory(prefix="anomalib-mvfa-")
         self._ref: ImageRef | None = None
         self._scores: NDArray[np.float32] = np.zeros(0, dtype=np.float32)
         self._names: dict[Path, str] = {}
@@ -212,17 +224,32 @@ class AnomalyVolumes(Callback):
                 view[...] = resized[0, 0].numpy()
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the last volume."""
+        """Write the last volume, or bring together what several processes have."""
         del pl_module
         if self._ref is not None:
             self._write(trainer)
+        volumes = {ref for refs in gather_objects(set(self._parts)) for ref in refs}
+        for ref in sorted(volumes, key=lambda ref: ref.path):
+            own = self._parts.pop(ref, None)
+            parts = gather_objects(None if own is None else np.load(own))
+            if trainer.is_global_zero:
+                self._save(trainer, ref, sum(part for part in parts if part is not None))
 
     def _write(self, trainer: Trainer) -> None:
         ref, self._ref = self._ref, None
-        if ref is not None:
-            name = ImageRef(ref.path, root=ref.root).name
-            target = claim_name(results_dir(trainer) / f"{name}_anomaly.nii.gz", str(ref.path), self._names)
-            write_volume(target, self._scores, like=ref.path)
+        if ref is None:
+            return
+        if trainer.world_size == 1:
+            self._save(trainer, ref, self._scores)
+            return
+        ref = replace(ref, frame=None)
+        self._parts[ref] = f"{self._folder.name}/{len(self._parts)}.npy"
+        np.save(self._parts[ref], self._scores)
+
+    def _save(self, trainer: Trainer, ref: ImageRef, scores: NDArray[np.float32]) -> None:
+        name = ImageRef(ref.path, root=ref.root).name
+        target = claim_name(results_dir(trainer) / f"{name}_anomaly.nii.gz", str(ref.path), self._names)
+        write_volume(target, scores, like=ref.path)
 
 
 class _Entry(NamedTuple):
@@ -400,7 +427,7 @@ class MedicalFolder(AnomalibDataModule):
         trainer = self.trainer
         if stage == TrainerFn.PREDICTING and trainer is not None:
             callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning
-            if trainer.world_size == 1 and not any(isinstance(callback, AnomalyVolumes) for callback in callbacks):
+            if not any(isinstance(callback, AnomalyVolumes) for callback in callbacks):
                 callbacks.append(AnomalyVolumes())
 
     def _setup(self, _stage: str | None = None) -> None:

@@ -37,6 +37,8 @@ from PIL import Image, UnidentifiedImageError
 from torchvision import tv_tensors
 from torchvision.transforms.v2.functional import to_dtype
 
+from anomalib_mvfa.files import replacing
+
 if TYPE_CHECKING:
     from pydicom import Dataset
 
@@ -430,8 +432,8 @@ def write_volume(path: str | Path, data: _Pixels, like: str | Path) -> None:
     image.set_sform(*grid.get_sform(coded=True))
     image.set_qform(*grid.get_qform(coded=True))
     image.header.set_xyzt_units(xyz=grid.header.get_xyzt_units()[0])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nibabel.save(image, path)
+    with replacing(path) as partial:
+        nibabel.save(image, partial)
 
 
 def is_dicom(path: str | Path) -> bool:
@@ -879,7 +881,7 @@ def _filled_slices(path: Path, stamp: tuple[int, int], axis: int) -> _Pixels:
     data = _load_volume(path, stamp)[0]
     others = tuple(other for other in range(3) if other != axis)
     low, high = data.min(axis=others), data.max(axis=others)
-    floor = low.min()
+    floor = float(low.min())
     foreground = _volume_limits(path, stamp, IntensityRule("percentile"))[1]
     filled: _Pixels = (high > low) & (high > floor + _EMPTY_FRACTION * (foreground - floor))
     return filled

@@ -19,6 +19,8 @@ from anomalib.data import AnomalibDataset
 from anomalib.data.utils import LabelName
 from pandas import DataFrame
 
+from anomalib_mvfa.files import replacing
+
 __all__ = ["find_support", "read_support_list", "write_support_list"]
 
 
@@ -63,7 +65,9 @@ def write_support_list(path: Path | str, normal: Sequence[str], abnormal: Sequen
     if blank:
         msg = f"{path} separates file names by blanks and cannot hold {blank[0]!r}: rename the image."
         raise ValueError(msg)
-    path.write_text("".join(" ".join([f"{key}:", *names]) + "\n" for key, names in lines.items()), encoding="utf-8")
+    text = "".join(" ".join([f"{key}:", *names]) + "\n" for key, names in lines.items())
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def find_support(

@@ -17,13 +17,14 @@ import logging
 from collections.abc import Sequence, Sized
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from anomalib import LearningType
 from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import AnomalibDataModule, ImageBatch
 from anomalib.deploy import CompressionType
+from anomalib.engine.plugins import AnomalibCheckpointIO
 from anomalib.metrics import AUPR, AUROC, Evaluator, F1Score
 from anomalib.models.components import AnomalibModule
 from anomalib.visualization import Visualizer
@@ -37,13 +38,17 @@ from anomalib_mvfa.lesions import LesionSynthesizer
 
 from .backbone import resolve_backbone
 from .card import upload
+from .checkpoints import AtomicCheckpointIO, ResumePoint, check_readable, check_state, checkpoint_folder
+from .divergence import all_finite, diagnosis
 from .export import compress
 from .loss import dice_loss, focal_loss, score_loss
 from .memory import Support
 from .metrics import SelectionScore
+from .processes import gather_objects, prepare_processes
 from .processing import MVFAPostProcessor, MVFAPreProcessor
 from .prompts import prompt_ensemble, prompt_name
 from .results import MVFAVisualizer, PredictionTable, ReportingDataset, loaded_dataset, withhold
+from .run_record import data_fingerprint, run_record, write_run_record
 from .token_cache import TokenCache
 from .torch_model import BranchOutput, MVFAModel, SupportOutput
 from .variant import Variant
@@ -61,7 +66,10 @@ CACHE_BYTES = 2**30
 FUSION_SCALES = ("support", "test")
 SELECTIONS = ("last", "best")
 SELECTION_SCORE = "selection_score"
+BEST_SO_FAR = ("best_model_path", "best_model_score", "best_k_models", "kth_best_model_path", "kth_value")
 CHECKPOINT_KEY = "mvfa"
+RESUME_KEY = "mvfa_resume"
+FACTS = {"fingerprint", "class_name", "has_masks"}
 TOWER = "model.tower."
 BANKS = ("model.seg_memory.", "model.det_memory.")
 KEEP_NETWORK = {"adapters", "learning_rate", "class_name", "threshold", "target_fpr"}
@@ -190,6 +198,9 @@ class MVFA(AnomalibModule):
         self._adapters_class: str | None = None
         self._selection_score = SelectionScore() if selection == "best" else None
         self._support_output: SupportOutput | None = None
+        self._resumed: dict[str, Any] = {}
+        self._data_digest: str | None = None
+        self._good_adapters: dict[str, Tensor] = {}  # those that the present epoch began with
         self.intensity: str | None = None  # rule by which the training images were read, where the datamodule has one
         self.history: dict[str, Any] = {"training": {}, "figures": {}}  # what an adapters file tells of its making
 
@@ -298,6 +309,8 @@ class MVFA(AnomalibModule):
                     save_on_train_epoch_end=False,
                 ),
             )
+        if self.trainer.state.fn == TrainerFn.FITTING and self.trainer.checkpoint_callback is not None:
+            own.append(ResumePoint())
         return [*(callbacks if isinstance(callbacks, Sequence) else [callbacks]), *own]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -313,6 +326,10 @@ class MVFA(AnomalibModule):
         Args:
             stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
         """
+        prepare_processes(self.trainer)
+        checkpoint_io = self.trainer.strategy.checkpoint_io
+        if type(checkpoint_io) is AnomalibCheckpointIO:
+            self.trainer.strategy.checkpoint_io = AtomicCheckpointIO(checkpoint_io.extra_safe_globals)
         loop = self.trainer.fit_loop
         if stage != TrainerFn.FITTING:
             return
@@ -327,6 +344,17 @@ class MVFA(AnomalibModule):
             # The last epoch is the one that is kept: it needs thresholds, and the checkpoint follows its validation.
             self.trainer.check_val_every_n_epoch = epochs
             logger.info("Validating after the last of %d epochs instead of every %d.", epochs, every)
+
+    def on_fit_start(self) -> None:
+        """Go on where an interrupted training stopped: random numbers, and the best epoch so far."""
+        states = self._resumed.get("random_states", [])
+        if len(states) == self.trainer.world_size:
+            torch.set_rng_state(states[self.trainer.global_rank].cpu())
+        best = self.trainer.checkpoint_callback
+        kept = self._resumed.get("callbacks", {}).get(getattr(best, "state_key", None), {})
+        if self._selection_score is not None and kept:  # Lightning forgets the score when the folder is another one
+            for name in BEST_SO_FAR:
+                setattr(best, name, kept[name])
 
     def on_train_start(self) -> None:
         """Learn from the data what the images show, whether they have masks, and whether lesions must be drawn.
@@ -344,6 +372,8 @@ class MVFA(AnomalibModule):
         self._take_class_name()
         if self._selection_score is not None:
             self._announce_selection()
+        if self._resumed:
+            self._check_intensity()
         self.intensity = getattr(getattr(self.trainer, "datamodule", None), "intensity", None)
         data = self._train_data()
         has_anomalous = bool(getattr(data, "has_anomalous", True))
@@ -356,6 +386,72 @@ class MVFA(AnomalibModule):
             logger.info("No abnormal training images: lesions are drawn on half of the normal ones.")
         elif isinstance(data, Sized) and len(data) <= CACHE_IMAGES:
             self._token_cache = TokenCache(CACHE_BYTES, max_images=len(data))
+            caches = self._resumed.get("token_caches", [])
+            if len(caches) == self.trainer.world_size and caches[self.trainer.global_rank]:
+                self._token_cache.restore(caches[self.trainer.global_rank])
+        self._record_run()
+        self._resumed = {}
+
+    def _record_run(self) -> None:
+        """Write down how to repeat this training, and see that all processes have the same data.
+
+        Raises:
+            ValueError: If processes have different data.
+        """
+        datamodule = getattr(self.trainer, "datamodule", None)
+        parts = {name: getattr(datamodule, f"{name}_data", None) for name in ("train", "val", "test")}
+        if datamodule is None:
+            parts["train"] = self._train_data()
+        prints = {name: data_fingerprint(part) for name, part in parts.items()}
+        self._data_digest = (prints["train"] or {}).get("digest")
+        if len({str(found) for found in gather_objects(prints)}) > 1:
+            msg = (
+                "The processes have different images: their datamodule splits at random. Give it a seed, or set "
+                "--seed_everything."
+            )
+            raise ValueError(msg)
+        if self._resumed.get("data", self._data_digest) != self._data_digest:
+            logger.warning("The training images are not those that the checkpoint was made with.")
+        saves = self.trainer.checkpoint_callback is not None and not self.trainer.fast_dev_run  # type: ignore[attr-defined]
+        if saves and self.trainer.is_global_zero:
+            write_run_record(checkpoint_folder(self.trainer), run_record(self.trainer, self, prints))
+
+    def on_train_epoch_start(self) -> None:
+        """Keep the adapters, to go back to should this epoch fail."""
+        self._good_adapters = {
+            name: value.detach().to("cpu", copy=True)
+            for name, value in self.model.state_dict().items()
+            if name.startswith(("seg_adapters.", "det_adapters."))
+        }
+
+    def _stop_diverged(self, reason: str) -> NoReturn:
+        """Go back to the adapters that the epoch began with, save them, and end the training.
+
+        Raises:
+            FloatingPointError: Always.
+        """
+        self.model.load_state_dict(self._good_adapters, strict=False)
+        msg = f"The training has diverged in epoch {self.current_epoch + 1}, step {self.global_step + 1}. {reason}"
+        if self.current_epoch:
+            path = checkpoint_folder(self.trainer) / "last_good.safetensors"
+            if self.trainer.is_global_zero:
+                self.save_adapters(path)
+            msg += f" The adapters of {self.current_epoch} complete epochs are in {path}."
+        raise FloatingPointError(msg)
+
+    def _check_adapters(self) -> None:
+        if not all_finite(self.model):
+            self._stop_diverged(self._diagnosis({}, None, ()))
+
+    def _diagnosis(self, terms: dict[str, Tensor], images: Tensor | None, paths: Sequence[str]) -> str:
+        return diagnosis(
+            terms,
+            images,
+            paths,
+            weights_are_finite=all_finite(self.model),
+            precision=str(self.trainer.precision),
+            learning_rate=self.hparams["learning_rate"],
+        )
 
     def _training_facts(self, *, drawn_lesions: bool) -> dict[str, Any]:
         """Tell what the adapters are trained on, by names and numbers alone: paths may name patients."""
@@ -439,6 +535,7 @@ class MVFA(AnomalibModule):
 
         Raises:
             ValueError: If the batch has no labels.
+            FloatingPointError: If the loss is no finite number.
         """
         images: Tensor = batch.image  # type: ignore[assignment]  # a batch always has images
         masks: Tensor | None = batch.gt_mask
@@ -455,6 +552,8 @@ class MVFA(AnomalibModule):
             getattr(batch, "has_mask", None),
             self._text_features_of(batch),
         )
+        if not all(bool(values.isfinite().all()) for values in terms.values()):
+            self._stop_diverged(self._diagnosis(terms, images, batch.image_path or ()))
         for name, values in terms.items():
             self.log(f"train_{name}", values.mean(), batch_size=len(images), on_step=False, on_epoch=True)
         loss = torch.stack(list(terms.values())).sum(dim=0).mean()
@@ -506,9 +605,10 @@ class MVFA(AnomalibModule):
         images = torch.as_tensor(batch.image).as_subclass(Tensor).clone()
         masks = torch.zeros(len(images), *images.shape[-2:], dtype=torch.bool, device=images.device)
         labels = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-        generator = torch.Generator().manual_seed(hash((self.current_epoch, batch_idx)) % 2**63)
+        number = batch_idx * self.trainer.world_size + self.trainer.global_rank
+        generator = torch.Generator().manual_seed(hash((self.current_epoch, number)) % 2**63)
         lesions = self._lesions or LesionSynthesizer()
-        for index in range((self.current_epoch + batch_idx) % 2, len(images), 2):
+        for index in range((self.current_epoch + number) % 2, len(images), 2):
             donor = images[(index + 1) % len(images)].cpu()
             image, mask = lesions(images[index].cpu(), generator, donor)
             images[index], masks[index], labels[index] = image.to(images.device), mask.to(images.device), True
@@ -524,7 +624,12 @@ class MVFA(AnomalibModule):
         return self.trainer.enable_validation and not is_empty
 
     def on_train_epoch_end(self) -> None:
-        """Remember the supports when a checkpoint may follow that no validation precedes."""
+        """Remember the supports when a checkpoint may follow that no validation precedes.
+
+        Raises:
+            FloatingPointError: If the adapters hold numbers that are not finite.
+        """
+        self._check_adapters()
         if not self._validates:
             self._calibrate_without_validation()
 
@@ -560,7 +665,9 @@ class MVFA(AnomalibModule):
 
     def on_validation_start(self) -> None:
         """Remember the supports with the present adapters."""
-        if self.trainer.state.fn != TrainerFn.FITTING:
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self._check_adapters()
+        else:
             self._ensure_model()
             self._take_class_name()
             self._check_intensity()
@@ -668,7 +775,7 @@ class MVFA(AnomalibModule):
 
     @torch.no_grad()
     def _scale_by(self, loaders: DataLoader[Any] | Sequence[DataLoader[Any]] | None) -> None:
-        """Take the fusion's ranges from all images of a loader."""
+        """Take the fusion's ranges from all images of a loader, those of the other processes included."""
         extremes: list[tuple[BranchOutput, BranchOutput]] = []
         for loader in [loaders] if isinstance(loaders, DataLoader) else loaders or []:
             for batch in loader:
@@ -677,8 +784,9 @@ class MVFA(AnomalibModule):
                 if memory is None:
                     return
                 extremes.append((_extremes(language), _extremes(memory)))
-        if extremes:
-            self.model.set_fusion_range(extremes)
+        everywhere = [pair for part in gather_objects(extremes) for pair in part]
+        if everywhere:
+            self.model.set_fusion_range(everywhere)
 
     def validation_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Predict a batch for thresholds and normalisation."""
@@ -824,6 +932,35 @@ class MVFA(AnomalibModule):
             )
             raise ValueError(msg)
 
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]  # the arguments are anomalib's
+        cls,
+        checkpoint_path: str | Path,
+        map_location: Any = None,  # noqa: ANN401
+        weights_only: bool = True,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> "MVFA":
+        """Load a model from a checkpoint, without executing code from it.
+
+        Args:
+            checkpoint_path: File that ``anomalib train --model MVFA`` has written.
+            map_location: Where to put the tensors, as for any Lightning module.
+            weights_only: Whether objects other than tensors and plain data are refused.
+            **kwargs: As for any Lightning module, and arguments that take the place of the checkpoint's.
+
+        Returns:
+            The model.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it cannot be read, was not made by MVFA, or does not fit.
+        """
+        if weights_only:
+            check_readable(checkpoint_path, cls.checkpoint_safe_globals())
+        options = {"map_location": map_location, "weights_only": weights_only, **kwargs}
+        model: MVFA = super().load_from_checkpoint(checkpoint_path, **options)  # type: ignore[assignment]
+        return model
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen backbone out and store the bank in half precision."""
         super().on_save_checkpoint(checkpoint)
@@ -834,6 +971,11 @@ class MVFA(AnomalibModule):
             elif name.startswith(BANKS):
                 state[name] = state[name].half()
         checkpoint[CHECKPOINT_KEY] = self.facts()
+        checkpoint[RESUME_KEY] = {
+            "data": self._data_digest,
+            "random_states": gather_objects(torch.get_rng_state()),
+            "token_caches": gather_objects(None if self._token_cache is None else self._token_cache.state()),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build the network that the checkpoint describes.
@@ -844,7 +986,7 @@ class MVFA(AnomalibModule):
             ValueError: If the checkpoint is not one of MVFA, or was made with other backbone weights.
         """
         facts = checkpoint.get(CHECKPOINT_KEY)
-        if facts is None:
+        if not isinstance(facts, dict) or not facts.keys() >= FACTS:
             msg = "This checkpoint was not made by MVFA. Give one that `anomalib train --model MVFA` has written."
             raise ValueError(msg)
         saved = dict(checkpoint["hyper_parameters"])
@@ -855,6 +997,10 @@ class MVFA(AnomalibModule):
         if "model" not in self._modules or changed.keys() - KEEP_NETWORK:
             self.hparams.update(changed)
             self._build()
+        resuming = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        self._resumed = (
+            {**checkpoint.get(RESUME_KEY, {}), "callbacks": checkpoint.get("callbacks", {})} if resuming else {}
+        )
         object.__setattr__(self, "_zero_shot", not self.hparams["memory"])
         super().on_load_checkpoint(checkpoint)
         if self.model.fingerprint != facts["fingerprint"]:
@@ -863,6 +1009,7 @@ class MVFA(AnomalibModule):
                 f"(pretrained={saved['pretrained']!r}). Name the right ones with --model.pretrained."
             )
             raise ValueError(msg)
+        check_state(checkpoint["state_dict"], self, skipped=(TOWER,), free=("_memory.", "normal_scores"))
         self.model.has_masks = facts["has_masks"]
         self.intensity = facts.get("intensity")
         self.history = {name: facts.get(name) or {} for name in self.history}
@@ -888,4 +1035,4 @@ def _data_name(datamodule: Any) -> str | None:  # noqa: ANN401 - any datamodule
 
 def _extremes(output: BranchOutput) -> BranchOutput:
     """Keep the least and the largest value, which is all that a range needs."""
-    return BranchOutput(*(torch.stack([values.min(), values.max()]) for values in output))
+    return BranchOutput(*(torch.stack([values.min(), values.max()]).cpu() for values in output))

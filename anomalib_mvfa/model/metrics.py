@@ -100,7 +100,10 @@ class SelectionScore(Metric):
         Raises:
             ValueError: If the validation part lacks normal or abnormal images.
         """
-        labels = torch.cat([values.flatten() for values in _list(self.image.target)])
+        # What other processes have seen counts, and all of them must come to the same decisions.
+        with self.image.sync_context(), self.pixel.sync_context():
+            labels = torch.cat([values.flatten() for values in _list(self.image.target)])
+            with_pixels = bool(self.pixel.counts.any())
         if not (bool((labels == 0).any()) and bool((labels == 1).any())):
             msg = (
                 "The best epoch cannot be chosen: the validation part has no normal or no abnormal images. Give a "
@@ -108,7 +111,7 @@ class SelectionScore(Metric):
             )
             raise ValueError(msg)
         area: Tensor = self.image.compute()
-        if self.pixel.counts.any():
+        if with_pixels:
             area = area + self.pixel.compute()
         return area
 

@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import functional as image_functional
 from torchvision.tv_tensors import Mask
 
 from .metrics import squash
+from .processes import is_first
 from .thresholds import THRESHOLDS, ScoreThreshold
 
 __all__ = ["EightBitResize", "ExportableResize", "MVFAPostProcessor", "MVFAPreProcessor"]
@@ -251,6 +252,8 @@ class MVFAPostProcessor(DynamicBufferMixin, PostProcessor):
             predictions, labels = self._support
             self._observe_range(predictions)
             normal = ~labels
+            if not is_first():  # every process has all supports: one of them counts
+                normal = torch.zeros_like(normal)
             maps = None if predictions.anomaly_map is None else predictions.anomaly_map[normal]
             scores = None if predictions.pred_score is None else predictions.pred_score[normal]
             self._observe_scores(scores, maps, labels[normal], None)

@@ -18,6 +18,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from PIL import Image
 
+from anomalib_mvfa.files import partial_name, replacing
+
+from .processes import gather_objects, interleave
 from .processing import MVFAPostProcessor
 
 if TYPE_CHECKING:
@@ -64,6 +67,16 @@ def loaded_dataset(trainer: Trainer) -> Any:  # noqa: ANN401 - any dataset
     if isinstance(loaders, list) and len(loaders) == 1:
         loaders = loaders[0]
     return getattr(loaders, "dataset", None)
+
+
+def image_paths(dataset: Any) -> list[str]:  # noqa: ANN401 - any dataset
+    """Give the ``image_path`` of every item, as far as a dataset tells them without reading."""
+    if hasattr(dataset, "image_paths"):
+        paths: list[str] = dataset.image_paths
+        return paths
+    if isinstance(dataset, PredictDataset):
+        return [str(path) for path in dataset.image_filenames]
+    return [str(path) for path in getattr(dataset, "samples", {}).get("image_path", ())]
 
 
 class ReportingDataset(PredictDataset):
@@ -131,6 +144,7 @@ class MVFAVisualizer(ImageVisualizer):
         super().__init__(field_size=field_size or (256, 256), **kwargs)
         self.own_size = field_size is None
         self._sources: dict[Path, str] = {}
+        self._named: object = None
 
     def on_test_batch_end(
         self,
@@ -170,14 +184,22 @@ class MVFAVisualizer(ImageVisualizer):
                 text_config={**self.text_config, "size": self.text_config["size"] or max(8, size[0] // 20)},
             )
             if picture is not None:
-                picture.save(self._target(item.image_path, folder, trainer))
+                with replacing(self._target(item.image_path, folder, trainer)) as partial:
+                    picture.save(partial)
 
     def _target(self, source: str, folder: Path, trainer: Trainer) -> Path:
         """Choose the file of a picture, never one that another image has."""
         dataset = loaded_dataset(trainer)
+        if trainer.world_size > 1 and dataset is not self._named:  # the others give out names, too, in the same order
+            self._named = dataset
+            for path in image_paths(dataset):
+                self._claim(path, folder, trainer)
+        return self._claim(source, folder, trainer)
+
+    def _claim(self, source: str, folder: Path, trainer: Trainer) -> Path:
+        dataset = loaded_dataset(trainer)
         if hasattr(dataset, "output_name"):
             target = folder / f"{dataset.output_name(source)}.png"
-            target.parent.mkdir(parents=True, exist_ok=True)
         else:
             datamodule = getattr(trainer, "datamodule", None)
             target = generate_output_filename(
@@ -190,7 +212,10 @@ class MVFAVisualizer(ImageVisualizer):
 
 
 class PredictionTable(Callback):
-    """Writes ``predictions.csv`` beside the heatmaps, row by row, in testing and in prediction.
+    """Writes ``predictions.csv`` beside the heatmaps, in testing and in prediction.
+
+    Rows are written to ``partial-predictions.csv`` as they come; the table gets its name when it is complete. Several
+    processes write one table, in the order of the images.
 
     Columns: ``path``; ``score`` in [0, 1]; ``label`` (1 abnormal, 0 normal, empty without a threshold); ``threshold``,
     to which the score is compared; ``abnormal_area``, the share of abnormal pixels; ``normal_percentile``, the share of
@@ -208,8 +233,13 @@ class PredictionTable(Callback):
     def _path(self, trainer: Trainer) -> Path:
         return results_dir(trainer) / "predictions.csv"
 
+    def _partial(self, trainer: Trainer) -> Path:
+        """Name the file of this process's rows."""
+        path = partial_name(self._path(trainer))
+        return path if trainer.is_global_zero else path.with_name(f"{path.stem}-{trainer.global_rank}.csv")
+
     def _start(self, trainer: Trainer, columns: tuple[str, ...]) -> None:
-        path = self._path(trainer)
+        path = self._partial(trainer)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerow(columns)
@@ -223,7 +253,7 @@ class PredictionTable(Callback):
         percentiles = None
         if isinstance(post_processor, MVFAPostProcessor) and batch.pred_score is not None:
             percentiles = post_processor.normal_percentile(batch.pred_score)
-        with self._path(trainer).open("a", newline="", encoding="utf-8") as file:
+        with self._partial(trainer).open("a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             for index, item in enumerate(batch):
                 error = "" if with_truth else item.explanation or ""
@@ -277,13 +307,31 @@ class PredictionTable(Callback):
         del args, kwargs
         self._append(trainer, pl_module, outputs, with_truth=True)
 
+    def _finish(self, trainer: Trainer) -> None:
+        """Give the table its name, the rows of all processes in it."""
+        partial, path = self._partial(trainer), self._path(trainer)
+        if trainer.world_size == 1:
+            partial.replace(path)
+            return
+        with partial.open(newline="", encoding="utf-8") as file:
+            columns, *rows = csv.reader(file)
+        parts = gather_objects(rows)
+        counts = gather_objects((self._images, self._unread))
+        self._images, self._unread = (sum(count) for count in zip(*counts, strict=True))
+        if trainer.is_global_zero:
+            with replacing(path) as complete, complete.open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([columns, *interleave(parts)])
+        else:
+            partial.unlink()
+
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say where the results are."""
+        """Complete the table and say where the results are."""
         del pl_module
+        self._finish(trainer)
         logger.info("Heatmaps and predictions.csv are in %s", results_dir(trainer))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say where the results are."""
+        """Complete the table and say where the results are."""
         self.on_predict_end(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -16,6 +16,8 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_roc
 from torchmetrics.utilities.data import dim_zero_cat
 
+from .processes import gather_objects
+
 __all__ = ["THRESHOLDS", "ScoreThreshold", "false_positive_threshold", "youden_threshold"]
 
 THRESHOLDS = ("f1", "fpr", "youden")
@@ -147,8 +149,9 @@ class ScoreThreshold(F1AdaptiveThreshold):
 
     @property
     def has_normal(self) -> bool:
-        """Whether a normal score was seen."""
-        return any(bool((labels == 0).any()) for labels in self.target)
+        """Whether a normal score was seen, by any process."""
+        seen = any(bool((labels == 0).any()) for labels in self.target)
+        return any(gather_objects(seen))
 
     def compute(self) -> Tensor:  # type: ignore[override]  # as anomalib's own
         """Apply the rule.

@@ -38,6 +38,7 @@ class TokenCache:
         self.max_images = max_images
         self.open = True
         self._tokens: dict[bytes, Tensor] = {}
+        self._met: set[bytes] = set()
         self._bytes = 0
 
     def __len__(self) -> int:
@@ -68,11 +69,21 @@ class TokenCache:
             return self._tokens[key]
         tokens = compute(image).detach()
         size = tokens.numel() * tokens.element_size()
-        if len(self._tokens) == self.max_images:
+        if key not in self._met and len(self._met) == self.max_images:
             logger.info("The training images change from epoch to epoch: their tokens are no longer kept.")
             self.open = False
             self._tokens.clear()
-        elif self.open and self._bytes + size <= self.max_bytes:
+            return tokens
+        self._met.add(key)
+        if self._bytes + size <= self.max_bytes:
             self._tokens[key] = tokens
             self._bytes += size
         return tokens
+
+    def state(self) -> tuple[bool, list[str]]:
+        """Give what a resumed training needs to compute as this one would: whether it is open, what it has met."""
+        return self.open, sorted(key.hex() for key in self._met)
+
+    def restore(self, state: tuple[bool, list[str]]) -> None:
+        """Go on from what :meth:`state` gave; the tokens are computed again."""
+        self.open, self._met = state[0], {bytes.fromhex(key) for key in state[1]}

@@ -283,7 +283,7 @@ class MVFAModel(nn.Module):
         Returns:
             The hidden vectors of every level.
         """
-        tokens = cache(images, self.first_level_tokens) if cache else self.first_level_tokens(images)
+        tokens = cache(images, self.first_level_tokens) if cache is not None else self.first_level_tokens(images)
         segmentation, detection = [], []
         for stage, (seg_adapter, det_adapter) in enumerate(zip(self.seg_adapters, self.det_adapters, strict=True)):
             if stage:

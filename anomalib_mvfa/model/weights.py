@@ -12,8 +12,10 @@ import torch
 from huggingface_hub import hf_hub_download
 from open_clip.factory import HF_HUB_PREFIX
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
+
+from anomalib_mvfa.files import replacing
 
 from .variant import Variant
 
@@ -226,16 +228,14 @@ def write_adapters(
         kind: {name: value.detach().to("cpu", dtype).contiguous() for name, value in module.state_dict().items()}
         for kind, module in zip(KINDS, (seg_adapters, det_adapters), strict=True)
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Written under another name first: a file under its own name is always complete.
-    partial = path.with_name(path.name + ".partial")
-    if path.suffix == ".safetensors":
-        flat = {f"{kind}.{name}": value for kind, state in states.items() for name, value in state.items()}
-        save_file(flat, partial, metadata={METADATA_KEY: json.dumps(metadata or {}), "format": "pt"})
-    elif path.suffix == ".pth":
-        torch.save(states, partial)
-    else:
+    if path.suffix not in {".safetensors", ".pth"}:
         msg = f"Adapters are saved as .safetensors, or as .pth in the released format; got '{path.name}'."
         raise ValueError(msg)
-    partial.replace(path)
+    with replacing(path) as partial:
+        if path.suffix == ".safetensors":
+            flat = {f"{kind}.{name}": value for kind, state in states.items() for name, value in state.items()}
+            partial.write_bytes(save(flat, {METADATA_KEY: json.dumps(metadata or {}), "format": "pt"}))
+        else:
+            with partial.open("wb") as file:
+                torch.save(states, file)
     return path

@@ -1,0 +1,46 @@
+# Copyright (C) 2026 The anomalib-mvfa authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Files that are complete under their own name, or not there."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["partial_name", "replacing"]
+
+
+def partial_name(path: str | Path) -> Path:
+    """Give the name under which a file is written until it is complete.
+
+    It lies in the same folder, keeps the suffix, and is no longer than file systems allow.
+    """
+    path = Path(path)
+    return path.with_name(f"partial-{path.name[-50:]}")
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Write a file under another name and give it its own when it is complete.
+
+    An interruption or a full disk leaves what was there before.
+
+    Args:
+        path: The file; its folder is made if need be.
+
+    Yields:
+        The name to write to. It is removed if writing fails.
+
+    Example:
+        >>> with replacing(getfixture("tmp_path") / "table.csv") as partial:
+        ...     _ = partial.write_text("score", encoding="utf-8")
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_name(path)
+    try:
+        yield partial
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
