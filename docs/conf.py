@@ -35,6 +35,3 @@ html_title = "anomalib-mvfa"
 html_theme_options = {"show_toc_level": 2, "use_download_button": False, "home_page_in_toc": True}
 copybutton_prompt_text = r"\$ |>>> |\.\.\. "
 copybutton_prompt_is_regexp = True
-
-# Pages of parts that may be missing from a checkout are listed by patterns.
-suppress_warnings = ["toc.empty_glob"]
