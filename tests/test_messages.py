@@ -73,7 +73,12 @@ EXPLAINED = " ".join(PAGE.split())
 
 def test_the_search_finds_the_messages_of_every_kind():
     assert len(MESSAGES) > 100
-    for sample in ("k_shot must be at least 1", "the file is empty", "are not on this machine", "cannot be used. Repair"):
+    for sample in (
+        "k_shot must be at least 1",
+        "the file is empty",
+        "are not on this machine",
+        "cannot be used. Repair",
+    ):
         assert any(sample in message for message in MESSAGES)
 
 
