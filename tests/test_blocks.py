@@ -3,9 +3,9 @@
 
 """Every command and code block of README and documentation runs, or is marked and parsed; the examples run.
 
-A block below ``<!-- parsed only: reason -->`` needs data or weights that tests do not have: its commands are parsed by the
-real parsers. Every other block is executed, training for one epoch, in a folder that holds drawn images under the names
-that the pages use.
+A block below ``<!-- parsed only: reason -->`` needs data or weights that tests do not have: its commands are parsed by
+the real parsers. Every other block is executed, training for one epoch, in a folder that holds drawn images under the
+names that the pages use.
 """
 
 import argparse
@@ -163,10 +163,10 @@ def test_commands_and_code_of_a_page_work(page, inside, monkeypatch):
         if block.language == "python":
             code = compile(block.text, f"{page}:{block.line}", "exec")
             if not block.parsed_only:
-                exec(code, {"__name__": "page"})  # noqa: S102 - our own documentation
+                exec(code, {"__name__": "page"})
         elif block.language == "bash":
             for words in commands(block):
-                print(f"{page}:{block.line}", shlex.join(words))
+                print(f"{page}:{block.line}", shlex.join(words))  # noqa: T201 - says which one fails
                 check_command(words, block.parsed_only, monkeypatch)
         else:
             known = {"text", "csv", "mermaid", "latex"}
@@ -215,5 +215,5 @@ def test_notebook_runs_and_keeps_its_outputs(tmp_path, monkeypatch):
     with mpl.rc_context():
         for number, cell in enumerate(cells):
             code = "".join(cell["source"]).replace("max_epochs=10, check_val_every_n_epoch=10", "max_epochs=1")
-            exec(compile(code, f"cell {number}", "exec"), namespace)  # noqa: S102 - our own documentation
+            exec(compile(code, f"cell {number}", "exec"), namespace)
     assert 0 <= namespace["figures"]["image_AUROC"] <= 1

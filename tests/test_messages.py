@@ -1,7 +1,7 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Every message that the package raises or warns with is explained on the troubleshooting page, and the other way round."""
+"""Every message of the package, errors and warnings, is explained on the troubleshooting page, and no others are."""
 
 import ast
 import re
