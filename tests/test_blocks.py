@@ -44,6 +44,8 @@ QUICK = {
 }
 """What the test adds to a command so that it takes seconds."""
 
+DATA = (("--data.source", "Folder"), ("--data.source.name", "mri"), ("--data.source.root", "DIR"))
+
 
 class Block(NamedTuple):
     """A code block, whether it is only parsed, and where it stands."""
@@ -63,13 +65,20 @@ def blocks(page: str) -> Iterator[Block]:
             language = token.info.strip()
             if token.type == "code_block" and token.content.split()[0] in PROGRAMS:
                 language = "bash"
+            elif token.type == "code_block" and marked:
+                language = "python"
             yield Block(language, token.content, marked, token.map[0] + 1)
             marked = False
 
 
 def commands(block: Block) -> list[list[str]]:
+    """The commands of a block; ``...`` at the end of one stands for the options of the data."""
     lines = block.text.replace("\\\n", " ").splitlines()
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
+    found = [words for line in lines if (words := shlex.split(line, comments=True))]
+    for words in found:
+        if words[-1] == "...":
+            words[-1:] = [word for name, value in DATA if name not in words for word in (name, value)]
+    return found
 
 
 class ParseOnly(AnomalibCLI):
@@ -171,7 +180,8 @@ def test_commands_and_code_of_a_page_work(page, inside, monkeypatch):
         else:
             known = {"text", "csv", "mermaid", "latex"}
             assert block.language in known or block.language.startswith("{") or not block.language
-            assert not block.text.startswith(tuple(f"{program} " for program in PROGRAMS)), f"{page}:{block.line}"
+            code = (*PROGRAMS, "engine", "from", "import", "model")
+            assert not block.text.startswith(tuple(f"{word} " for word in code)), f"{page}:{block.line}"
 
 
 def test_pages_have_commands_that_run_and_commands_that_are_parsed():
