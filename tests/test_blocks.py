@@ -44,7 +44,12 @@ QUICK = {
 }
 """What the test adds to a command so that it takes seconds."""
 
-DATA = (("--data.source", "Folder"), ("--data.source.name", "mri"), ("--data.source.root", "DIR"))
+DATA = (
+    ("--data.source", "Folder"),
+    ("--data.source.name", "mri"),
+    ("--data.source.root", "DIR"),
+    ("--data.source.normal_dir", "normal"),
+)
 
 
 class Block(NamedTuple):
