@@ -1,0 +1,37 @@
+# Copyright (C) 2026 The anomalib-mvfa authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Configuration of the documentation: ``make docs`` builds it in ``docs/_build/html``."""
+
+import anomalib_mvfa
+
+project = "anomalib-mvfa"
+author = "The anomalib-mvfa authors"
+copyright = f"2026, {author}"  # noqa: A001 - Sphinx's name
+release = version = anomalib_mvfa.__version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+    "sphinx_design",
+]
+exclude_patterns = ["_build"]
+
+myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"  # the notebook keeps its outputs; a test runs it
+
+autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+
+html_theme = "sphinx_book_theme"
+html_title = "anomalib-mvfa"
+html_theme_options = {"show_toc_level": 2, "use_download_button": False, "home_page_in_toc": True}
+copybutton_prompt_text = r"\$ |>>> |\.\.\. "
+copybutton_prompt_is_regexp = True

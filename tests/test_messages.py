@@ -1,0 +1,96 @@
+# Copyright (C) 2026 The anomalib-mvfa authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Every message of the package, errors and warnings, is explained on the troubleshooting page, and no others are."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+GAP = "…"  # what a message fills in
+
+
+def template(node: ast.expr) -> Iterator[str]:
+    """The texts that an expression can give, what is filled in replaced by a gap."""
+    match node:
+        case ast.Constant(value=str(text)):
+            yield text
+        case ast.JoinedStr():
+            yield "".join(part.value if isinstance(part, ast.Constant) else GAP for part in node.values)
+        case ast.IfExp():
+            yield from template(node.body)
+            yield from template(node.orelse)
+        case ast.Call(func=ast.Attribute(attr="join"), args=[ast.List(elts=[first, *_])]):
+            yield from template(first)
+
+
+def messages(tree: ast.Module) -> Iterator[str]:
+    """Texts of a module that are called a message or a reason, raised, or logged as a warning or an error."""
+    functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    for node in ast.walk(tree):
+        match node:
+            case (
+                ast.Assign(targets=[ast.Name(id="msg" | "reason")], value=value)
+                | ast.AugAssign(target=ast.Name(id="msg"), value=value)
+            ):
+                yield from template(value)
+            case (
+                ast.Call(func=ast.Name(id="UnreadableImageError" | "_unreadable"), args=[_, value])
+                | ast.Call(func=ast.Attribute(attr="warning" | "error" | "_tell"), args=[value, *_])
+            ):
+                yield from template(value)
+            case ast.Raise(exc=ast.Call(args=[ast.Call(func=ast.Name(id=name))])) if name in functions:
+                for line in ast.walk(functions[name]):
+                    if isinstance(line, ast.Return) and line.value is not None:
+                        yield from template(line.value)
+            case ast.Raise(exc=ast.Call(args=[value, *_])):
+                yield from template(value)
+
+
+def key(message: str) -> str:
+    """The longest run of words that the message always has."""
+    text = re.sub(r"%\.?\d*[sdfg]", GAP, message)
+    return " ".join(max(text.split(GAP), key=len).split())
+
+
+def all_messages() -> list[str]:
+    """Each once; single words stand for what is read in passing, whose failure nobody sees."""
+    found: dict[str, None] = {}
+    for path in sorted((ROOT / "anomalib_mvfa").rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        found.update(dict.fromkeys(text for text in messages(tree) if " " in key(text)))
+    return list(found)
+
+
+MESSAGES = all_messages()
+EXPLAINED = " ".join(PAGE.split())
+
+
+def test_the_search_finds_the_messages_of_every_kind():
+    assert len(MESSAGES) > 100
+    for sample in (
+        "k_shot must be at least 1",
+        "the file is empty",
+        "are not on this machine",
+        "cannot be used. Repair",
+    ):
+        assert any(sample in message for message in MESSAGES)
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda text: key(text)[:60])
+def test_every_message_is_explained(message):
+    assert key(message) in EXPLAINED, f"docs/troubleshooting.md lacks: {message}"
+
+
+def test_every_message_on_the_page_is_one_of_ours():
+    keys = [key(message) for message in MESSAGES]
+    entries = re.findall(r"^``? ?(.+?) ?``?\n:", PAGE, flags=re.MULTILINE)
+    assert len(entries) > 80
+    for entry in entries:
+        text = " ".join(entry.split())
+        assert any(known in text for known in keys), entry
