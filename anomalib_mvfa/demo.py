@@ -28,6 +28,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table as ConsoleTable
+from torch.nn import functional
 from torchmetrics.functional.classification import binary_auroc
 
 from anomalib_mvfa.benchmark.page import GalleryRow, Panel, Section, Table, colour_bar, gallery, page, picture
@@ -186,7 +187,8 @@ def _openvino(model: Path, rows: Sequence[Prediction]) -> tuple[list[Prediction]
         score = float(np.asarray(result.pred_score).squeeze())
         again.append(row._replace(score=score, label=int(np.asarray(result.pred_label).squeeze())))
         heat = np.asarray(result.anomaly_map, dtype=np.float32).squeeze()
-        pixels.update(torch.from_numpy(heat), torch.from_numpy(_mask(row.path)))
+        full_size = functional.interpolate(torch.from_numpy(heat)[None, None], (SIZE, SIZE), mode="bilinear")[0, 0]
+        pixels.update(full_size, torch.from_numpy(_mask(row.path)))
         panels[row.path] = Panel("OpenVINO", _heat(heat), f"score {score:.3f}", f"Lightning said {row.score:.3f}")
     shown = []
     for row in _spread(rows):
