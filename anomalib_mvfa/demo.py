@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -116,17 +117,16 @@ def read_predictions(table: Path) -> list[Prediction]:
     Returns:
         One row an image.
     """
-    pictures = {path.stem: [] for path in table.parent.rglob("*.png")}  # type: dict[str, list[Path]]
-    for path in sorted(table.parent.rglob("*.png")):
-        pictures[path.stem].append(path)
+    pictures = {path.name: path for path in table.parent.rglob("*.png")}
+    seen: Counter[str] = Counter()
     rows = []
     with table.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             path = Path(row["path"])
-            matches = [p for p in pictures.get(path.stem, []) if _is_abnormal(p) == _is_abnormal(path)]
-            rows.append(
-                Prediction(path, float(row["score"]), int(row["label"] or 0), (matches or pictures[path.stem])[0])
-            )
+            seen[path.stem] += 1  # pictures of images of the same name are numbered in the order of the table
+            number = f"_{seen[path.stem]}" if seen[path.stem] > 1 else ""
+            picture_path = pictures[f"{path.stem}{number}.png"]
+            rows.append(Prediction(path, float(row["score"]), int(row["label"] or 0), picture_path))
     return rows
 
 

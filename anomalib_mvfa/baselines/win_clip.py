@@ -27,6 +27,7 @@ from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Res
 
 from anomalib_mvfa.model.backbone import BackboneConfig, load_clip, resolve_backbone
 from anomalib_mvfa.model.prompts import class_prompts, prompt_name
+from anomalib_mvfa.model.results import MVFAVisualizer
 
 __all__ = ["WinClipAny", "WinClipAnyModel"]
 
@@ -177,6 +178,11 @@ class WinClipAny(WinClip):
         resize = Resize(image_size or (240, 240), antialias=True, interpolation=InterpolationMode.BICUBIC)
         normalize = [Normalize(mean=OPENAI_DATASET_MEAN, std=OPENAI_DATASET_STD)] if normalize_input else []
         return PreProcessor(transform=Compose([resize, *normalize]))
+
+    @classmethod
+    def configure_visualizer(cls) -> MVFAVisualizer:
+        """Configure the default visualizer: that of MVFA, which gives images of one name pictures of their own."""
+        return MVFAVisualizer()
 
     def setup(self, stage: str) -> None:
         """Write the prompts, and in few-shot embed the references, once.
