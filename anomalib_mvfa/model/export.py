@@ -10,11 +10,9 @@ floating point.
 
 import logging
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import nncf
 import numpy as np
-import openvino
 import torch
 from anomalib.data import AnomalibDataModule, ImageBatch
 from anomalib.deploy import CompressionType
@@ -25,6 +23,9 @@ from torchvision.tv_tensors import Mask
 
 from .processing import EightBitResize
 
+if TYPE_CHECKING:
+    import openvino
+
 __all__ = ["compress", "sensitive_nodes"]
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ CALIBRATION_IMAGES = 300
 """More images make calibration longer, not better."""
 
 
-def sensitive_nodes(graph: openvino.Model) -> list[str]:
+def sensitive_nodes(graph: "openvino.Model") -> list[str]:
     """Find what must stay in floating point: all that follows the tower and the adapters.
 
     That begins where hidden vectors are brought to unit length. What leads back into a layer normalisation belongs to
@@ -64,12 +65,12 @@ def _readers(node: Any) -> list[Any]:  # noqa: ANN401 - a node of OpenVINO
 
 
 def compress(
-    graph: openvino.Model,
+    graph: "openvino.Model",
     kind: CompressionType | None,
     datamodule: AnomalibDataModule | None,
     metric: Metric | None = None,
     max_drop: float = 0.01,
-) -> openvino.Model:
+) -> "openvino.Model":
     """Compress an exported model.
 
     Args:
@@ -87,6 +88,8 @@ def compress(
     Raises:
         ValueError: If images to calibrate with lack, or the kind is unknown.
     """
+    import nncf  # slow to import, and only needed here
+
     scope = nncf.IgnoredScope(names=sensitive_nodes(graph))
     if kind == CompressionType.INT8:
         return nncf.compress_weights(graph, ignored_scope=scope)
@@ -114,7 +117,7 @@ def compress(
         return nncf.quantize(graph, calibration, **options)
     judge = F1Score(fields=["pred_label", "gt_label"]) if metric is None else metric
 
-    def measure(model: openvino.CompiledModel, indices: Iterable[int]) -> float:
+    def measure(model: "openvino.CompiledModel", indices: Iterable[int]) -> float:
         judge.reset()
         for index in indices:
             judge.update(_judged(model, image(index), data[index]))
@@ -157,7 +160,7 @@ def _spread(count: int) -> Sequence[int]:
 
 
 def _judged(
-    model: openvino.CompiledModel,
+    model: "openvino.CompiledModel",
     image: np.ndarray[Any, Any],
     item: Any,  # noqa: ANN401 - an item of any data set
 ) -> ImageBatch:
