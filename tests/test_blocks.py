@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import yaml
 from anomalib.cli import AnomalibCLI
-from anomalib.data import Folder
+from anomalib.data import Folder, get_datamodule
 from anomalib.engine import Engine
 from markdown_it import MarkdownIt
 
@@ -186,6 +187,9 @@ def test_commands_and_code_of_a_page_work(page, inside, monkeypatch):
             for words in commands(block):
                 print(f"{page}:{block.line}", shlex.join(words))  # noqa: T201 - says which one fails
                 check_command(words, block.parsed_only, monkeypatch)
+        elif block.language == "yaml":
+            sets = yaml.safe_load(block.text)["sets"]
+            assert all(get_datamodule(source).name == name for name, source in sets.items())
         else:
             known = {"text", "csv", "mermaid", "latex"}
             assert block.language in known or block.language.startswith("{") or not block.language
