@@ -3,7 +3,7 @@
 
 """Draw docs/images/overview.png: a test image of each modality, its mask outlined, and the model's heatmap.
 
-One small model a modality, 4 + 4 drawn supports, less than a minute of training each. The pictures are the first
+One small model a modality, 4 + 4 drawn supports, six epochs each. The pictures are the first
 abnormal test image of each modality; none was chosen.
 
 python docs/draw_overview.py
