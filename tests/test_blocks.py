@@ -232,8 +232,10 @@ def test_notebook_runs_and_keeps_its_outputs(tmp_path, monkeypatch):
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert sum(bool(cell["outputs"]) for cell in cells) >= 5
     assert "image/png" in json.dumps(cells)
-    for path in ("/tmp/", "/home/", "/work/", "/root/", "Traceback"):
-        assert path not in json.dumps([cell["outputs"] for cell in cells])
+    outputs = json.dumps([cell["outputs"] for cell in cells])
+    assert "Traceback" not in outputs
+    text = re.sub(r'"image/png": "[^"]*"', "", outputs)
+    assert not re.search(r"(?<![\w.])/[a-z]+/\w+[/.]", text), "the outputs name a path of a machine"
     namespace = {"__name__": "notebook"}
     with mpl.rc_context():
         for number, cell in enumerate(cells):

@@ -48,6 +48,7 @@ from torchmetrics.functional.classification import binary_auroc
 
 from anomalib_mvfa.backbones import TINY_CONFIG
 from anomalib_mvfa.data.phantoms import MODALITIES, describe_extent, describe_place, draw_phantom
+from anomalib_mvfa.files import replacing
 from anomalib_mvfa.lesions import LesionSynthesizer
 from anomalib_mvfa.model.prompts import class_prompts
 
@@ -634,14 +635,21 @@ def bring_texts_together(clip: CLIP, similarity: float = STATE_SIMILARITY) -> No
 
 
 def export(clip: CLIP, path: Path) -> Path:
-    """Write the weights in half precision, as the package carries them, with `bring_texts_together`."""
+    """Write the weights in half precision, as the package carries them, with `bring_texts_together`.
+
+    Args:
+        clip: Model of `CONFIG`; it is left as it is.
+        path: File to write.
+
+    Returns:
+        The path.
+    """
     clip = deepcopy(clip)
     bring_texts_together(clip)
     state = {name: value.detach().half().cpu().contiguous() for name, value in clip.state_dict().items()}
     state = {name: value for name, value in state.items() if name != "attn_mask"}
-    partial = path.with_name(path.name + ".partial")
-    save_file(state, partial, metadata={"format": "pt"})
-    partial.replace(path)
+    with replacing(path) as partial:
+        save_file(state, partial, metadata={"format": "pt"})
     return path
 
 
@@ -719,9 +727,8 @@ def train(
             "history": history,
             "means": means,
         }
-        partial = checkpoint.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(checkpoint)
+        with replacing(checkpoint) as partial:
+            torch.save(state, partial)
         (output / "history.json").write_text(json.dumps(history, indent=1), encoding="utf-8")
         export(training.clip, output / "tiny.safetensors")
         progress.console.print(" ".join(f"{k} {v:.4g}" for k, v in history[-1].items()))

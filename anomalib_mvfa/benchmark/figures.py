@@ -4,22 +4,16 @@
 """The figures of one cell: of images from their raw scores, of pixels in constant memory."""
 
 import numpy as np
-import torch
-from anomalib.metrics.f1_score import _F1Max
 from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
-from torchmetrics.functional.classification import (
-    binary_auroc,
-    binary_average_precision,
-    binary_sensitivity_at_specificity,
-)
 
 from anomalib_mvfa.model.metrics import PixelAUROC, squash
 
+from .statistics import image_metrics
+
 __all__ = ["PixelFigures", "image_figures"]
 
-SPECIFICITY = 0.95
 PRO_LIMIT = 0.3
 NEIGHBOURS = np.ones((3, 3), dtype=int)  # regions touch at corners, too, as in anomalib's metric
 
@@ -48,19 +42,8 @@ def image_figures(scores: Tensor, labels: Tensor) -> dict[str, float]:
     if labels.unique().numel() < 2:
         msg = "The test images are all normal or all abnormal: nothing can be compared on them."
         raise ValueError(msg)
-    # Ranks keep order and ties. Raw scores outside [0, 1] would be taken for logits, whose sigmoid merges some.
-    ranks = torch.unique(scores.double(), return_inverse=True)[1].double() / len(scores)
-    labels = labels.int()
-    f1_max = _F1Max()
-    f1_max.update(ranks, labels)
-    return {
-        "image_AUROC": float(binary_auroc(ranks, labels)),
-        "image_AP": float(binary_average_precision(ranks, labels)),
-        "image_F1Max": float(f1_max.compute()),
-        "image_sensitivity_at_95_specificity": float(
-            binary_sensitivity_at_specificity(ranks, labels, min_specificity=SPECIFICITY)[0]
-        ),
-    }
+    values = image_metrics(labels.bool().numpy(), scores.double().numpy())
+    return {name: float(value[0]) for name, value in values.items()}
 
 
 class PixelFigures:

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anomalib_mvfa.data.readers import read_image
+from anomalib_mvfa.files import replacing
 
 from .cells import Cell, Maps, load_cells
 from .charts import Line, curves, histogram, interval_bar, swatch
@@ -122,7 +123,7 @@ class Pair:
     adjusted: float
 
 
-class Comparison:
+class FinishedCells:
     """The finished cells, grouped and ordered for display.
 
     Args:
@@ -226,7 +227,7 @@ def _points(difference: Difference) -> str:
     return f"{100 * difference.mean:+.1f} [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
 
 
-def _summary(comparison: Comparison) -> list[str]:
+def _summary(comparison: FinishedCells) -> list[str]:
     """Say for each set and shot what was found, no more than that."""
     sentences = []
     for name in comparison.sets:
@@ -270,7 +271,7 @@ def _verdict(pair: Pair, family: int) -> str:
 # Tables
 
 
-def _paper_tables(comparison: Comparison) -> list[Table]:
+def _paper_tables(comparison: FinishedCells) -> list[Table]:
     """Areas under the ROC curve, a method a row, image and pixel of each set beside each other, the mean at the end."""
     tables = []
     for k_shot in comparison.shots:
@@ -339,7 +340,7 @@ def _published_row(
     return row
 
 
-def _metric_tables(comparison: Comparison) -> list[Table]:
+def _metric_tables(comparison: FinishedCells) -> list[Table]:
     """All figures with their intervals, a table a set and shot."""
     tables = []
     for name in comparison.sets:
@@ -366,7 +367,7 @@ def _metric_tables(comparison: Comparison) -> list[Table]:
     return tables
 
 
-def _pair_tables(comparison: Comparison) -> list[Table]:
+def _pair_tables(comparison: FinishedCells) -> list[Table]:
     tables = []
     for (name, k_shot, method), pairs in groupby(
         comparison.pairs, key=lambda p: (p.first.set, p.first.k_shot, p.first.method)
@@ -391,7 +392,7 @@ def _pair_tables(comparison: Comparison) -> list[Table]:
     return tables
 
 
-def _cost_tables(comparison: Comparison) -> list[Table]:
+def _cost_tables(comparison: FinishedCells) -> list[Table]:
     tables = []
     for name in comparison.sets:
         rows = []
@@ -411,21 +412,13 @@ def _whole(values: Sequence[float]) -> str:
     return f"{np.mean(values):,.0f}" if values else "-"
 
 
-def _failure_table(comparison: Comparison, show_paths: bool) -> Table | None:
+def _failure_table(comparison: FinishedCells, show_paths: bool) -> Table | None:
     rows = []
     for cell in comparison.others:
         hidden = f"see {Path('cells', cell.folder.name, 'cell.json').as_posix()}"
         reason = cell.error or "" if show_paths or cell.status == "unreadable" else hidden
         rows.append([cell.folder.name, cell.status, reason])
     return Table("Cells that are missing in all figures", ["cell", "status", "reason"], rows) if rows else None
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file that is never seen half-written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8", newline="")
-    partial.replace(path)
 
 
 def write_tables(cells: Sequence[Cell], folder: Path | str) -> None:
@@ -440,20 +433,17 @@ def write_tables(cells: Sequence[Cell], folder: Path | str) -> None:
     Raises:
         ValueError: If two cells are of the same method, set, shot and seed.
     """
-    comparison = Comparison(cells)
+    comparison = FinishedCells(cells)
     metrics = dict.fromkeys([*TITLES, *(name for cell in cells for name in cell.metrics)])
     costs = dict.fromkeys([*COSTS, *(name for cell in cells for name in cell.cost)])
     facts = ("method", "set", "k_shot", "seed", "backbone", "status", "threshold", "version", "error")
-    partial = Path(folder) / "results.csv.partial"
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("w", newline="", encoding="utf-8") as file:
+    with replacing(Path(folder) / "results.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["cell", *facts[:6], *metrics, *costs, *facts[6:]])
         for cell in cells:
             known = [getattr(cell, fact) for fact in facts]
             figures = [cell.metrics.get(name) for name in metrics] + [cell.cost.get(name) for name in costs]
             writer.writerow([cell.folder.name, *known[:6], *figures, *known[6:]])
-    partial.replace(Path(folder) / "results.csv")
 
     parts = ["# Comparison", *(f"- {sentence}" for sentence in _summary(comparison)), NOT_CLINICAL]
     parts += [f"**{DEMONSTRATION}**"] if comparison.demonstration else []
@@ -465,7 +455,8 @@ def write_tables(cells: Sequence[Cell], folder: Path | str) -> None:
     parts += ["## Cost", *(table.to_markdown() for table in _cost_tables(comparison))]
     missing = _failure_table(comparison, show_paths=False)
     parts += ["## Missing", missing.to_markdown()] if missing else []
-    _write(Path(folder) / "results.md", "\n\n".join(parts) + "\n")
+    with replacing(Path(folder) / "results.md") as partial:
+        partial.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 # The page
@@ -475,7 +466,7 @@ def _style(method: str) -> str:
     return METHODS.get(method, "other")
 
 
-def _curve_figures(comparison: Comparison) -> str:
+def _curve_figures(comparison: FinishedCells) -> str:
     parts = []
     for name in comparison.sets:
         for k_shot in comparison.shots:
@@ -501,7 +492,7 @@ def _curve_figures(comparison: Comparison) -> str:
     return f'<p class="note">{note} Beside each name: image AUROC in %.</p>{"".join(parts)}' if parts else ""
 
 
-def _interval_figures(comparison: Comparison) -> str:
+def _interval_figures(comparison: FinishedCells) -> str:
     parts = []
     for (name, k_shot, method), found in groupby(
         comparison.pairs, key=lambda p: (p.first.set, p.first.k_shot, p.first.method)
@@ -522,7 +513,7 @@ def _interval_figures(comparison: Comparison) -> str:
     return "".join(parts)
 
 
-def _histograms(comparison: Comparison) -> str:
+def _histograms(comparison: FinishedCells) -> str:
     parts = []
     for name in comparison.sets:
         for k_shot in comparison.shots:
@@ -618,7 +609,7 @@ def _panel(group: Group, maps: Maps | None, path: str) -> Panel:
     return Panel(group.method, maps.values[index] if maps else None, f"{score:.3g} {called}".strip(), detail)
 
 
-def _pictures(comparison: Comparison, roots: Mapping[str, Path], show_paths: bool) -> str:
+def _pictures(comparison: FinishedCells, roots: Mapping[str, Path], show_paths: bool) -> str:
     parts = []
     limit = max(4, GALLERY_ROWS // max(1, len(comparison.sets)))
     for name in comparison.sets:
@@ -663,7 +654,7 @@ def _pictures(comparison: Comparison, roots: Mapping[str, Path], show_paths: boo
     return f'<p class="note">{note}</p>{colour_bar(*ends)}{"".join(parts)}'
 
 
-def _provenance(comparison: Comparison, command: str | None, show_paths: bool) -> str:
+def _provenance(comparison: FinishedCells, command: str | None, show_paths: bool) -> str:
     facts = [
         ("anomalib-mvfa", ", ".join(sorted({cell.version for cell in comparison.cells}))),
         ("backbone", ", ".join(comparison.backbones)),
@@ -712,7 +703,7 @@ def write_page(
     Raises:
         ValueError: If two cells are of the same method, set, shot and seed.
     """
-    comparison = Comparison(cells)
+    comparison = FinishedCells(cells)
     roots: dict[str, Path]
     if isinstance(data_root, Mapping):
         roots = {name: Path(root) for name, root in data_root.items()}
@@ -741,7 +732,8 @@ def write_page(
         Section("made", "How it was made", _provenance(comparison, command, show_paths)),
     ]
     document = page(title, sections, warning + intro, f"<p>{escape(NOT_CLINICAL)}</p>")
-    _write(Path(path), document)
+    with replacing(path) as partial:
+        partial.write_text(document, encoding="utf-8")
 
 
 def _html(tables: Sequence[Table]) -> str:

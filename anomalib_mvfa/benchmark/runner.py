@@ -45,6 +45,7 @@ from anomalib_mvfa import MVFA, __version__
 from anomalib_mvfa.baselines import DistanceToMean, ImageVariance, MeanBrightness, WinClipAny
 from anomalib_mvfa.data import FewShot, LeaveOneOut
 from anomalib_mvfa.data.few_shot import SupportDataset
+from anomalib_mvfa.files import replacing
 from anomalib_mvfa.model.backbone import resolve_backbone
 from anomalib_mvfa.model.processing import EightBitResize
 
@@ -226,9 +227,8 @@ def run_comparison(comparison: Comparison) -> list[Path]:
             logger.exception("Cell %s failed.", spec.folder.name)
             record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
             failed.append(spec.folder)
-        partial_file = spec.folder / "cell.json.partial"
-        partial_file.write_text(json.dumps(record, indent=1), encoding="utf-8")
-        partial_file.replace(spec.folder / "cell.json")
+        with replacing(spec.folder / "cell.json") as partial_file:
+            partial_file.write_text(json.dumps(record, indent=1), encoding="utf-8")
     return failed
 
 

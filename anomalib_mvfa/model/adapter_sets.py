@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from anomalib.data import InferenceBatch
 from anomalib.data.utils import read_image
-from anomalib.utils.serialization import anomalib_safe_globals
 from torch import Tensor, nn
 
+from .checkpoints import read_checkpoint
 from .lightning_model import CHECKPOINT_KEY, MVFA
-from .memory import Support
+from .memory import MemoryBank, Support
 from .variant import Variant
 from .weights import check_facts, load_adapters
 
@@ -190,15 +190,10 @@ class AdapterSets:
         self.mvfa.post_processor = chosen.post_processor
 
     def _from_checkpoint(self, source: str | Path) -> AdapterSet:
-        path = Path(source)
-        if not path.is_file():
-            msg = f"No checkpoint at {path}. Give the path of one that `anomalib train --model MVFA` has written."
-            raise FileNotFoundError(msg)
-        with anomalib_safe_globals(extra=MVFA.checkpoint_safe_globals()):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = read_checkpoint(source, MVFA.checkpoint_safe_globals())
         facts = checkpoint.get(CHECKPOINT_KEY)
         if facts is None:
-            msg = f"{path} was not made by MVFA. Give a checkpoint that `anomalib train --model MVFA` has written."
+            msg = f"{source} was not made by MVFA. Give a checkpoint that `anomalib train --model MVFA` has written."
             raise ValueError(msg)
         made = self._blank(source, facts)
         state: dict[str, Tensor] = checkpoint["state_dict"]
@@ -233,7 +228,7 @@ class AdapterSets:
         model = self.mvfa.model
         parts = {part: deepcopy(getattr(model, part)) for part in ("seg_adapters", "det_adapters", "fusion")}
         # An empty bank is made anew: copying the present one would cost its size.
-        parts |= {part: type(getattr(model, part))(len(model.levels)) for part in ("seg_memory", "det_memory")}
+        parts |= {part: MemoryBank(len(model.levels), model.memory.coreset) for part in ("seg_memory", "det_memory")}
         return {part: parts[part].to(self.mvfa.device) for part in PARTS}
 
     def _blank(self, source: str | Path, facts: dict[str, Any]) -> AdapterSet:

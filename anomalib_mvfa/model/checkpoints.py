@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from anomalib_mvfa.files import replacing
 
-__all__ = ["AtomicCheckpointIO", "ResumePoint", "check_readable", "check_state", "checkpoint_folder"]
+__all__ = ["AtomicCheckpointIO", "ResumePoint", "check_state", "checkpoint_folder", "read_checkpoint"]
 
 RESUME_POINT = "resume.ckpt"
 
@@ -100,19 +100,22 @@ def _as_checkpoint(contents: Any) -> dict[str, Any]:  # noqa: ANN401 - whatever 
     return contents
 
 
-def check_readable(path: str | Path, safe_globals: Any) -> None:  # noqa: ANN401 - anomalib's own type
-    """Check that a file is a checkpoint, without reading its tensors.
+def read_checkpoint(path: str | Path, safe_globals: Any) -> dict[str, Any]:  # noqa: ANN401 - anomalib's own type
+    """Read a checkpoint without executing code from it; its tensors are read when they are used.
 
     Args:
         path: The file.
         safe_globals: Types that it may hold.
+
+    Returns:
+        Its contents.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it cannot be read.
     """
     with _readable(path), anomalib_safe_globals(extra=safe_globals):
-        _as_checkpoint(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        return _as_checkpoint(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
 
 
 def check_state(state: dict[str, Any], model: nn.Module, skipped: tuple[str, ...], free: tuple[str, ...]) -> None:

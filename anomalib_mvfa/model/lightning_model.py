@@ -38,7 +38,7 @@ from anomalib_mvfa.lesions import LesionSynthesizer
 
 from .backbone import resolve_backbone
 from .card import upload
-from .checkpoints import AtomicCheckpointIO, ResumePoint, check_readable, check_state, checkpoint_folder
+from .checkpoints import AtomicCheckpointIO, ResumePoint, check_state, checkpoint_folder, read_checkpoint
 from .divergence import all_finite, diagnosis
 from .export import compress
 from .loss import dice_loss, focal_loss, score_loss
@@ -956,7 +956,7 @@ class MVFA(AnomalibModule):
             ValueError: If it cannot be read, was not made by MVFA, or does not fit.
         """
         if weights_only:
-            check_readable(checkpoint_path, cls.checkpoint_safe_globals())
+            read_checkpoint(checkpoint_path, cls.checkpoint_safe_globals())
         options = {"map_location": map_location, "weights_only": weights_only, **kwargs}
         model: MVFA = super().load_from_checkpoint(checkpoint_path, **options)  # type: ignore[assignment]
         return model

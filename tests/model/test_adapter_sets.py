@@ -198,7 +198,7 @@ def test_sets_of_another_network_are_refused(live, checkpoints, small_backbone, 
     with pytest.raises(ValueError, match=r"image_size=\[56, 56\]"):
         live.add("brain", path)
     live.mvfa.model.image_size = (56, 56)
-    torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
+    torch.save({"state_dict": {}, "hyper_parameters": {}}, tmp_path / "foreign.ckpt")
     with pytest.raises(ValueError, match="not made by MVFA"):
         live.add("foreign", tmp_path / "foreign.ckpt")
     with pytest.raises(FileNotFoundError, match=r"nothing\.ckpt"):
