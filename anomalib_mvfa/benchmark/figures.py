@@ -32,6 +32,7 @@ def image_figures(scores: Tensor, labels: Tensor) -> dict[str, float]:
         ValueError: If a score is not finite, or one class is missing.
 
     Example:
+        >>> import torch
         >>> figures = image_figures(torch.tensor([-3.0, 2.0, 1.0, 9.0]), torch.tensor([0, 0, 1, 1]))
         >>> figures["image_AUROC"], round(figures["image_F1Max"], 2)
         (0.75, 0.8)
