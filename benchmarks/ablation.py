@@ -38,7 +38,12 @@ CHOICES: dict[str, dict[str, Any]] = {
     "language branch alone": {"memory": False},
     "memory branch alone": {"language_weight": 0.0},
     "ranges from the test set": {"fusion_scale": "test"},
-    "first half of the levels": {"levels": "first half"},
+    "levels: half": {"levels": "half"},
+    "levels: middle": {"levels": "middle"},
+    "coreset 0.25": {"coreset": 0.25},
+    "coreset 0.1": {"coreset": 0.1},
+    "4 images a step": {"train_batch_size": 4},
+    "16 images a step": {"train_batch_size": 16},
 }
 
 
@@ -57,20 +62,10 @@ def main() -> None:
         data = make_data(options, seed, "auto")
         test_on_the_same_images([data])
         choices = dict(CHOICES.get(name, {}))
-        if "levels" in choices:
-            choices["levels"] = _first_half(options)
+        data.train_batch_size = choices.pop("train_batch_size", data.train_batch_size)
         rows[name].append(brightness(data) if name == BRIGHTNESS else evaluate(options, data, seed, **choices))
         path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     print_table(rows)
-
-
-def _first_half(options: Any) -> list[int]:  # noqa: ANN401 - the parsed arguments
-    """Give the backbone's levels up to the middle."""
-    from anomalib_mvfa.model.backbone import resolve_backbone
-    from anomalib_mvfa.model.tower import quarter_levels
-
-    levels = quarter_levels(resolve_backbone(options.backbone, options.pretrained).model["vision_cfg"]["layers"])
-    return list(levels[: len(levels) // 2])
 
 
 if __name__ == "__main__":
