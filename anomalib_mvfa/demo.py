@@ -23,7 +23,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from anomalib.data.utils import read_image
-from anomalib.deploy import OpenVINOInferencer
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
@@ -34,6 +33,7 @@ from torchmetrics.functional.classification import binary_auroc
 
 from anomalib_mvfa.benchmark.page import GalleryRow, Panel, Section, Table, colour_bar, gallery, page, picture
 from anomalib_mvfa.data.phantoms import write_phantoms
+from anomalib_mvfa.deploy import OpenVINOInferencer
 from anomalib_mvfa.model.metrics import PixelAUROC
 
 __all__ = ["main"]
@@ -247,7 +247,7 @@ def main() -> None:
 
     _anomalib(
         *("export", "--model", "MVFA", "--ckpt_path", str(checkpoint), "--export_type", "openvino"),
-        *("--input_size", f"[{SIZE}, {SIZE}]", "--export_root", str(ROOT / "export")),
+        *("--export_root", str(ROOT / "export")),
     )
     exported = _newest(base / "export", "**/model.xml")
     again, pixel_area, openvino = _openvino(exported, few_shot)

@@ -20,7 +20,7 @@ from anomalib.metrics import AUROC
 from PIL import Image
 from torch.testing import assert_close
 
-from anomalib_mvfa import MVFA
+from anomalib_mvfa import MVFA, deploy
 from anomalib_mvfa.data import FewShot
 from anomalib_mvfa.model import export
 from anomalib_mvfa.model.export import sensitive_nodes
@@ -117,6 +117,28 @@ def test_inferencers_of_anomalib_agree_with_the_engine_on_a_file_of_another_size
     served = OpenVINOInferencer(graph, "CPU", F32).predict(path)
     assert_close(torch.from_numpy(served.anomaly_map).reshape(given.anomaly_map.shape), given.anomaly_map, **EXACT)
     assert_close(torch.as_tensor(served.pred_score).flatten(), given.pred_score.flatten(), **EXACT)
+
+
+def test_own_inferencer_resizes_files_as_training_does_and_refuses_arrays_of_another_size(
+    trained, full, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 255, (140, 96, 3), dtype=np.uint8)
+    path = tmp_path / "scan.png"
+    Image.fromarray(pixels).save(path)
+    resized = trained._pre_processed(torch.from_numpy(pixels).permute(2, 0, 1) / 255)
+    inferencer = deploy.OpenVINOInferencer(full, "CPU", F32)
+    assert inferencer.image_size == (56, 56)
+    for image in (path, Image.open(path), resized, resized.permute(1, 2, 0).numpy()):
+        prediction = inferencer.predict(image)
+        outputs = {name: torch.as_tensor(getattr(prediction, name)) for name in OUTPUTS}
+        assert_agrees(outputs, trained, resized[None], **EXACT)
+    before = pixels.copy()
+    with pytest.raises(
+        ValueError, match=r'reads images of 56 x 56 pixels, but .* 140 x 96.* --input_size "\[140,96\]"'
+    ):
+        inferencer.predict(pixels)
+    assert (pixels == before).all()
 
 
 @pytest.mark.parametrize("shape", [(140, 96), (300, 57), (20, 30), (56, 200)])
