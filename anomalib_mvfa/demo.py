@@ -34,7 +34,7 @@ from torchmetrics.functional.classification import binary_auroc
 from anomalib_mvfa.benchmark.page import GalleryRow, Panel, Section, Table, colour_bar, gallery, page, picture
 from anomalib_mvfa.data.phantoms import write_phantoms
 from anomalib_mvfa.deploy import OpenVINOInferencer
-from anomalib_mvfa.model.metrics import PixelAUROC
+from anomalib_mvfa.model.metrics import PixelFigures
 
 __all__ = ["main"]
 
@@ -181,14 +181,14 @@ def _openvino(model: Path, rows: Sequence[Prediction]) -> tuple[list[Prediction]
         What it says of the same images, its pixel AUROC, and a gallery.
     """
     inferencer = OpenVINOInferencer(path=model, device="CPU", config={"INFERENCE_PRECISION_HINT": "f32"})
-    again, panels, pixels = [], {}, PixelAUROC()
+    again, panels, pixels = [], {}, PixelFigures()
     for row in track(rows, "Predicting with OpenVINO", disable=not sys.stdout.isatty()):
         result = inferencer.predict(row.path)
         score = float(np.asarray(result.pred_score).squeeze())
         again.append(row._replace(score=score, label=int(np.asarray(result.pred_label).squeeze())))
         heat = np.asarray(result.anomaly_map, dtype=np.float32).squeeze()
         full_size = functional.interpolate(torch.from_numpy(heat)[None, None], (SIZE, SIZE), mode="bilinear")[0, 0]
-        pixels.update(full_size, torch.from_numpy(_mask(row.path)))
+        pixels.update(full_size[None], torch.from_numpy(_mask(row.path))[None])
         panels[row.path] = Panel("OpenVINO", _heat(heat), f"score {score:.3f}", f"Lightning said {row.score:.3f}")
     shown = []
     for row in _spread(rows):
@@ -196,7 +196,7 @@ def _openvino(model: Path, rows: Sequence[Prediction]) -> tuple[list[Prediction]
             image = np.asarray(file.convert("RGB"))
         truth = "abnormal" if _is_abnormal(row.path) else "normal"
         shown.append(GalleryRow(row.path.stem, truth, image, _mask(row.path), [panels[row.path]]))
-    return again, float(pixels.compute()), colour_bar("0", "1") + gallery(shown)
+    return again, pixels.compute()["pixel_AUROC"], colour_bar("0", "1") + gallery(shown)
 
 
 def _mask(path: Path) -> NDArray[np.bool_]:

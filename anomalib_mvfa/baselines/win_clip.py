@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize
 
 from anomalib_mvfa.model.backbone import BackboneConfig, load_clip, resolve_backbone
+from anomalib_mvfa.model.metrics import MVFAEvaluator
 from anomalib_mvfa.model.prompts import class_prompts, prompt_name
 from anomalib_mvfa.model.results import MVFAVisualizer
 
@@ -178,6 +179,11 @@ class WinClipAny(WinClip):
         resize = Resize(image_size or (240, 240), antialias=True, interpolation=InterpolationMode.BICUBIC)
         normalize = [Normalize(mean=OPENAI_DATASET_MEAN, std=OPENAI_DATASET_STD)] if normalize_input else []
         return PreProcessor(transform=Compose([resize, *normalize]))
+
+    @staticmethod
+    def configure_evaluator() -> MVFAEvaluator:
+        """Configure the default metrics: those of MVFA."""
+        return MVFAEvaluator()
 
     @classmethod
     def configure_visualizer(cls) -> MVFAVisualizer:

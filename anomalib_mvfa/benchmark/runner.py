@@ -47,10 +47,11 @@ from anomalib_mvfa.data import FewShot, LeaveOneOut
 from anomalib_mvfa.data.few_shot import SupportDataset
 from anomalib_mvfa.files import replacing
 from anomalib_mvfa.model.backbone import resolve_backbone
+from anomalib_mvfa.model.metrics import PixelFigures
 from anomalib_mvfa.model.processing import EightBitResize
 
 from .cells import load_cells
-from .figures import PixelFigures, image_figures
+from .figures import image_figures
 from .report import write_page, write_tables
 
 __all__ = ["METHODS", "Comparison", "run_comparison", "write_report"]

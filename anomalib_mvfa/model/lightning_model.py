@@ -25,7 +25,7 @@ from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import AnomalibDataModule, ImageBatch
 from anomalib.deploy import CompressionType
 from anomalib.engine.plugins import AnomalibCheckpointIO
-from anomalib.metrics import AUPR, AUROC, Evaluator, F1Score
+from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback
@@ -43,7 +43,7 @@ from .divergence import all_finite, diagnosis
 from .export import compress
 from .loss import dice_loss, focal_loss, score_loss
 from .memory import Support
-from .metrics import SelectionScore
+from .metrics import MVFAEvaluator, SelectionScore
 from .processes import gather_objects, prepare_processes
 from .processing import MVFAPostProcessor, MVFAPreProcessor
 from .prompts import prompt_ensemble, prompt_name
@@ -276,18 +276,9 @@ class MVFA(AnomalibModule):
         return MVFAPostProcessor(self.hparams["threshold"], self.hparams["target_fpr"])
 
     @staticmethod
-    def configure_evaluator() -> Evaluator:
-        """Configure the default metrics: AUROC, AUPR and F1 of images and of pixels."""
-        kinds = (("image_", "pred_score", "pred_label", "gt_label"), ("pixel_", "anomaly_map", "pred_mask", "gt_mask"))
-        metrics: list[Any] = []
-        for prefix, score, label, truth in kinds:
-            strict = prefix == "image_"
-            metrics += [
-                AUROC(fields=[score, truth], prefix=prefix, strict=strict),
-                AUPR(fields=[score, truth], prefix=prefix, strict=strict),
-                F1Score(fields=[label, truth], prefix=prefix, strict=strict),
-            ]
-        return Evaluator(test_metrics=metrics)
+    def configure_evaluator() -> MVFAEvaluator:
+        """Configure the default metrics: AUROC, AUPR and F1 of images and of pixels, and AUPRO."""
+        return MVFAEvaluator()
 
     @classmethod
     def configure_visualizer(cls) -> MVFAVisualizer:

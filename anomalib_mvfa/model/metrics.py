@@ -1,15 +1,28 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The figure by which the published protocol chooses its epoch."""
+"""Figures of pixels, exact at any size, and the one by which the published protocol chooses its epoch."""
 
+from typing import Any, ClassVar
+
+import numpy as np
 import torch
 from anomalib.data import ImageBatch
+from anomalib.metrics import AUPR, AUROC, Evaluator, F1Score
+from lightning.pytorch import LightningModule, Trainer
+from scipy import ndimage
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import BinaryAUROC
 
-__all__ = ["PixelAUROC", "SelectionScore", "squash"]
+from .processes import gather_objects
+
+__all__ = ["MVFAEvaluator", "PixelFigures", "SelectionScore", "squash"]
+
+PRO_LIMIT = 0.3
+NEIGHBOURS = np.ones((3, 3), dtype=int)  # regions touch at corners, too, as in anomalib's metric
+BLOCK = 2**24
+"""Normal pixels that are sorted at once."""
 
 
 def squash(values: Tensor) -> Tensor:
@@ -31,44 +44,163 @@ def squash(values: Tensor) -> Tensor:
     return 0.5 + 0.5 * values / (1 + values.abs())
 
 
-class PixelAUROC(Metric):
-    """Area under the ROC curve over all pixels, in constant memory.
+class PixelFigures:
+    """AUROC, average precision, AUPRO and best Dice over all pixels, exact, four bytes a pixel.
 
-    Pixels are counted in a million bins of their squashed score; pixels in one bin count as tied.
+    Curves over pixels change direction at the scores of abnormal pixels alone, which are few. The normal ones are kept
+    as sorted blocks, in which those above and at each abnormal score are counted; they are never sorted together, nor
+    sent from one process to another. AUPRO is that of Bergmann et al., "Uninformed Students" (CVPR 2020): every pixel
+    of a region counts by one over the size of its region.
 
     Example:
-        >>> metric = PixelAUROC()
-        >>> metric.update(torch.tensor([[0.1, 0.4], [0.35, 0.8]]), torch.tensor([[0, 0], [1, 1]]))
-        >>> metric.compute()
-        tensor(0.7500)
+        >>> figures = PixelFigures()
+        >>> figures.update(torch.tensor([[[0.1, 0.4], [0.35, 0.8]]]), torch.tensor([[[0, 0], [1, 1]]]))
+        >>> figures.compute()["pixel_AUROC"]
+        0.75
     """
 
-    BINS = 2**20
-    full_state_update = False
-
-    counts: Tensor
-
     def __init__(self) -> None:
-        super().__init__()
-        self.add_state("counts", torch.zeros(2, self.BINS, dtype=torch.long), dist_reduce_fx="sum")
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._blocks: list[Tensor] = []  # scores of normal pixels, sorted
+        self._unsorted: list[Tensor] = []
+        self._abnormal: list[Tensor] = []  # scores of abnormal pixels
+        self._shares: list[Tensor] = []  # one over the size of the region of each
+        self._regions = 0
 
     def update(self, maps: Tensor, masks: Tensor) -> None:
-        """Count pixels.
+        """Take in the pixels of a batch.
 
         Args:
-            maps: Scores of any shape.
-            masks: Truth of the same shape, abnormal where not zero.
-        """
-        bins = (squash(maps.float()) * self.BINS).long().clamp(0, self.BINS - 1)
-        labelled = (bins + self.BINS * masks.bool()).flatten()
-        self.counts += torch.bincount(labelled, minlength=2 * self.BINS).view(2, self.BINS)
+            maps: Scores ``(B, H, W)``.
+            masks: Truth ``(B, H, W)``, abnormal where not zero.
 
-    def compute(self) -> Tensor:
-        """Give the area; not a number while one class is missing."""
-        normal, abnormal = self.counts.double()
-        below = normal.cumsum(dim=0) - normal / 2  # normal pixels that score lower, ties by half
-        area: Tensor = (abnormal * below).sum() / (abnormal.sum() * normal.sum())
-        return area.float()
+        Raises:
+            ValueError: If a score is not finite.
+        """
+        maps, masks = maps.detach().float().cpu(), masks.detach().cpu().bool()
+        if not bool(maps.isfinite().all()):
+            msg = (
+                f"{int((~maps.isfinite()).sum())} of {maps.numel()} pixel scores of a batch are not finite numbers: "
+                "the training has diverged, or an image holds values that are none."
+            )
+            raise ValueError(msg)
+        self._unsorted.append(maps[~masks])
+        if sum(map(len, self._unsorted)) >= BLOCK:
+            self._sort()
+        for scores, mask in zip(maps, masks, strict=True):
+            if not bool(mask.any()):
+                continue
+            regions, count = ndimage.label(mask.numpy(), structure=NEIGHBOURS)
+            numbers = regions[mask.numpy()]
+            self._shares.append(torch.from_numpy(1 / np.bincount(numbers)[numbers]).float())
+            self._abnormal.append(scores[mask])
+            self._regions += count
+
+    def _sort(self) -> None:
+        block = torch.cat(self._unsorted).numpy()
+        self._unsorted = []
+        block.sort()  # in place, and several times as fast as torch's, which also gives positions
+        self._blocks.append(torch.from_numpy(block))
+
+    def compute(self) -> dict[str, float]:
+        """Give the figures in [0, 1], over the pixels of all processes; nothing while one class of pixels is missing.
+
+        Every process has to ask.
+        """
+        if self._unsorted:
+            self._sort()
+        empty = torch.empty(0)
+        own = (torch.cat([empty, *self._abnormal]), torch.cat([empty, *self._shares]), self._regions)
+        abnormal, shares, regions = zip(*gather_objects(own), strict=True)
+        scores, ranks, true = torch.unique(torch.cat(abnormal), return_inverse=True, return_counts=True)
+        overlap = torch.zeros(len(scores), dtype=torch.float64).index_add_(0, ranks, torch.cat(shares).double())
+        del abnormal, shares, ranks
+        above, at_or_above = (self._normal_above(scores, right=right) for right in (True, False))
+        counts = gather_objects((above, at_or_above))
+        above, at_or_above = (torch.stack(parts).sum(dim=0).flip(0).double() for parts in zip(*counts, strict=True))
+        number = sum(gather_objects(sum(map(len, self._blocks))))
+        true = true.flip(0).double()
+        if not number or not len(scores):
+            return {}
+        recalled = true.cumsum(0)
+        precision = recalled / (recalled + at_or_above)
+        overlap = overlap.flip(0).cumsum(0) / sum(regions)
+        return {
+            "pixel_AUROC": float((true * (number - (above + at_or_above) / 2)).sum() / (number * recalled[-1])),
+            "pixel_AP": float((true * precision).sum() / recalled[-1]),
+            "pixel_AUPRO": _overlap_area(above / number, at_or_above / number, overlap),
+            "pixel_Dice": float((2 * recalled / (recalled + at_or_above + recalled[-1])).max()),
+        }
+
+    def _normal_above(self, scores: Tensor, *, right: bool) -> Tensor:
+        """Count the normal pixels of this process above each score, those at it left out with ``right``."""
+        count = torch.zeros(len(scores), dtype=torch.long)
+        for block in self._blocks:
+            count += len(block)
+            count -= torch.searchsorted(block, scores, right=right)
+        return count
+
+
+def _overlap_area(above: Tensor, at_or_above: Tensor, overlap: Tensor) -> float:
+    """Integrate overlap over the false positive rate up to the limit, as a share of what is possible.
+
+    Args:
+        above: False positive rates ``(T,)`` just above each threshold, thresholds falling.
+        at_or_above: The same at the thresholds.
+        overlap: Mean overlap with the regions at the thresholds.
+    """
+    start = torch.zeros(1, dtype=torch.float64)
+    rate = torch.cat([start, torch.stack([above, at_or_above], dim=1).flatten(), start + 1]).numpy()
+    before = torch.cat([start, overlap[:-1]])
+    height = torch.cat([start, torch.stack([before, overlap], dim=1).flatten(), start + 1]).numpy()
+    end = int(np.searchsorted(rate, PRO_LIMIT))  # the first point at or beyond the limit
+    last = np.interp(PRO_LIMIT, rate[end - 1 : end + 1], height[end - 1 : end + 1])
+    rate, height = np.append(rate[:end], PRO_LIMIT), np.append(height[:end], last)
+    return float((np.diff(rate) * (height[1:] + height[:-1]) / 2).sum() / PRO_LIMIT)
+
+
+class MVFAEvaluator(Evaluator):
+    """anomalib's evaluator with exact figures of pixels beside its metrics, in memory that allows large sets.
+
+    anomalib's own metrics of pixels keep twelve bytes a pixel each, and sort all of them together.
+
+    Args:
+        **kwargs: Arguments of anomalib's evaluator. ``test_metrics`` default to AUROC, AUPR and F1 of images and F1 of
+            pixels.
+    """
+
+    NAMES: ClassVar = {"pixel_AUROC": "pixel_AUROC", "pixel_AP": "pixel_AUPR", "pixel_AUPRO": "pixel_AUPRO"}
+    """anomalib's names of the figures."""
+
+    def __init__(self, **kwargs: Any) -> None:  # noqa: ANN401
+        if "test_metrics" not in kwargs:
+            kwargs["test_metrics"] = [
+                AUROC(fields=["pred_score", "gt_label"], prefix="image_"),
+                AUPR(fields=["pred_score", "gt_label"], prefix="image_"),
+                F1Score(fields=["pred_label", "gt_label"], prefix="image_"),
+                F1Score(fields=["pred_mask", "gt_mask"], prefix="pixel_", strict=False),
+            ]
+        super().__init__(**kwargs)
+        self.pixels = PixelFigures()
+
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        """Take in a batch."""
+        super().on_test_batch_end(trainer, pl_module, *args, **kwargs)
+        batch = kwargs.get("batch", args[1] if len(args) > 1 else None)
+        if batch is not None and batch.anomaly_map is not None and batch.gt_mask is not None:
+            self.pixels.update(batch.anomaly_map, batch.gt_mask)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compute and log all figures."""
+        super().on_test_epoch_end(trainer, pl_module)
+        found = self.pixels.compute()
+        self.pixels.reset()
+        for name, known_as in self.NAMES.items():
+            if name in found:
+                self.log(known_as, found[name])  # type: ignore[operator]  # Lightning's, of every callback
 
 
 class SelectionScore(Metric):
@@ -79,7 +211,7 @@ class SelectionScore(Metric):
     def __init__(self) -> None:
         super().__init__()
         self.image = BinaryAUROC()
-        self.pixel = PixelAUROC()
+        self.pixels = PixelFigures()
 
     def update(self, batch: ImageBatch) -> None:
         """Add a batch of predictions.
@@ -92,7 +224,7 @@ class SelectionScore(Metric):
             return
         self.image.update(squash(batch.pred_score.flatten()), batch.gt_label.flatten().int())
         if batch.gt_mask is not None and batch.anomaly_map is not None:
-            self.pixel.update(batch.anomaly_map, batch.gt_mask)
+            self.pixels.update(batch.anomaly_map, batch.gt_mask)
 
     def compute(self) -> Tensor:
         """Give the sum of the areas, from 0 to 2 with masks and from 0 to 1 without.
@@ -101,9 +233,8 @@ class SelectionScore(Metric):
             ValueError: If the validation part lacks normal or abnormal images.
         """
         # What other processes have seen counts, and all of them must come to the same decisions.
-        with self.image.sync_context(), self.pixel.sync_context():
+        with self.image.sync_context():
             labels = torch.cat([values.flatten() for values in _list(self.image.target)])
-            with_pixels = bool(self.pixel.counts.any())
         if not (bool((labels == 0).any()) and bool((labels == 1).any())):
             msg = (
                 "The best epoch cannot be chosen: the validation part has no normal or no abnormal images. Give a "
@@ -111,15 +242,13 @@ class SelectionScore(Metric):
             )
             raise ValueError(msg)
         area: Tensor = self.image.compute()
-        if with_pixels:
-            area = area + self.pixel.compute()
-        return area
+        return area + self.pixels.compute().get("pixel_AUROC", 0.0)
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
         self.image.reset()
-        self.pixel.reset()
+        self.pixels.reset()
 
 
 def _list(state: list[Tensor] | Tensor) -> list[Tensor]:
