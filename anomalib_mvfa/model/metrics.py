@@ -3,6 +3,7 @@
 
 """Figures of pixels, exact at any size, and the one by which the published protocol chooses its epoch."""
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from anomalib.data import ImageBatch
 from anomalib.metrics import AUPR, AUROC, Evaluator, F1Score
 from lightning.pytorch import LightningModule, Trainer
+from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 from torchmetrics import Metric
@@ -22,7 +24,7 @@ __all__ = ["MVFAEvaluator", "PixelFigures", "SelectionScore", "squash"]
 PRO_LIMIT = 0.3
 NEIGHBOURS = np.ones((3, 3), dtype=int)  # regions touch at corners, too, as in anomalib's metric
 BLOCK = 2**24
-"""Normal pixels that are sorted at once."""
+"""Pixels that are kept, and sorted, together."""
 
 
 def squash(values: Tensor) -> Tensor:
@@ -48,8 +50,8 @@ class PixelFigures:
     """AUROC, average precision, AUPRO and best Dice over all pixels, exact, four bytes a pixel.
 
     Curves over pixels change direction at the scores of abnormal pixels alone, which are few. The normal ones are kept
-    as sorted blocks, in which those above and at each abnormal score are counted; they are never sorted together, nor
-    sent from one process to another. AUPRO is that of Bergmann et al., "Uninformed Students" (CVPR 2020): every pixel
+    in blocks, in which those above and at each abnormal score are counted; they are never sorted together, nor sent
+    from one process to another. AUPRO is that of Bergmann et al., "Uninformed Students" (CVPR 2020): every pixel
     of a region counts by one over the size of its region.
 
     Example:
@@ -64,10 +66,9 @@ class PixelFigures:
 
     def reset(self) -> None:
         """Forget everything."""
-        self._blocks: list[Tensor] = []  # scores of normal pixels, sorted
-        self._unsorted: list[Tensor] = []
-        self._abnormal: list[Tensor] = []  # scores of abnormal pixels
-        self._shares: list[Tensor] = []  # one over the size of the region of each
+        self._normal = _Numbers()  # scores
+        self._abnormal = _Numbers()  # scores
+        self._shares = _Numbers()  # one over the size of the region of each abnormal pixel
         self._regions = 0
 
     def update(self, maps: Tensor, masks: Tensor) -> None:
@@ -80,71 +81,78 @@ class PixelFigures:
         Raises:
             ValueError: If a score is not finite.
         """
-        maps, masks = maps.detach().float().cpu(), masks.detach().cpu().bool()
-        if not bool(maps.isfinite().all()):
+        scores, truth = maps.detach().float().cpu().numpy(), masks.detach().cpu().bool().numpy()
+        if not np.isfinite(scores).all():
             msg = (
-                f"{int((~maps.isfinite()).sum())} of {maps.numel()} pixel scores of a batch are not finite numbers: "
+                f"{int((~np.isfinite(scores)).sum())} of {scores.size} pixel scores of a batch are not finite numbers: "
                 "the training has diverged, or an image holds values that are none."
             )
             raise ValueError(msg)
-        self._unsorted.append(maps[~masks])
-        if sum(map(len, self._unsorted)) >= BLOCK:
-            self._sort()
-        for scores, mask in zip(maps, masks, strict=True):
-            if not bool(mask.any()):
-                continue
-            regions, count = ndimage.label(mask.numpy(), structure=NEIGHBOURS)
-            numbers = regions[mask.numpy()]
-            self._shares.append(torch.from_numpy(1 / np.bincount(numbers)[numbers]).float())
-            self._abnormal.append(scores[mask])
+        self._normal.extend(scores[~truth])
+        self._abnormal.extend(scores[truth])
+        for mask in truth[truth.any(axis=(1, 2))]:
+            regions, count = ndimage.label(mask, structure=NEIGHBOURS)
+            numbers = regions[mask]
+            self._shares.extend((1 / np.bincount(numbers)[numbers]).astype(np.float32))
             self._regions += count
-
-    def _sort(self) -> None:
-        block = torch.cat(self._unsorted).numpy()
-        self._unsorted = []
-        block.sort()  # in place, and several times as fast as torch's, which also gives positions
-        self._blocks.append(torch.from_numpy(block))
 
     def compute(self) -> dict[str, float]:
         """Give the figures in [0, 1], over the pixels of all processes; nothing while one class of pixels is missing.
 
         Every process has to ask.
         """
-        if self._unsorted:
-            self._sort()
-        empty = torch.empty(0)
-        own = (torch.cat([empty, *self._abnormal]), torch.cat([empty, *self._shares]), self._regions)
+        own = (np.concatenate(list(self._abnormal)), np.concatenate(list(self._shares)), self._regions)
         abnormal, shares, regions = zip(*gather_objects(own), strict=True)
-        scores, ranks, true = torch.unique(torch.cat(abnormal), return_inverse=True, return_counts=True)
-        overlap = torch.zeros(len(scores), dtype=torch.float64).index_add_(0, ranks, torch.cat(shares).double())
-        del abnormal, shares, ranks
-        above, at_or_above = (self._normal_above(scores, right=right) for right in (True, False))
-        counts = gather_objects((above, at_or_above))
-        above, at_or_above = (torch.stack(parts).sum(dim=0).flip(0).double() for parts in zip(*counts, strict=True))
-        number = sum(gather_objects(sum(map(len, self._blocks))))
-        true = true.flip(0).double()
+        scores, ranks, true = np.unique(np.concatenate(abnormal), return_inverse=True, return_counts=True)
+        overlap = np.bincount(ranks, np.concatenate(shares), minlength=len(scores))
+        numbers, above, at_or_above = zip(*gather_objects(self._normal_above(scores)), strict=True)
+        number = sum(numbers)
         if not number or not len(scores):
             return {}
-        recalled = true.cumsum(0)
-        precision = recalled / (recalled + at_or_above)
-        overlap = overlap.flip(0).cumsum(0) / sum(regions)
+        # From here on thresholds fall.
+        above, at_or_above, true = sum(above)[::-1], sum(at_or_above)[::-1], true[::-1]
+        recalled = true.cumsum()
         return {
             "pixel_AUROC": float((true * (number - (above + at_or_above) / 2)).sum() / (number * recalled[-1])),
-            "pixel_AP": float((true * precision).sum() / recalled[-1]),
-            "pixel_AUPRO": _overlap_area(above / number, at_or_above / number, overlap),
+            "pixel_AP": float((true * (recalled / (recalled + at_or_above))).sum() / recalled[-1]),
+            "pixel_AUPRO": _overlap_area(above / number, at_or_above / number, overlap[::-1].cumsum() / sum(regions)),
             "pixel_Dice": float((2 * recalled / (recalled + at_or_above + recalled[-1])).max()),
         }
 
-    def _normal_above(self, scores: Tensor, *, right: bool) -> Tensor:
-        """Count the normal pixels of this process above each score, those at it left out with ``right``."""
-        count = torch.zeros(len(scores), dtype=torch.long)
-        for block in self._blocks:
-            count += len(block)
-            count -= torch.searchsorted(block, scores, right=right)
-        return count
+    def _normal_above(self, scores: NDArray[np.float32]) -> tuple[int, NDArray[np.int64], NDArray[np.int64]]:
+        """Count the normal pixels of this process: all, those above each score, and those at or above it."""
+        number, above, at_or_above = 0, np.zeros(len(scores), np.int64), np.zeros(len(scores), np.int64)
+        for block in self._normal:
+            block.sort()  # in place
+            number += len(block)
+            above += len(block) - np.searchsorted(block, scores, side="right")
+            at_or_above += len(block) - np.searchsorted(block, scores, side="left")
+        return number, above, at_or_above
 
 
-def _overlap_area(above: Tensor, at_or_above: Tensor, overlap: Tensor) -> float:
+class _Numbers:
+    """Numbers in blocks of one size, allocated whole: many pieces would leave half of the memory unused."""
+
+    def __init__(self) -> None:
+        self._blocks = [np.empty(BLOCK, np.float32)]
+        self._used = 0  # of the last block
+
+    def extend(self, values: NDArray[np.float32]) -> None:
+        while len(values):
+            if self._used == BLOCK:
+                self._blocks.append(np.empty(BLOCK, np.float32))
+                self._used = 0
+            taken = values[: BLOCK - self._used]
+            self._blocks[-1][self._used : self._used + len(taken)] = taken
+            self._used += len(taken)
+            values = values[len(taken) :]
+
+    def __iter__(self) -> Iterator[NDArray[np.float32]]:
+        yield from self._blocks[:-1]
+        yield self._blocks[-1][: self._used]
+
+
+def _overlap_area(above: NDArray[np.float64], at_or_above: NDArray[np.float64], overlap: NDArray[np.float64]) -> float:
     """Integrate overlap over the false positive rate up to the limit, as a share of what is possible.
 
     Args:
@@ -152,10 +160,9 @@ def _overlap_area(above: Tensor, at_or_above: Tensor, overlap: Tensor) -> float:
         at_or_above: The same at the thresholds.
         overlap: Mean overlap with the regions at the thresholds.
     """
-    start = torch.zeros(1, dtype=torch.float64)
-    rate = torch.cat([start, torch.stack([above, at_or_above], dim=1).flatten(), start + 1]).numpy()
-    before = torch.cat([start, overlap[:-1]])
-    height = torch.cat([start, torch.stack([before, overlap], dim=1).flatten(), start + 1]).numpy()
+    before = np.append(0, overlap[:-1])
+    rate = np.concatenate([[0], np.stack([above, at_or_above], axis=1).ravel(), [1]])
+    height = np.concatenate([[0], np.stack([before, overlap], axis=1).ravel(), [1]])
     end = int(np.searchsorted(rate, PRO_LIMIT))  # the first point at or beyond the limit
     last = np.interp(PRO_LIMIT, rate[end - 1 : end + 1], height[end - 1 : end + 1])
     rate, height = np.append(rate[:end], PRO_LIMIT), np.append(height[:end], last)
