@@ -4,6 +4,8 @@
 """One torch thread, quiet libraries, and the models and images that several files use."""
 
 import json
+import os
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -33,6 +35,9 @@ SMALL_CONFIG = {
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    folder = tempfile.TemporaryDirectory()  # nothing is left in the user's cache, nor taken from it
+    config.add_cleanup(folder.cleanup)
+    os.environ["ANOMALIB_MVFA_CACHE"] = folder.name
     for module in ("lightning", "torch", "torchmetrics", "anomalib"):
         config.addinivalue_line("filterwarnings", rf"ignore::UserWarning:{module}(\..*)?")
 

@@ -7,7 +7,10 @@ The ensemble is WinCLIP's compositional one in APRIL-GAN's wording, as the relea
 abnormal states times 35 templates, kept in ``prompts.json`` beside this file.
 """
 
+import hashlib
 import json
+import logging
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -16,10 +19,16 @@ from typing import Any
 
 import torch
 from open_clip import CLIP
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["class_prompts", "encode_states", "prompt_ensemble", "prompt_name", "published_class_names"]
+from anomalib_mvfa.files import replacing
+
+__all__ = ["cache_dir", "class_prompts", "encode_states", "prompt_ensemble", "prompt_name", "published_class_names"]
+
+logger = logging.getLogger(__name__)
 
 TEXT_BATCH = 64
 
@@ -100,6 +109,7 @@ def encode_states(clip: CLIP, tokenizer: Callable[[list[str]], Tensor], class_na
     """Encode the two states of a class with CLIP's text tower.
 
     Each sentence is encoded and normalised, the sentences of a state are averaged, the mean is normalised again.
+    The result is kept on disk (see :func:`cache_dir`), under a digest of the text tower and of the tokens.
 
     Args:
         clip: open_clip model with a text tower.
@@ -109,9 +119,52 @@ def encode_states(clip: CLIP, tokenizer: Callable[[list[str]], Tensor], class_na
     Returns:
         Text features ``(E, 2)``: column 0 normal, column 1 abnormal, each of unit length.
     """
+    tokens = [tokenizer(sentences) for sentences in class_prompts(class_name)]  # (N, T) a state
+    path = cache_dir() / "text_features" / f"{_digest(clip, tokens)}.safetensors"
+    kept = _read_features(path)
+    if kept is not None:
+        return kept
     states = []
-    for sentences in class_prompts(class_name):
-        chunks = [sentences[start : start + TEXT_BATCH] for start in range(0, len(sentences), TEXT_BATCH)]
-        features = torch.cat([clip.encode_text(tokenizer(chunk), normalize=True) for chunk in chunks])  # (N, E)
+    for sentences in tokens:
+        features = torch.cat([clip.encode_text(chunk, normalize=True) for chunk in sentences.split(TEXT_BATCH)])
         states.append(functional.normalize(features.mean(dim=0), dim=0))
-    return torch.stack(states, dim=1)
+    text_features = torch.stack(states, dim=1)
+    try:
+        with replacing(path) as partial:
+            save_file({"text_features": text_features.contiguous()}, partial)
+    except OSError as error:
+        logger.debug("Text features are not kept: %s", error)
+    return text_features
+
+
+def cache_dir() -> Path:
+    """Give the folder for what is computed once: ``ANOMALIB_MVFA_CACHE``, or ``anomalib_mvfa`` in the user's cache."""
+    own = os.environ.get("ANOMALIB_MVFA_CACHE")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anomalib_mvfa"
+
+
+def _digest(clip: CLIP, tokens: Sequence[Tensor]) -> str:
+    """Digest all that text features depend on: weights and activations of the text tower, and the tokens."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, module in clip.named_children():
+        if name != "visual":
+            digest.update(f"{name} {module!r}".encode())
+    for name, value in clip.named_parameters():
+        if not name.startswith("visual."):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy().data)
+    for sentences in tokens:
+        digest.update(str(tuple(sentences.shape)).encode() + sentences.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _read_features(path: Path) -> Tensor | None:
+    """Read kept text features; a damaged file counts as none."""
+    if not path.is_file():
+        return None
+    try:
+        return load_file(path).get("text_features")
+    except (OSError, SafetensorError):
+        return None

@@ -1,0 +1,85 @@
+# Copyright (C) 2026 The anomalib-mvfa authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Text features are encoded once, and found again by what they depend on."""
+
+import pytest
+import torch
+from torch import nn
+
+from anomalib_mvfa.model.backbone import load_clip, resolve_backbone
+from anomalib_mvfa.model.prompts import cache_dir, encode_states
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ANOMALIB_MVFA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "text_features"
+
+
+@pytest.fixture(scope="module")
+def text():
+    """A small CLIP, and its tokenizer."""
+    return load_clip(resolve_backbone("tiny"))
+
+
+@pytest.fixture
+def encodings(text, monkeypatch):
+    """How often the text tower was asked."""
+    calls = []
+    encode = text[0].encode_text
+    monkeypatch.setattr(text[0], "encode_text", lambda *args, **kwargs: (calls.append(1), encode(*args, **kwargs))[1])
+    return calls
+
+
+def test_features_are_encoded_once_and_read_bit_by_bit(text, cache, encodings):
+    first = encode_states(*text, "Brain")
+    assert encodings
+    encodings.clear()
+    assert torch.equal(encode_states(*text, "Brain"), first)
+    assert not encodings
+    (file,) = cache.iterdir()
+    assert "Brain" not in file.name
+    assert b"Brain" not in file.read_bytes()
+    text[0].visual, tower = nn.Identity(), text[0].visual  # the image tower has no part in it
+    encode_states(*text, "Brain")
+    text[0].visual = tower
+    assert not encodings
+
+
+def test_other_classes_weights_and_activations_are_encoded_anew(text, cache, encodings):
+    first = encode_states(*text, "Brain")
+    assert not torch.equal(encode_states(*text, "Liver"), first)
+    with torch.no_grad():
+        text[0].text_projection[0, 0] += 1
+    assert not torch.equal(encode_states(*text, "Brain"), first)
+    with torch.no_grad():
+        text[0].text_projection[0, 0] -= 1
+    block = text[0].transformer.resblocks[0].mlp
+    block.gelu, gelu = nn.ReLU(), block.gelu
+    assert not torch.equal(encode_states(*text, "Brain"), first)
+    block.gelu = gelu
+    assert len(list(cache.iterdir())) == 4
+    assert torch.equal(encode_states(*text, "Brain"), first)
+
+
+def test_damaged_files_and_folders_that_cannot_be_written_do_no_harm(text, cache, encodings, monkeypatch):
+    first = encode_states(*text, "Brain")
+    (file,) = cache.iterdir()
+    file.write_bytes(file.read_bytes()[:40])
+    encodings.clear()
+    assert torch.equal(encode_states(*text, "Brain"), first)
+    assert encodings
+    encodings.clear()
+    assert torch.equal(encode_states(*text, "Brain"), first)
+    assert not encodings
+    monkeypatch.setenv("ANOMALIB_MVFA_CACHE", str(file))  # a file where a folder is wanted
+    assert torch.equal(encode_states(*text, "Brain"), first)
+
+
+def test_folder_follows_the_variable_or_the_users_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("ANOMALIB_MVFA_CACHE", str(tmp_path))
+    assert cache_dir() == tmp_path
+    monkeypatch.delenv("ANOMALIB_MVFA_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
+    assert cache_dir() == tmp_path / "own" / "anomalib_mvfa"
