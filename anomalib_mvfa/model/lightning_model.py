@@ -47,7 +47,8 @@ from .metrics import MVFAEvaluator, SelectionScore
 from .processes import gather_objects, prepare_processes
 from .processing import MVFAPostProcessor, MVFAPreProcessor
 from .prompts import prompt_ensemble, prompt_name
-from .results import MVFAVisualizer, PredictionTable, ReportingDataset, loaded_dataset, withhold
+from .reading import withhold
+from .results import MVFAVisualizer, PredictionTable
 from .run_record import data_fingerprint, run_record, write_run_record
 from .token_cache import TokenCache
 from .torch_model import BranchOutput, MVFAModel, SupportOutput
@@ -677,9 +678,8 @@ class MVFA(AnomalibModule):
             self._scale_by(self.trainer.test_dataloaders)
 
     def on_predict_start(self) -> None:
-        """Warn of untrained adapters; let files of a plain folder that cannot be read be reported."""
+        """Warn of untrained adapters."""
         self._check_ready()
-        ReportingDataset.adopt(loaded_dataset(self.trainer))
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:  # noqa: ANN401
         """Predict a batch; images that could not be read get NaN.

@@ -19,6 +19,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import distributed
 from torch.utils.data import DistributedSampler
 
+from .reading import ReportingDataset, read_ahead
+
 __all__ = ["gather_objects", "interleave", "is_first", "prepare_processes"]
 
 T = TypeVar("T")
@@ -78,7 +80,10 @@ def prepare_processes(trainer: Trainer) -> None:
 
 
 def _process_loader(trainer: Trainer, process: Callable[[object], object], loader: object) -> object:
-    """Deal the images of an evaluation out without repeating any, and start a resumed training in its epoch's order."""
+    """Deal the images of an evaluation out without repeating any, and start a resumed training in its epoch's order.
+
+    Images of a plain folder are read ahead, and those that cannot be read are reported.
+    """
     sampler = getattr(loader, "sampler", None)
     if isinstance(sampler, DistributedSampler):
         if sampler.shuffle or trainer.training:
@@ -93,6 +98,9 @@ def _process_loader(trainer: Trainer, process: Callable[[object], object], loade
                 raise ValueError(msg)
             sampler.total_size = count
             sampler.num_samples = len(range(sampler.rank, count, sampler.num_replicas))
+    if trainer.predicting:
+        ReportingDataset.adopt(getattr(loader, "dataset", None))
+        loader = read_ahead(loader)
     return process(loader)
 
 

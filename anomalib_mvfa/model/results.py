@@ -6,10 +6,12 @@
 import csv
 import dataclasses
 import logging
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from anomalib.data import ImageBatch, ImageItem, PredictDataset
 from anomalib.utils.path import generate_output_filename
 from anomalib.visualization import ImageVisualizer
@@ -26,9 +28,13 @@ from .processing import MVFAPostProcessor
 if TYPE_CHECKING:
     from anomalib.models.components import AnomalibModule
 
-__all__ = ["MVFAVisualizer", "PredictionTable", "ReportingDataset", "loaded_dataset", "results_dir", "withhold"]
+__all__ = ["MVFAVisualizer", "PredictionTable", "loaded_dataset", "results_dir"]
 
 logger = logging.getLogger(__name__)
+
+DRAWING_THREADS = 2
+MAX_DRAWING = 16
+"""Pictures under way, whose maps are kept until they are drawn."""
 
 
 def results_dir(trainer: Trainer) -> Path:
@@ -79,57 +85,8 @@ def image_paths(dataset: Any) -> list[str]:  # noqa: ANN401 - any dataset
     return [str(path) for path in getattr(dataset, "samples", {}).get("image_path", ())]
 
 
-class ReportingDataset(PredictDataset):
-    """anomalib's dataset of a folder, in which a file that cannot be read does not end the prediction.
-
-    Such a file becomes a black image whose ``explanation`` is the reason; the other explanations are empty.
-    """
-
-    @classmethod
-    def adopt(cls, dataset: Any) -> None:  # noqa: ANN401 - any dataset
-        """Turn a dataset of anomalib into one of these; leave others alone."""
-        if type(dataset) is PredictDataset:
-            dataset.__class__ = cls
-
-    def __getitem__(self, index: int) -> ImageItem:
-        """Read one image, or report why it cannot be read."""
-        path = Path(self.image_filenames[index])
-        try:
-            item = super().__getitem__(index)
-        except Exception as error:  # Pillow raises many kinds on damaged files
-            reason = _why_unreadable(path, error)
-            return ImageItem(image=torch.zeros(3, 1, 1), image_path=str(path), explanation=reason)
-        item.explanation = ""
-        return item
-
-
-def _why_unreadable(path: Path, error: Exception) -> str:
-    if isinstance(error, PermissionError):
-        return "permission denied"
-    if not path.is_file():
-        return "no such file"
-    if path.stat().st_size == 0:
-        return "the file is empty"
-    return "truncated, damaged or not an image"
-
-
-def withhold(batch: ImageBatch) -> None:
-    """Replace the predictions of images that could not be read by NaN, in place.
-
-    Args:
-        batch: Predictions. Images with an ``explanation`` are those that could not be read.
-    """
-    unread = torch.tensor([bool(reason) for reason in batch.explanation or [""] * len(batch)])
-    for name in ("pred_score", "anomaly_map"):
-        values = getattr(batch, name)
-        if values is not None and unread.any():
-            values = values.clone()
-            values[unread.to(values.device)] = torch.nan
-            setattr(batch, name, values)
-
-
 class MVFAVisualizer(ImageVisualizer):
-    """anomalib's visualizer, each panel at the size of the image it shows.
+    """anomalib's visualizer, each panel at the size of the image it shows, drawn while the model goes on.
 
     Pictures are written as PNG; images of the same name from different folders get names of their own. A dataset that
     has ``original(image_path)`` and ``output_name(image_path)`` is asked for image and name; other images are opened
@@ -145,6 +102,8 @@ class MVFAVisualizer(ImageVisualizer):
         self.own_size = field_size is None
         self._sources: dict[Path, str] = {}
         self._named: object = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._drawing: deque[Future[None]] = deque()
 
     def on_test_batch_end(
         self,
@@ -155,37 +114,71 @@ class MVFAVisualizer(ImageVisualizer):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Write one picture an image."""
+        """Begin to draw one picture an image; wait only when many are under way."""
         del pl_module, outputs, batch_idx, dataloader_idx
         folder = Path(self.output_dir or results_dir(trainer))
         dataset = loaded_dataset(trainer)
+        self._pool = self._pool or ThreadPoolExecutor(DRAWING_THREADS, thread_name_prefix="drawing")
         for item in batch:
             if item.image_path is None:
                 continue
             if item.explanation and trainer.predicting:  # the image could not be read
                 continue
-            shown, size = item, self.field_size
-            if hasattr(dataset, "original"):
-                original = dataset.original(item.image_path)
-                shown = dataclasses.replace(item, image=original, image_path=None)
-                own_size = (original.shape[-1], original.shape[-2])
-            else:
-                with Image.open(item.image_path) as image:
-                    own_size = image.size
-            if self.own_size:
-                size = own_size
-            picture = visualize_image_item(
-                shown,
-                fields=self.fields,
-                overlay_fields=self.overlay_fields,
-                field_size=size,
-                fields_config=self.fields_config,
-                overlay_fields_config=self.overlay_fields_config,
-                text_config={**self.text_config, "size": self.text_config["size"] or max(8, size[0] // 20)},
-            )
-            if picture is not None:
-                with replacing(self._target(item.image_path, folder, trainer)) as partial:
-                    picture.save(partial)
+            target = self._target(item.image_path, folder, trainer)
+            while len(self._drawing) >= MAX_DRAWING:
+                self._drawing.popleft().result()
+            self._drawing.append(self._pool.submit(self._draw, item, dataset, target))
+
+    def _draw(self, item: ImageItem, dataset: Any, target: Path) -> None:  # noqa: ANN401 - any dataset
+        shown, size = item, self.field_size
+        if hasattr(dataset, "original"):
+            original = dataset.original(item.image_path)
+            shown = dataclasses.replace(item, image=original, image_path=None)
+            own_size = (original.shape[-1], original.shape[-2])
+        else:
+            with Image.open(str(item.image_path)) as image:
+                own_size = image.size
+        if self.own_size:
+            size = own_size
+        picture = visualize_image_item(
+            shown,
+            fields=self.fields,
+            overlay_fields=self.overlay_fields,
+            field_size=size,
+            fields_config=self.fields_config,
+            overlay_fields_config=self.overlay_fields_config,
+            text_config={**self.text_config, "size": self.text_config["size"] or max(8, size[0] // 20)},
+        )
+        if picture is not None:
+            with replacing(target) as partial:
+                picture.save(partial)
+
+    def _finish(self) -> None:
+        """Wait for the pictures that are under way."""
+        try:
+            while self._drawing:
+                self._drawing.popleft().result()
+        finally:
+            self._drawing.clear()
+            if self._pool is not None:
+                self._pool.shutdown()
+                self._pool = None
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Complete the pictures."""
+        del trainer, pl_module
+        self._finish()
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Complete the pictures."""
+        del trainer, pl_module
+        self._finish()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Complete the pictures of what was predicted before an interruption."""
+        del trainer, pl_module, exception
+        with suppress(Exception):  # the first failure is the one to tell
+            self._finish()
 
     def _target(self, source: str, folder: Path, trainer: Trainer) -> Path:
         """Choose the file of a picture, never one that another image has."""

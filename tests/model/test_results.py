@@ -12,9 +12,11 @@ import torch
 from anomalib.data import ImageBatch, PredictDataset
 from anomalib.engine import Engine
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from anomalib_mvfa import MVFA
-from anomalib_mvfa.model.results import ReportingDataset, claim_name, withhold
+from anomalib_mvfa.model.reading import ReportingDataset, read_ahead, withhold
+from anomalib_mvfa.model.results import claim_name
 
 
 @pytest.fixture
@@ -62,6 +64,21 @@ def test_only_datasets_of_anomalib_itself_are_adopted(pictures):
     assert type(dataset) is ReportingDataset
     assert type(own) is Own
     assert dataset[0].explanation == ""
+
+
+def test_other_processes_read_a_plain_folder_ahead(pictures, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    dataset = PredictDataset(pictures)
+    ReportingDataset.adopt(dataset)
+    loader = DataLoader(dataset, collate_fn=dataset.collate_fn)
+    ahead = read_ahead(loader)
+    assert ahead.num_workers == 2
+    assert [batch.image_path for batch in ahead] == [batch.image_path for batch in loader]
+    assert read_ahead(ahead) is ahead
+    other = DataLoader(torch.arange(3))
+    assert read_ahead(other) is other
+    monkeypatch.setattr("multiprocessing.get_start_method", lambda: "spawn")
+    assert read_ahead(loader) is loader
 
 
 def test_file_that_may_not_be_read_is_reported_as_such(pictures, monkeypatch):
