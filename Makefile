@@ -5,6 +5,7 @@
 
 PYTHON ?= python3 python3.12 python3.11 python3.10
 WORKERS ?= 2
+BACKBONE ?= ViT-L-14-336
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -32,8 +33,10 @@ lint: $(ENV) ## check style, format and types
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
-bench: $(ENV) ## measure few-shot accuracy on a folder of images: make bench ROOT=DIR
-	$(BIN)/python -m benchmarks.few_shot --root $(or $(ROOT),$(error name the folder of images: make bench ROOT=DIR))
+bench: $(ENV) ## measure speed and memory, an hour on two cores: make bench [BACKBONE=tiny]
+	set -e; for topic in inference training bank prediction startup; do \
+		$(BIN)/python -m benchmarks.$$topic --backbone $(BACKBONE); \
+	done; $(BIN)/python -m benchmarks.metrics
 
 docs: $(ENV_DOCS) ## build the documentation in docs/_build/html
 	$(BIN)/python -m sphinx -W --keep-going docs docs/_build/html

@@ -7,21 +7,27 @@
     python -m benchmarks.inference --backbone tiny
 
 The naive variant computes in float32 with gradients for all of CLIP, one image at a time, normalises the bank at every
-query, and holds all distances between patches and bank at once, as the released code does.
+query, and holds all distances between patches and bank at once, as the released code does. On a processor the model is
+also exported to OpenVINO in eight bits, calibrated with a few drawn images: time and size do not depend on them.
 """
 
 import argparse
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+from anomalib.deploy import CompressionType
 from torch import Tensor
 from torch.nn import functional
 
+from anomalib_mvfa import MVFA, AdapterSets, MVFAModel
 from anomalib_mvfa.baselines.win_clip import WinClipAny
-from anomalib_mvfa.model import MVFAModel
 from anomalib_mvfa.model.memory import Support
-from benchmarks.timing import machine, side_by_side, write_results
+from benchmarks.timing import machine, peak_memory_mb, side_by_side, write_results
+
+CALIBRATION_IMAGES = 8
 
 
 def naive(model: MVFAModel, image: Tensor) -> Tensor:
@@ -58,6 +64,53 @@ def predictor(model: MVFAModel, images: Tensor, dtype: torch.dtype | None = None
     return call
 
 
+def build(options: argparse.Namespace, levels: str | None = None, coreset: float = 1.0) -> MVFA:
+    """Build a model with random adapters and a bank of random images."""
+    mvfa = MVFA(options.backbone, "random", class_name="Brain", levels=levels, coreset=coreset, visualizer=False).eval()
+    mvfa.configure_model()
+    support = torch.rand(11, options.k_shot, 3, *mvfa.model.image_size)
+    mvfa.model.to(options.device).remember(Support(support, support[0, :0]))
+    return mvfa
+
+
+def quantised(mvfa: MVFA, folder: Path, threads: int) -> tuple[Callable[[Tensor], object], dict[str, float]]:
+    """Export in eight bits, calibrated with a few drawn images.
+
+    Returns:
+        The compiled model, and what the export cost.
+    """
+    import openvino
+
+    from anomalib_mvfa.data import FewShot, MedicalBMAD
+    from anomalib_mvfa.data.phantoms import write_phantoms
+
+    root = write_phantoms(folder / "phantoms", ["brain_mri"], size=max(mvfa.model.image_size))
+    data = FewShot(MedicalBMAD(root, "BrainMRI", num_workers=0))
+    data.setup("fit")
+    data.val_data = data.val_data.subsample(list(range(min(CALIBRATION_IMAGES, len(data.val_data)))))
+    began = time.perf_counter()
+    path = mvfa.to_openvino(folder, compression_type=CompressionType.INT8_PTQ, datamodule=data)
+    costs = {
+        "export_s": time.perf_counter() - began,
+        "size_mb": sum(path.with_suffix(suffix).stat().st_size for suffix in (".xml", ".bin")) / 1e6,
+        "bank_mb": 4 * sum(bank.numel() for bank in mvfa.model.memory.buffers()) / 1e6,
+        "peak_mb": peak_memory_mb(),
+    }
+    config = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
+    model = openvino.Core().compile_model(path, "CPU", config)
+    return lambda images: model(images.numpy()), costs
+
+
+def switch_seconds(mvfa: MVFA, folder: Path) -> float:
+    """Time a switch between two named adapter sets on one live model."""
+    adapters = mvfa.save_adapters(folder / "adapters.safetensors", torch.float16)
+    sets = AdapterSets(mvfa)
+    for name in ("first", "second"):
+        sets.add(name, adapters)
+    pair = side_by_side({"pair": lambda: (sets.use("first"), sets.use("second"))}, 100)
+    return pair["pair"] / 2
+
+
 def main() -> None:
     """Time all variants in turns."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -74,41 +127,52 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     facts = machine(device)
-
-    def build(levels: str | None = None, coreset: float = 1.0) -> MVFAModel:
-        model = MVFAModel(
-            options.backbone, pretrained="random", class_name="Brain", levels=levels, coreset=coreset
-        ).eval()
-        support = Support(torch.rand(11, options.k_shot, 3, *model.image_size), torch.rand(0, 3, *model.image_size))
-        model.to(device).remember(support)
-        return model
-
     torch.manual_seed(0)
-    full, reference = build(), build()
-    reference.tower.requires_grad_()
+    variants: dict[str, Callable[[], object]] = {}
+    exports: dict[str, dict[str, float]] = {}
+
+    mvfa = build(options)
+    full = mvfa.model
     images = torch.rand(options.batch, 3, *full.image_size, device=device)
+    if device.type == "cpu":
+        for name, model in (("INT8", mvfa), ("INT8, levels=middle", build(options, "middle"))):
+            folder = options.output.parent / name.replace(", ", "-").replace("=", "-")
+            run, exports[name] = quantised(model, folder, torch.get_num_threads())
+            variants[f"OpenVINO {name}"] = partial(run, images)
+            print(name, exports[name], flush=True)
+    reference = build(options).model
+    reference.tower.requires_grad_()
     win_clip = WinClipAny(options.winclip_backbone, pretrained="random", k_shot=options.k_shot)
     win_size = win_clip.pre_processor.transform(torch.rand(1, 3, 240, 240)).shape[-2:]  # type: ignore[union-attr,operator]
     win_clip.model.to(device).setup("Brain", torch.rand(options.k_shot, 3, *win_size, device=device))
     win_images = torch.rand(options.batch, 3, *win_size, device=device)
 
-    variants: dict[str, Callable[[], object]] = {
+    variants = {
         "naive": lambda: [naive(reference, image) for image in images.split(1)],
         "float32": predictor(full, images),
-        "float32, coreset 0.1": predictor(build(coreset=0.1), images),
-        "float32, levels=half": predictor(build("half"), images),
-        "float32, levels=middle": predictor(build("middle"), images),
-        f"WinCLIP, {options.winclip_backbone}": lambda: win_clip.model(win_images),
+        "float32, coreset=0.1": predictor(build(options, coreset=0.1).model, images),
+        "float32, levels=half": predictor(build(options, "half").model, images),
+        "float32, levels=middle": predictor(build(options, "middle").model, images),
+        f"WinCLIP, {options.winclip_backbone}, float32": lambda: win_clip.model(win_images),
+        **variants,
     }
     if options.bf16:
         variants["bfloat16"] = predictor(full, images, torch.bfloat16)
-        variants["bfloat16, levels=middle"] = predictor(build("middle"), images, torch.bfloat16)
+        variants["bfloat16, levels=middle"] = predictor(build(options, "middle").model, images, torch.bfloat16)
     seconds = side_by_side(variants, options.repeats)
+    switch = switch_seconds(mvfa, options.output.parent)
+    print(f"A switch between two adapter sets takes {1000 * switch:.3f} ms.")
     rows = [
-        [name, f"{1000 * value / options.batch:.0f}", f"{seconds['naive'] / value:.2f}"]
+        [name, f"{1000 * value / options.batch:,.0f}", f"{seconds['naive'] / value:.2f}"]
         for name, value in seconds.items()
     ]
-    results = {"machine": facts, "options": {k: str(v) for k, v in vars(options).items()}, "seconds": seconds}
+    results = {
+        "machine": facts,
+        "options": {k: str(v) for k, v in vars(options).items()},
+        "seconds": seconds,
+        "exports": exports,
+        "switch_s": switch,
+    }
     write_results(options.output, results, ["variant", "ms an image", "times as fast as naive"], rows)
 
 
