@@ -199,6 +199,27 @@ class LesionSynthesizer:
             if attempt == TRIES and kind != "intensity":
                 kind, attempt = "intensity", 0
 
+    def draw_on_half(self, images: Tensor, epoch: int, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw lesions on every second image of a batch, on the others in the next epoch.
+
+        Args:
+            images: Normal images ``(B, 3, H, W)`` in [0, 1]; they stay as they are.
+            epoch: Number of the epoch.
+            number: Number of the batch in the epoch. The same epoch and number give the same lesions.
+
+        Returns:
+            Images, masks ``(B, H, W)`` and labels ``(B,)``, all on the device of the images.
+        """
+        drawn = torch.as_tensor(images).as_subclass(Tensor).cpu().clone()
+        masks = torch.zeros(len(drawn), *drawn.shape[-2:], dtype=torch.bool)
+        labels = torch.zeros(len(drawn), dtype=torch.bool)
+        generator = Generator().manual_seed(hash((epoch, number)) % 2**63)
+        for index in range((epoch + number) % 2, len(drawn), 2):
+            donor = drawn[(index + 1) % len(drawn)]
+            drawn[index], masks[index] = self(drawn[index], generator, donor)
+            labels[index] = True
+        return drawn.to(images.device), masks.to(images.device), labels.to(images.device)
+
 
 def _intensity(image: Tensor, outline: Outline, contrast: float, donor: Tensor, generator: Generator) -> Tensor:
     """Make the tissue brighter or darker, unevenly and with some of its texture lost; now and then only a ring."""

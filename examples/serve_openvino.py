@@ -16,6 +16,7 @@ import argparse
 import csv
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,44 +76,44 @@ def serve(arguments: argparse.Namespace) -> int:
     target = arguments.output.open("w", newline="", encoding="utf-8") if arguments.output else sys.stdout
     writer = csv.writer(target)
     writer.writerow(["image", "score", "label", "error"])
-    waiting: dict[int, list[object]] = {}  # results that came before those of earlier images
-    written = unreadable = 0
+    unreadable = 0
+    requests = [model.create_infer_request() for _ in range(model.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))]
+    under_way: deque[tuple[str, openvino.InferRequest | None]] = deque()  # in the order of the images
 
-    def finish(request: openvino.InferRequest, index: int) -> None:
-        waiting[index][1:3] = [
-            f"{float(request.get_tensor('pred_score').data.item()):.6f}",
-            int(request.get_tensor("pred_label").data.item()),
-        ]
+    def write_oldest() -> None:
+        name, request = under_way.popleft()
+        if request is None:
+            writer.writerow([name, "", "", "could not be read"])
+            return
+        request.wait()
+        score = float(request.get_tensor("pred_score").data.item())
+        writer.writerow([name, f"{score:.6f}", int(request.get_tensor("pred_label").data.item()), ""])
+        requests.append(request)
 
-    def write() -> None:
-        nonlocal written
-        while written in waiting and (waiting[written][1] != "" or waiting[written][3]):
-            writer.writerow(waiting.pop(written))
-            written += 1
-
-    queue = openvino.AsyncInferQueue(model)  # as many requests as the device does best with
-    queue.set_callback(finish)
     began, count = time.perf_counter(), 0
     try:
         for name, image in images:
-            waiting[count] = [name, "", "", "" if image else "could not be read"]
+            request = None
             if image:
-                queue.start_async(to_input(image, height, width), count)
+                while not requests:
+                    write_oldest()
+                request = requests.pop()
+                request.start_async(to_input(image, height, width))
             else:
                 unreadable += 1
+            under_way.append((name, request))
             count += 1
-            write()
     except KeyboardInterrupt:
         pass
-    queue.wait_all()
-    write()
+    while under_way:
+        write_oldest()
     seconds = time.perf_counter() - began
     if arguments.output:
         target.close()
     if not count:
         sys.exit(f"{arguments.source} holds no image ({', '.join(sorted(SUFFIXES))}).")
     print(
-        f"{count} images in {seconds:.2f} s, {count / seconds:.1f} a second, {len(queue)} at a time; "
+        f"{count} images in {seconds:.2f} s, {count / seconds:.1f} a second, {len(requests)} at a time; "
         f"{unreadable} could not be read.",
         file=sys.stderr,
     )

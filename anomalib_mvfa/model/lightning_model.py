@@ -15,7 +15,6 @@ Paper:
 
 import logging
 from collections.abc import Sequence, Sized
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,21 +36,22 @@ from torchmetrics import Metric
 from anomalib_mvfa.lesions import LesionSynthesizer
 
 from .backbone import resolve_backbone
+from .calibration import branch_extremes, find_support
 from .card import upload
 from .checkpoints import AtomicCheckpointIO, ResumePoint, check_state, checkpoint_folder, read_checkpoint
 from .divergence import all_finite, diagnosis
 from .export import compress
+from .facts import evaluation_facts, model_facts, training_facts
 from .loss import dice_loss, focal_loss, score_loss
-from .memory import Support
 from .metrics import MVFAEvaluator, SelectionScore
 from .processes import gather_objects, prepare_processes
 from .processing import MVFAPostProcessor, MVFAPreProcessor
-from .prompts import prompt_ensemble, prompt_name
-from .reading import withhold
+from .prompts import prompt_name
+from .reading import check_intensity, withhold
 from .results import MVFAVisualizer, PredictionTable
 from .run_record import data_fingerprint, run_record, write_run_record
 from .token_cache import TokenCache
-from .torch_model import BranchOutput, MVFAModel, SupportOutput
+from .torch_model import MVFAModel, SupportOutput
 from .variant import Variant
 from .weights import check_facts, load_adapters, write_adapters
 
@@ -364,15 +364,18 @@ class MVFA(AnomalibModule):
         self._take_class_name()
         if self._selection_score is not None:
             self._announce_selection()
+        rule = getattr(getattr(self.trainer, "datamodule", None), "intensity", None)
         if self._resumed:
-            self._check_intensity()
-        self.intensity = getattr(getattr(self.trainer, "datamodule", None), "intensity", None)
+            check_intensity(self.intensity, rule)
+        self.intensity = rule
         data = self._train_data()
         has_anomalous = bool(getattr(data, "has_anomalous", True))
         samples = getattr(data, "samples", None)
         with_masks = samples is None or samples.attrs.get("task", "segmentation") == "segmentation"
         self.model.has_masks = with_masks or not has_anomalous
-        self.history = {"training": self._training_facts(drawn_lesions=not has_anomalous), "figures": {}}
+        facts = training_facts(self.trainer, self.hparams["learning_rate"], drawn_lesions=not has_anomalous)
+        facts["classes"] = facts["classes"] or [self.model.class_name]
+        self.history = {"training": facts, "figures": {}}
         if not has_anomalous:
             self._lesions = LesionSynthesizer()
             logger.info("No abnormal training images: lesions are drawn on half of the normal ones.")
@@ -445,33 +448,9 @@ class MVFA(AnomalibModule):
             learning_rate=self.hparams["learning_rate"],
         )
 
-    def _training_facts(self, *, drawn_lesions: bool) -> dict[str, Any]:
-        """Tell what the adapters are trained on, by names and numbers alone: paths may name patients."""
-        datamodule = getattr(self.trainer, "datamodule", None)
-        return {
-            "data": _data_name(datamodule),
-            "classes": list(getattr(datamodule, "class_names", ())) or [self.model.class_name],
-            "k_shot": getattr(datamodule, "k_shot", None),
-            "seed": getattr(datamodule, "seed", None),
-            "drawn_lesions": drawn_lesions or getattr(datamodule, "abnormal_source", None) == "synthetic",
-            "epochs": self.trainer.max_epochs,
-            "learning_rate": self.hparams["learning_rate"],
-        }
-
     def on_test_end(self) -> None:
         """Keep the figures of the test, which go into an adapters file."""
-        metrics = {
-            name: float(value)
-            for name, value in self.trainer.callback_metrics.items()
-            if name.startswith(("image_", "pixel_"))
-        }
-        datamodule = getattr(self.trainer, "datamodule", None)
-        self.history["figures"] = {
-            "data": _data_name(datamodule),
-            "images": len(getattr(datamodule, "test_data", ())),
-            "fusion_scale": self.hparams["fusion_scale"],
-            "metrics": metrics,
-        }
+        self.history["figures"] = evaluation_facts(self.trainer, self.hparams["fusion_scale"])
 
     def _train_data(self) -> Any:  # noqa: ANN401 - any dataset
         datamodule = getattr(self.trainer, "datamodule", None)
@@ -533,7 +512,8 @@ class MVFA(AnomalibModule):
         masks: Tensor | None = batch.gt_mask
         labels: Tensor | None = batch.gt_label
         if self._lesions is not None:
-            images, masks, labels = self._draw_lesions(batch, batch_idx)
+            number = batch_idx * self.trainer.world_size + self.trainer.global_rank
+            images, masks, labels = self._lesions.draw_on_half(images, self.current_epoch, number)
         if labels is None:
             msg = "MVFA learns from labelled images, but this batch has no labels."
             raise ValueError(msg)
@@ -592,20 +572,6 @@ class MVFA(AnomalibModule):
             terms |= on_masks if has_mask is None else {name: term * has_mask for name, term in on_masks.items()}
         return terms
 
-    def _draw_lesions(self, batch: ImageBatch, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw lesions on every second image; which ones depends on the epoch, so that every image serves both ways."""
-        images = torch.as_tensor(batch.image).as_subclass(Tensor).clone()
-        masks = torch.zeros(len(images), *images.shape[-2:], dtype=torch.bool, device=images.device)
-        labels = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-        number = batch_idx * self.trainer.world_size + self.trainer.global_rank
-        generator = torch.Generator().manual_seed(hash((self.current_epoch, number)) % 2**63)
-        lesions = self._lesions or LesionSynthesizer()
-        for index in range((self.current_epoch + number) % 2, len(images), 2):
-            donor = images[(index + 1) % len(images)].cpu()
-            image, mask = lesions(images[index].cpu(), generator, donor)
-            images[index], masks[index], labels[index] = image.to(images.device), mask.to(images.device), True
-        return images, masks, labels
-
     # Memory bank, ranges of the fusion, thresholds
 
     @property
@@ -660,9 +626,7 @@ class MVFA(AnomalibModule):
         if self.trainer.state.fn == TrainerFn.FITTING:
             self._check_adapters()
         else:
-            self._ensure_model()
-            self._take_class_name()
-            self._check_intensity()
+            self._prepare_evaluation()
         self._remember()
         if self.hparams["fusion_scale"] == "test":
             self._scale_by(self.trainer.val_dataloaders)
@@ -696,88 +660,42 @@ class MVFA(AnomalibModule):
         withhold(batch)  # updated in place, as anomalib does
         return predictions
 
-    def _check_ready(self) -> None:
+    def _prepare_evaluation(self) -> None:
+        """Build the network, and see that prompts and images are those that it was made for."""
         self._ensure_model()
         self._take_class_name()
-        self._check_intensity()
+        check_intensity(self.intensity, getattr(getattr(self.trainer, "datamodule", None), "intensity", None))
+
+    def _check_ready(self) -> None:
+        self._prepare_evaluation()
         if self._memory_step < 0 and not self._given_adapters:
             logger.warning(
                 "The adapters are untrained: train first, or give --ckpt_path or --model.adapters. "
                 "The predictions mean nothing.",
             )
 
-    def _check_intensity(self) -> None:
-        """Refuse images that are read by another intensity rule than those of the training.
-
-        Raises:
-            ValueError: If the rules differ.
-        """
-        datamodule = getattr(self.trainer, "datamodule", None)
-        rule = getattr(datamodule, "intensity", None)
-        if self.intensity is None or rule == self.intensity:
-            return
-        if rule is None:
-            if self.intensity != "auto":
-                logger.warning(
-                    "The model was trained on images read with the intensity rule '%s', which these images were not: "
-                    "they must show the same grey levels already. --data MedicalFolder applies the rule.",
-                    self.intensity,
-                )
-            return
-        msg = (
-            f"The model was trained on images read with the intensity rule '{self.intensity}', but these are read "
-            f"with '{rule}'. Set the datamodule's intensity to '{self.intensity}' (for prediction it may be left out), "
-            "or train with the other rule."
-        )
-        raise ValueError(msg)
-
     def _remember(self) -> None:
         """Build the bank, unless it fits the present adapters already."""
         if self._memory_step == self.global_step and not self._given_adapters:
             return
         self._memory_step = self.global_step
-        support = None if self._zero_shot else self._support()
+        if self._zero_shot:
+            return
+        datamodule = getattr(self.trainer, "datamodule", None)
+        support = find_support(datamodule, self._train_data(), self.hparams["max_support"], self._pre_processed)
         if support is not None:
             self._support_output = self.model.remember(support)
-
-    def _support(self) -> Support | None:
-        """Ask the datamodule for its supports, or take a sample of its normal training images."""
-        datamodule = getattr(self.trainer, "datamodule", None)
-        if hasattr(datamodule, "support"):
-            support: Support | None = getattr(datamodule, "support")  # noqa: B009 - any datamodule may have it
-            return support
-        data = self._train_data()
-        samples = getattr(data, "samples", None)
-        if samples is None:
-            logger.warning("The training data have no samples to remember: the memory branch is off.")
-            return None
-        normal = [position for position, label in enumerate(samples.label_index) if label == 0]
-        if not normal:
-            return None
-        count = min(len(normal), self.hparams["max_support"])
-        chosen = [normal[position * len(normal) // count] for position in range(count)]
-        images = torch.stack([self._pre_processed(data[position].image) for position in chosen])
-        return Support(images.unsqueeze(0), images[:0])
 
     def _pre_processed(self, image: Tensor) -> Tensor:
         if self.pre_processor is not None and self.pre_processor.transform is not None:
             image = self.pre_processor.transform(image)  # type: ignore[operator]  # a torchvision transform
         return image.as_subclass(Tensor)
 
-    @torch.no_grad()
     def _scale_by(self, loaders: DataLoader[Any] | Sequence[DataLoader[Any]] | None) -> None:
         """Take the fusion's ranges from all images of a loader, those of the other processes included."""
-        extremes: list[tuple[BranchOutput, BranchOutput]] = []
-        for loader in [loaders] if isinstance(loaders, DataLoader) else loaders or []:
-            for batch in loader:
-                images = self._pre_processed(batch.image).to(self.device)
-                language, memory = self.model.branches(images)
-                if memory is None:
-                    return
-                extremes.append((_extremes(language), _extremes(memory)))
-        everywhere = [pair for part in gather_objects(extremes) for pair in part]
-        if everywhere:
-            self.model.set_fusion_range(everywhere)
+        outputs = branch_extremes(self.model, loaders, self._pre_processed, self.device)
+        if outputs:
+            self.model.set_fusion_range(outputs)
 
     def validation_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Predict a batch for thresholds and normalisation."""
@@ -799,23 +717,7 @@ class MVFA(AnomalibModule):
 
     def facts(self) -> dict[str, Any]:
         """Tell what the adapters fit and how they were made, in what JSON can hold; no path is among it."""
-        return {
-            "backbone": _without_folder(self.model.backbone.name),
-            "pretrained": _without_folder(self.model.backbone.weights),
-            "fingerprint": self.model.fingerprint,
-            "levels": list(self.model.levels),
-            "image_size": list(self.model.image_size),
-            "class_name": self.model.class_name,
-            "prompts": prompt_ensemble(),
-            "has_masks": self.model.has_masks,
-            "intensity": self.intensity,
-            "variant": {
-                name: list(value) if isinstance(value, tuple) else value
-                for name, value in asdict(self.model.variant).items()
-            },
-            "language_weight": self.model.fusion.language_weight,
-            **self.history,
-        }
+        return {**model_facts(self.model), "intensity": self.intensity, **self.history}
 
     def save_adapters(self, path: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Save the adapters alone, without memory bank and thresholds.
@@ -1012,18 +914,3 @@ class MVFA(AnomalibModule):
 
 def _sum(terms: Any) -> Tensor:  # noqa: ANN401 - any iterable of tensors
     return torch.stack(list(terms)).sum(dim=0)
-
-
-def _without_folder(name: str | None) -> str | None:
-    """Keep the file's name of a local path, which is nobody else's business; leave other names."""
-    return Path(name).name if name and Path(name).is_file() else name
-
-
-def _data_name(datamodule: Any) -> str | None:  # noqa: ANN401 - any datamodule
-    names = (getattr(datamodule, "name", None), getattr(datamodule, "category", None))
-    return "/".join(dict.fromkeys(name for name in names if name)) or None
-
-
-def _extremes(output: BranchOutput) -> BranchOutput:
-    """Keep the least and the largest value, which is all that a range needs."""
-    return BranchOutput(*(torch.stack([values.min(), values.max()]).cpu() for values in output))

@@ -1,8 +1,9 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""How the images of a plain folder are read for prediction: ahead of the model, and past files that cannot be read."""
+"""How images are read: with the grey levels of the training, ahead of the model, past files that cannot be read."""
 
+import logging
 import multiprocessing
 import os
 from pathlib import Path
@@ -12,7 +13,9 @@ import torch
 from anomalib.data import ImageBatch, ImageItem, PredictDataset
 from torch.utils.data import DataLoader
 
-__all__ = ["ReportingDataset", "read_ahead", "withhold"]
+__all__ = ["ReportingDataset", "check_intensity", "read_ahead", "withhold"]
+
+logger = logging.getLogger(__name__)
 
 MAX_READERS = 4
 
@@ -90,3 +93,31 @@ def read_ahead(loader: Any) -> Any:  # noqa: ANN401 - any loader
         num_workers=readers,
         pin_memory=loader.pin_memory,
     )
+
+
+def check_intensity(trained: str | None, given: str | None) -> None:
+    """Refuse images that are read by another intensity rule than those of the training.
+
+    Args:
+        trained: Rule of the training images, ``None`` where they were read without one.
+        given: Rule of the datamodule at hand, ``None`` where it has none.
+
+    Raises:
+        ValueError: If the rules differ.
+    """
+    if trained is None or given == trained:
+        return
+    if given is None:
+        if trained != "auto":
+            logger.warning(
+                "The model was trained on images read with the intensity rule '%s', which these images were not: "
+                "they must show the same grey levels already. --data MedicalFolder applies the rule.",
+                trained,
+            )
+        return
+    msg = (
+        f"The model was trained on images read with the intensity rule '{trained}', but these are read with '{given}'. "
+        f"Set the datamodule's intensity to '{trained}' (for prediction it may be left out), or train with the other "
+        "rule."
+    )
+    raise ValueError(msg)

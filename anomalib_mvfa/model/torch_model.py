@@ -228,10 +228,10 @@ class MVFAModel(nn.Module):
             Language branch, and memory branch or ``None`` while the bank is empty (zero-shot).
         """
         hidden = self.hidden_tokens(images)
-        language = self.language_branch(self.own_tokens(hidden), text_features)
+        language = self.language_branch(self.map_tokens(hidden), text_features)
         if self.has_masks:
             language = language._replace(score=self.language_branch(hidden.detection, text_features).score)
-        memory = None if self.memory.is_empty else self.memory_branch(self.own_tokens(hidden), self.memory)
+        memory = None if self.memory.is_empty else self.memory_branch(self.map_tokens(hidden), self.memory)
         return language, memory
 
     def fuse(self, language: BranchOutput, memory: BranchOutput | None) -> InferenceBatch:
@@ -304,7 +304,7 @@ class MVFAModel(nn.Module):
         keep, seg_share, det_share = self.variant.residual
         return keep * tokens + seg_share * seg_output + det_share * det_output
 
-    def own_tokens(self, hidden: HiddenTokens) -> list[Tensor]:
+    def map_tokens(self, hidden: HiddenTokens) -> list[Tensor]:
         """Give the hidden vectors that the memory branch works on: segmentation with masks, detection without."""
         return hidden.segmentation if self.has_masks else hidden.detection
 
@@ -397,7 +397,7 @@ class MVFAModel(nn.Module):
             What the branches say of the supports, as far as a normal one can be compared with anything.
         """
         versions, count = support.normal.shape[:2]
-        normal = self._own_tokens_of(support.normal.flatten(0, 1), batch_size)
+        normal = self._map_tokens_of(support.normal.flatten(0, 1), batch_size)
         self.memory.remember(normal)
 
         by_source = [tokens.unflatten(0, (versions, count)) for tokens in normal]  # (V, K, L, E)
@@ -413,7 +413,7 @@ class MVFAModel(nn.Module):
             unchanged = [tokens[0, index : index + 1] for tokens in by_source]  # (1, L, E)
             outputs.append((self.language_branch(unchanged), self.memory_branch(unchanged, others)))
         if len(support.abnormal):
-            abnormal = self._own_tokens_of(support.abnormal, batch_size)
+            abnormal = self._map_tokens_of(support.abnormal, batch_size)
             outputs.append((self.language_branch(abnormal), self.memory_branch(abnormal, self.memory)))
         if not outputs:
             return None
@@ -439,8 +439,8 @@ class MVFAModel(nn.Module):
             },
         )
 
-    def _own_tokens_of(self, images: Tensor, batch_size: int) -> list[Tensor]:
+    def _map_tokens_of(self, images: Tensor, batch_size: int) -> list[Tensor]:
         """Run the tower over many images and keep the hidden vectors that the memory branch works on."""
         device = self.text_features.device
-        batches = [self.own_tokens(self.hidden_tokens(batch.to(device))) for batch in images.split(batch_size)]
+        batches = [self.map_tokens(self.hidden_tokens(batch.to(device))) for batch in images.split(batch_size)]
         return [torch.cat(level) for level in zip(*batches, strict=True)]

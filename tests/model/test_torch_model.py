@@ -90,7 +90,7 @@ def test_normal_support_is_compared_with_the_others_only(tiny, monkeypatch):
     support = make_support(3)
     recorded = recorded_ranges(tiny, monkeypatch, support)
     assert len(recorded) == 4
-    own = tiny.own_tokens(tiny.hidden_tokens(support.normal[0]))
+    own = tiny.map_tokens(tiny.hidden_tokens(support.normal[0]))
     for index in range(3):
         rest = [position for position in range(3) if position != index]
         with monkeypatch.context() as patch:
