@@ -305,7 +305,7 @@ class MVFAModel(nn.Module):
         return keep * tokens + seg_share * seg_output + det_share * det_output
 
     def map_tokens(self, hidden: HiddenTokens) -> list[Tensor]:
-        """Give the hidden vectors that the memory branch works on: segmentation with masks, detection without."""
+        """Give the hidden vectors that the map is made from: segmentation with masks, detection without."""
         return hidden.segmentation if self.has_masks else hidden.detection
 
     @property
@@ -440,7 +440,7 @@ class MVFAModel(nn.Module):
         )
 
     def _map_tokens_of(self, images: Tensor, batch_size: int) -> list[Tensor]:
-        """Run the tower over many images and keep the hidden vectors that the memory branch works on."""
+        """Run the tower over many images and keep the hidden vectors that the map is made from."""
         device = self.text_features.device
         batches = [self.map_tokens(self.hidden_tokens(batch.to(device))) for batch in images.split(batch_size)]
         return [torch.cat(level) for level in zip(*batches, strict=True)]
