@@ -3,6 +3,11 @@
 
 """Configuration of the documentation: ``make docs`` builds it in ``docs/_build/html``."""
 
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.application import Sphinx
+from sphinx.writers.html5 import HTML5Translator
+
 import anomalib_mvfa
 
 project = "anomalib-mvfa"
@@ -30,8 +35,22 @@ autodoc_typehints_description_target = "documented"
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 
+html_math_renderer = "mathml"
 html_theme = "sphinx_book_theme"
 html_title = "anomalib-mvfa"
 html_theme_options = {"show_toc_level": 2, "use_download_button": False, "home_page_in_toc": True}
 copybutton_prompt_text = r"\$ |>>> |\.\.\. "
 copybutton_prompt_is_regexp = True
+
+
+def write_mathml(translator: HTML5Translator, node: nodes.math | nodes.math_block) -> None:
+    """Write a formula as MathML, which browsers draw without a network."""
+    block = isinstance(node, nodes.math_block)
+    mathml = tex2mathml(node.astext(), as_block=block)
+    translator.body.append(f'<div style="overflow-x: auto; padding: 0.5em 0 1em">{mathml}</div>' if block else mathml)
+    raise nodes.SkipNode
+
+
+def setup(app: Sphinx) -> None:
+    """Let Sphinx render formulas when it builds, in place of MathJax from a content network."""
+    app.add_html_math_renderer("mathml", (write_mathml, None), (write_mathml, None))

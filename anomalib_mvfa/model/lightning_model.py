@@ -260,7 +260,7 @@ class MVFA(AnomalibModule):
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
-        """No validation before the first training step: there is nothing to validate yet."""
+        """No validation before the first training step, as there is nothing to validate yet."""
         return {"num_sanity_val_steps": 0}
 
     @staticmethod
