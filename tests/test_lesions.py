@@ -313,3 +313,17 @@ def test_interpolation_overshoot_is_clamped():
     lesioned, _ = LesionSynthesizer(["intensity"])(image, seeded(0))
     assert lesioned.max() <= 1
     assert image.max() - 1 == pytest.approx(0.001, rel=0.01)
+
+
+def test_every_second_image_of_a_batch_gets_a_lesion_and_the_others_in_the_next_epoch():
+    images = torch.rand(5, 3, 56, 56, generator=torch.Generator().manual_seed(5))
+    before = images.clone()
+    lesions = LesionSynthesizer()
+    drawn, masks, labels = lesions.draw_on_half(images, epoch=0, number=0)
+    assert labels.tolist() == [True, False, True, False, True]
+    assert masks.flatten(1).any(dim=1).tolist() == labels.tolist()
+    assert torch.equal(drawn[~labels], images[~labels])
+    assert all(not torch.equal(drawn[index], images[index]) for index in (0, 2, 4))
+    assert torch.equal(images, before)
+    assert lesions.draw_on_half(images, epoch=1, number=0)[2].tolist() == (~labels).tolist()
+    assert all(map(torch.equal, lesions.draw_on_half(images, epoch=0, number=0), (drawn, masks, labels)))
