@@ -22,6 +22,26 @@ SHOTS = (1, 2, 4, 8, 16)
 SHARES = (1.0, 0.25, 0.1)
 
 
+def draw(shares: dict[str, float], path: Path) -> None:
+    """Draw the shares of a forward pass, by ``"SHOT, SHARE"``."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    for share in SHARES:
+        axes.plot(SHOTS, [100 * shares[f"{shot}, {share}"] for shot in SHOTS], marker="o", label=f"coreset {share:g}")
+    axes.axhline(10, color="grey", linestyle=":", linewidth=1)
+    axes.set(xlabel="normal supports k", ylabel="search, % of a forward pass", xscale="log", yscale="log")
+    ticks = (0.5, 1, 2, 5, 10, 20, 50)
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xticks(SHOTS, [str(shot) for shot in SHOTS])
+    axes.minorticks_off()
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
 @torch.inference_mode()
 def main() -> None:
     """Time the search for each size, and draw it."""
@@ -48,20 +68,7 @@ def main() -> None:
     rows = [[str(shot), *(f"{100 * shares[f'{shot}, {share}']:.1f} %" for share in SHARES)] for shot in SHOTS]
     columns = ["k", *(f"search of {100 * share:.0f} % of the bank, of a forward pass" for share in SHARES)]
     write_results(options.output, {"machine": facts, "seconds": seconds, "share": shares}, columns, rows)
-
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
-    for share in SHARES:
-        axes.plot(SHOTS, [100 * shares[f"{shot}, {share}"] for shot in SHOTS], marker="o", label=f"coreset {share:g}")
-    axes.axhline(10, color="grey", linestyle=":", linewidth=1)
-    axes.set(xlabel="normal supports k", ylabel="search, % of a forward pass", xscale="log", yscale="log")
-    axes.set_xticks(SHOTS, [str(shot) for shot in SHOTS])
-    axes.legend(frameon=False)
-    figure.savefig(options.output.with_suffix(".png"), dpi=120)
+    draw(shares, options.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from torch.nn import functional
 
 from anomalib_mvfa import MVFA, AdapterSets, MVFAModel
 from anomalib_mvfa.baselines.win_clip import WinClipAny
-from anomalib_mvfa.model.memory import Support
 from benchmarks.timing import machine, peak_memory_mb, side_by_side, write_results
 
 CALIBRATION_IMAGES = 8
@@ -65,11 +64,14 @@ def predictor(model: MVFAModel, images: Tensor, dtype: torch.dtype | None = None
 
 
 def build(options: argparse.Namespace, levels: str | None = None, coreset: float = 1.0) -> MVFA:
-    """Build a model with random adapters and a bank of random images."""
+    """Build a model with random adapters, and a bank of the size that eleven versions of each support make."""
     mvfa = MVFA(options.backbone, "random", class_name="Brain", levels=levels, coreset=coreset, visualizer=False).eval()
     mvfa.configure_model()
-    support = torch.rand(11, options.k_shot, 3, *mvfa.model.image_size)
-    mvfa.model.to(options.device).remember(Support(support, support[0, :0]))
+    model = mvfa.model.to(options.device)
+    images, patches = 11 * options.k_shot, model.tower.grid_size[0] * model.tower.grid_size[1]
+    model.memory.remember(
+        [torch.randn(images, 1 + patches, model.tower.text_width, device=options.device) for _ in model.levels]
+    )
     return mvfa
 
 
