@@ -34,6 +34,7 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_use_rtype = False  # else the words before a colon of a result count as its type
 
 html_math_renderer = "mathml"
 html_theme = "sphinx_book_theme"
