@@ -11,12 +11,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from anomalib_mvfa.data.phantoms import MODALITIES, draw_phantom
 from anomalib_mvfa.lesions import LESION_KINDS, LesionSynthesizer
 
-SIZE, MARGIN, HEADER = 128, 104, 14
+SIZE, MARGIN, HEADER, FONT = 128, 150, 26, 18
 
 
 def main() -> None:
@@ -24,8 +24,9 @@ def main() -> None:
     columns = ["normal", *(kind for kind in LESION_KINDS for _ in range(2))]
     sheet = Image.new("RGB", (MARGIN + SIZE * len(columns), HEADER + SIZE * len(MODALITIES)), "white")
     pen = ImageDraw.Draw(sheet)
+    pen.font = ImageFont.load_default(FONT)
     for row, modality in enumerate(MODALITIES):
-        pen.text((4, HEADER + row * SIZE + SIZE // 2 - 6), modality.replace("_", " "), fill="black")
+        pen.text((4, HEADER + row * SIZE + SIZE // 2 - FONT // 2), modality.replace("_", " "), fill="black")
         image, donor = (
             torch.from_numpy(draw_phantom(modality, SIZE, None, np.random.default_rng((row, number))).image)
             for number in range(2)

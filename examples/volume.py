@@ -3,7 +3,7 @@
 
 """A NIfTI volume, slice by slice, with normal images alone: the anomaly volume lies in the grid of the input.
 
-Needs the readers: pip install "anomalib-mvfa[medical]".
+Needs the readers: pip install ".[medical]" in a copy of the sources.
 """
 
 from pathlib import Path

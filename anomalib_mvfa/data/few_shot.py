@@ -212,7 +212,7 @@ class FewShot(AnomalibDataModule):
 
     @property
     def class_name(self) -> str | None:
-        """Name for the prompts: the source's own, or that of its category; ``None`` if it has neither."""
+        """Name for the prompts, the source's own, or that of its category; ``None`` if it has neither."""
         own = getattr(self.source, "class_name", None)
         return own or (prompt_name(self.category) if self.category else None)
 

@@ -402,7 +402,7 @@ class MedicalFolder(AnomalibDataModule):
 
     @property
     def intensity(self) -> str:
-        """The intensity rule as text: the one given, in prediction otherwise the model's, or ``"auto"``."""
+        """The intensity rule as text, the one given, in prediction otherwise the model's, or ``"auto"``."""
         if self._rule is None and self.trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING:
             return getattr(self.trainer.lightning_module, "intensity", None) or "auto"
         return str(self._rule or IntensityRule())

@@ -310,7 +310,7 @@ class MVFAModel(nn.Module):
 
     @property
     def memory(self) -> MemoryBank:
-        """The bank in use: segmentation with masks, detection without."""
+        """The bank in use, that of segmentation with masks, of detection without."""
         return self.seg_memory if self.has_masks else self.det_memory
 
     def level_probabilities(self, hidden: Tensor, text_features: Tensor | None = None) -> tuple[Tensor, Tensor]:
