@@ -263,7 +263,7 @@ class _Entry(NamedTuple):
 
 
 class MedicalFolder(AnomalibDataModule):
-    """Images in any readable format: PNG, JPEG, BMP, TIFF, WebP of 8 or 16 bits, DICOM, NIfTI.
+    """Images in any readable format: PNG, JPEG, BMP, TIFF, WebP of 8, 16 or 32 bits, DICOM, NIfTI.
 
     With ``path`` alone it serves prediction: every image of a file, or of a folder and its sub-folders. A file that
     cannot be read is reported in ``predictions.csv`` and the others are predicted.
