@@ -172,7 +172,7 @@ def _overlap_area(above: NDArray[np.float64], at_or_above: NDArray[np.float64], 
 class MVFAEvaluator(Evaluator):
     """anomalib's evaluator with exact figures of pixels beside its metrics, in memory that allows large sets.
 
-    anomalib's own metrics of pixels keep twelve bytes a pixel each, and sort all of them together.
+    anomalib's own metrics of pixels hold all of them, and sort them together.
 
     Args:
         **kwargs: Arguments of anomalib's evaluator. ``test_metrics`` default to AUROC, AUPR and F1 of images and F1 of
@@ -193,11 +193,23 @@ class MVFAEvaluator(Evaluator):
         super().__init__(**kwargs)
         self.pixels = PixelFigures()
 
-    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget what a test that was interrupted left."""
+        super().on_test_epoch_start(trainer, pl_module)
+        self.pixels.reset()
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,  # noqa: ANN401 - as anomalib's
+        batch: ImageBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
         """Take in a batch."""
-        super().on_test_batch_end(trainer, pl_module, *args, **kwargs)
-        batch = kwargs.get("batch", args[1] if len(args) > 1 else None)
-        if batch is not None and batch.anomaly_map is not None and batch.gt_mask is not None:
+        super().on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+        if batch.anomaly_map is not None and batch.gt_mask is not None:
             self.pixels.update(batch.anomaly_map, batch.gt_mask)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
