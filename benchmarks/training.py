@@ -116,7 +116,7 @@ def main() -> None:
     rows = [
         [
             variant,
-            f"{seconds[variant]:.2f}",
+            f"{seconds[variant]:.3g}",
             f"{seconds['naive'] / seconds[variant]:.2f}",
             f"{memory[variant]:,.0f}",
             f"{100 * memory[variant] / memory['naive']:.0f} %",
