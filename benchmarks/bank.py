@@ -8,7 +8,6 @@
 Random entries take the place of a bank of eleven versions of each support: the search does not depend on them.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from torch.nn import functional
 
 from anomalib_mvfa.model import MVFAModel
 from anomalib_mvfa.model.memory import bank_distance
-from benchmarks.timing import machine, side_by_side, write_results
+from benchmarks.timing import machine, make_parser, side_by_side, write_results
 
 SHOTS = (1, 2, 4, 8, 16)
 SHARES = (1.0, 0.25, 0.1)
@@ -45,10 +44,8 @@ def draw(shares: dict[str, float], path: Path) -> None:
 @torch.inference_mode()
 def main() -> None:
     """Time the search for each size, and draw it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", default="ViT-L-14-336")
+    parser = make_parser(__doc__, "bank")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=Path("results/benchmarks/bank.json"))
     options = parser.parse_args()
     facts = machine()
     torch.manual_seed(0)

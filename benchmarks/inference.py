@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from anomalib_mvfa import MVFA, AdapterSets, MVFAModel
 from anomalib_mvfa.baselines.win_clip import WinClipAny
-from benchmarks.timing import machine, peak_memory_mb, side_by_side, write_results
+from benchmarks.timing import machine, make_parser, peak_memory_mb, side_by_side, write_results
 
 CALIBRATION_IMAGES = 8
 
@@ -116,8 +116,7 @@ def switch_seconds(mvfa: MVFA, folder: Path) -> float:
 
 def main() -> None:
     """Time all variants in turns."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", default="ViT-L-14-336")
+    parser = make_parser(__doc__, "inference")
     parser.add_argument("--winclip_backbone", default="ViT-B-16-plus-240")
     parser.add_argument("--k_shot", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
@@ -126,7 +125,6 @@ def main() -> None:
     )
     parser.add_argument("--bf16", action="store_true", help="also bfloat16, which only some processors compute fast")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=Path("results/benchmarks/inference.json"))
     options = parser.parse_args()
     device = torch.device(options.device)
     facts = machine(device)

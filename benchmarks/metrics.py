@@ -12,11 +12,9 @@ its own, for the sake of its peak memory.
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from anomalib.data import ImageBatch
@@ -26,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from anomalib_mvfa.model.metrics import PixelFigures
-from benchmarks.timing import machine, peak_memory_mb, write_results
+from benchmarks.timing import in_own_process, machine, make_parser, peak_memory_mb, write_results
 
 VARIANTS = ("ours", "anomalib's AUROC", "anomalib's AUPR", "anomalib's AUPRO")
 FIELDS = ["anomaly_map", "gt_mask"]
@@ -77,11 +75,10 @@ def measure(variant: str, images: int, side: int) -> dict[str, float]:
 
 def main() -> None:
     """Measure all variants, one after another."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, "metrics", backbone=False)
     parser.add_argument("--images", type=int, default=3715)
     parser.add_argument("--side", type=int, default=240)
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
-    parser.add_argument("--output", type=Path, default=Path("results/benchmarks/metrics.json"))
     options = parser.parse_args()
     if options.variant:
         print(json.dumps(measure(options.variant, options.images, options.side)))
@@ -89,14 +86,9 @@ def main() -> None:
     facts = machine()
     found: dict[str, dict[str, float]] = {}
     for variant in VARIANTS:
-        command = [sys.executable, "-m", "benchmarks.metrics", "--images", str(options.images)]
-        command += ["--side", str(options.side), "--variant", variant]
-        answer = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)  # noqa: S603 - ourselves
-        if answer.returncode:  # out of memory, for instance
-            print(f"{variant} ended with {answer.returncode}", flush=True)
-            continue
-        found[variant] = json.loads(answer.stdout.splitlines()[-1])
-        print(variant, found[variant], flush=True)
+        figures = in_own_process("metrics", images=options.images, side=options.side, variant=variant)
+        if figures is not None:
+            found[variant] = figures
     rows = []
     for variant, figures in found.items():
         others = {name: figures[name] - found["ours"][name] for name in NAMES.values() if name in figures}

@@ -10,7 +10,6 @@ The naive variant reads, predicts and draws one image after the other; the other
 which reads ahead and draws while the model goes on. Both predict the same drawn images, in turns.
 """
 
-import argparse
 import shutil
 import time
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from torch import Tensor
 from anomalib_mvfa import MVFA
 from anomalib_mvfa.data.phantoms import write_phantoms
 from anomalib_mvfa.model import processes, results
-from benchmarks.timing import machine, write_results
+from benchmarks.timing import machine, make_parser, write_results
 
 
 def write_images(folder: Path, count: int, size: int) -> Path:
@@ -83,12 +82,10 @@ def predict(mvfa: MVFA, folder: Path, output: Path, *, naive: bool) -> dict[str,
 
 def main() -> None:
     """Predict in both ways, in turns."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", default="ViT-L-14-336")
+    parser = make_parser(__doc__, "prediction")
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--size", type=int, default=512, help="side of the drawn images in pixels")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=Path("results/benchmarks/prediction.json"))
     options = parser.parse_args()
     facts = machine()
     folder = write_images(options.output.parent / "folder", options.images, options.size)

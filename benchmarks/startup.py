@@ -8,18 +8,16 @@
 Every start is a process of its own; the variants take turns. Without the plug-in means without its entry point.
 """
 
-import argparse
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 from anomalib_mvfa.model.backbone import load_clip, resolve_backbone
 from anomalib_mvfa.model.prompts import encode_states
-from benchmarks.timing import machine, write_results
+from benchmarks.timing import machine, make_parser, write_results
 
 COMMAND = "import sys; sys.argv = ['anomalib', {arguments}]; from anomalib.cli.cli import main; main()"
 VARIANTS = {
@@ -55,10 +53,8 @@ def encode(backbone: str) -> dict[str, float]:
 
 def main() -> None:
     """Time all variants in turns."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", default="ViT-L-14-336")
+    parser = make_parser(__doc__, "startup")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=Path("results/benchmarks/startup.json"))
     options = parser.parse_args()
     facts = machine()
     times: dict[str, list[float]] = {name: [] for name in VARIANTS}

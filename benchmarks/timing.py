@@ -3,17 +3,53 @@
 
 """What the speed benchmarks share: side-by-side timing, peak memory, tables and JSON."""
 
+import argparse
 import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
-__all__ = ["machine", "peak_memory_mb", "side_by_side", "write_results"]
+__all__ = ["in_own_process", "machine", "make_parser", "peak_memory_mb", "side_by_side", "write_results"]
+
+
+def make_parser(description: str | None, topic: str, *, backbone: bool = True) -> argparse.ArgumentParser:
+    """Give the arguments that the speed benchmarks share.
+
+    Args:
+        description: Docstring of the script.
+        topic: Its name.
+        backbone: Whether it can be run on another backbone.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path(f"results/benchmarks/{topic}.json"))
+    if backbone:
+        parser.add_argument("--backbone", default="ViT-L-14-336")
+    return parser
+
+
+def in_own_process(topic: str, **options: object) -> dict[str, float] | None:
+    """Run one variant of a script in a process of its own, for the sake of its peak memory.
+
+    Args:
+        topic: Name of the script; it prints the figures of the variant as JSON in its last line.
+        **options: Its options.
+
+    Returns:
+        The figures; ``None`` if the process failed, for want of memory for instance.
+    """
+    arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", f"benchmarks.{topic}", *arguments]
+    answer = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)  # noqa: S603 - ourselves
+    figures: dict[str, float] | None = None if answer.returncode else json.loads(answer.stdout.splitlines()[-1])
+    print(options, figures or f"ended with {answer.returncode}", flush=True)
+    return figures
 
 
 def machine(device: torch.device | None = None) -> dict[str, object]:

@@ -11,16 +11,13 @@ Each variant runs in a process of its own, for the sake of its peak memory; the 
 
 import argparse
 import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from anomalib_mvfa import MVFA
 from anomalib_mvfa.model.token_cache import TokenCache
-from benchmarks.timing import machine, peak_memory_mb, side_by_side, write_results
+from benchmarks.timing import in_own_process, machine, make_parser, peak_memory_mb, side_by_side, write_results
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "naive": {"naive": True},
@@ -88,14 +85,12 @@ def measure(
 
 def main() -> None:
     """Measure all variants, each in a process of its own."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", default="ViT-L-14-336")
+    parser = make_parser(__doc__, "training")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--bf16", action="store_true", help="also bfloat16, which only some processors compute fast")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
-    parser.add_argument("--output", type=Path, default=Path("results/benchmarks/training.json"))
     options = parser.parse_args()
     if options.variant:
         device = torch.device(options.device)
@@ -106,11 +101,12 @@ def main() -> None:
     found: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
     for _ in range(options.rounds):
         for variant in variants:
-            command = [sys.executable, "-m", "benchmarks.training", "--backbone", options.backbone]
-            command += ["--steps", str(options.steps), "--variant", variant, "--device", options.device]
-            answer = subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603 - ourselves
-            found[variant].append(json.loads(answer.stdout.splitlines()[-1]))
-            print(variant, found[variant][-1], flush=True)
+            given = {name: getattr(options, name) for name in ("backbone", "steps", "device")}
+            figures = in_own_process("training", **given, variant=variant)
+            if figures is None:
+                msg = f"The variant '{variant}' failed; its reason is above."
+                raise SystemExit(msg)
+            found[variant].append(figures)
     seconds = {variant: min(run["seconds"] for run in runs) for variant, runs in found.items()}
     memory = {variant: max(run["peak_mb"] for run in runs) for variant, runs in found.items()}
     rows = [

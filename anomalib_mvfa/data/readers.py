@@ -760,7 +760,7 @@ def _dicom_frame(ref: ImageRef) -> tuple[_Pixels, "Dataset", int]:
     with _unreadable(path, reason):
         try:
             available = pixels.get_decoder(syntax).is_available
-        except NotImplementedError:
+        except NotImplementedError:  # pydicom's answer to a transfer syntax that it does not know
             available = False
         if not available:
             raise UnreadableImageError(path, f"no decoder for its compressed pixel data is installed: {_INSTALL}")
