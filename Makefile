@@ -33,7 +33,7 @@ lint: $(ENV) ## check style, format and types
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
-bench: $(ENV) ## measure speed and memory, an hour on two cores: make bench [BACKBONE=tiny]
+bench: $(ENV) ## measure speed and memory, well over an hour on two cores: make bench [BACKBONE=tiny]
 	set -e; for topic in inference training bank prediction startup; do \
 		$(BIN)/python -m benchmarks.$$topic --backbone $(BACKBONE); \
 	done; $(BIN)/python -m benchmarks.metrics
