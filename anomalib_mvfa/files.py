@@ -3,20 +3,28 @@
 
 """Files that are complete under their own name, or not there."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 __all__ = ["partial_name", "replacing"]
 
+LONGEST_NAME = 50
+"""Characters of a name that are kept while the file is written."""
+
 
 def partial_name(path: str | Path) -> Path:
     """Give the name under which a file is written until it is complete.
 
-    It lies in the same folder, keeps the suffix, and is no longer than file systems allow.
+    It lies in the same folder, keeps the suffix, is no longer than file systems allow, and no other file there has it:
+    several may be written at once.
     """
     path = Path(path)
-    return path.with_name(f"partial-{path.name[-50:]}")
+    name = path.name
+    if len(name) > LONGEST_NAME:
+        name = f"{hashlib.blake2b(name.encode(), digest_size=8).hexdigest()}-{name[-LONGEST_NAME:]}"
+    return path.with_name(f"partial-{name}")
 
 
 @contextmanager
