@@ -46,7 +46,7 @@ def extend_benchmark(pipeline: Any) -> None:  # noqa: ANN401 - anomalib's class,
         if "comparison" not in config:
             run_grid(self, args)
             return
-        from anomalib_mvfa.benchmark.runner import Comparison, run_comparison, write_report
+        from anomalib_mvfa.comparison.runner import Comparison, run_comparison, write_report
 
         comparison = Comparison.from_config(config["comparison"])
         failed = run_comparison(comparison)

@@ -84,7 +84,7 @@ def quantised(mvfa: MVFA, folder: Path, threads: int) -> tuple[Callable[[Tensor]
     import openvino
 
     from anomalib_mvfa.data import FewShot, MedicalBMAD
-    from anomalib_mvfa.data.phantoms import write_phantoms
+    from anomalib_mvfa.demo.phantoms import write_phantoms
 
     root = write_phantoms(folder / "phantoms", ["brain_mri"], size=max(mvfa.model.image_size))
     data = FewShot(MedicalBMAD(root, "BrainMRI", num_workers=0))

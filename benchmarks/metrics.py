@@ -23,7 +23,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn import functional
 
-from anomalib_mvfa.model.metrics import PixelFigures
+from anomalib_mvfa.metrics import PixelFigures
 from benchmarks.timing import in_own_process, machine, make_parser, peak_memory_mb, write_results
 
 VARIANTS = ("ours", "anomalib's AUROC", "anomalib's AUPR", "anomalib's AUPRO")

@@ -26,7 +26,7 @@ from torchvision.tv_tensors import Mask
 
 from anomalib_mvfa import MVFA
 from anomalib_mvfa.data import FewShot
-from anomalib_mvfa.model.processing import EightBitResize
+from anomalib_mvfa.pre_processing import EightBitResize
 
 from .few_shot import make_data, make_parser
 

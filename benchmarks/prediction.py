@@ -22,9 +22,9 @@ import torch
 from anomalib.engine import Engine
 from torch import Tensor
 
-from anomalib_mvfa import MVFA
-from anomalib_mvfa.data.phantoms import write_phantoms
-from anomalib_mvfa.model import processes, results
+from anomalib_mvfa import MVFA, visualization
+from anomalib_mvfa.callbacks import loading
+from anomalib_mvfa.demo.phantoms import write_phantoms
 from benchmarks.timing import machine, make_parser, write_results
 
 
@@ -73,8 +73,8 @@ def predict(mvfa: MVFA, folder: Path, output: Path, *, naive: bool) -> dict[str,
     with ExitStack() as stack:
         stack.enter_context(patch.object(mvfa.model, "forward", timed))
         if naive:
-            stack.enter_context(patch.object(processes, "read_ahead", lambda loader: loader))
-            stack.enter_context(patch.object(results, "ThreadPoolExecutor", _Immediately))
+            stack.enter_context(patch.object(loading, "read_ahead", lambda loader: loader))
+            stack.enter_context(patch.object(visualization, "ThreadPoolExecutor", _Immediately))
         engine = Engine(default_root_dir=output, logger=False, enable_progress_bar=not naive)
         engine.predict(mvfa, data_path=folder, return_predictions=False)
     return {"seconds": time.perf_counter() - began, "model": spent}

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 
-from anomalib_mvfa.model.backbone import load_clip, resolve_backbone
+from anomalib_mvfa.backbones.loading import load_clip, resolve_backbone
 from anomalib_mvfa.model.prompts import encode_states
 from benchmarks.timing import machine, make_parser, write_results
 

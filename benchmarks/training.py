@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from anomalib_mvfa import MVFA
-from anomalib_mvfa.model.token_cache import TokenCache
+from anomalib_mvfa.training.token_cache import TokenCache
 from benchmarks.timing import in_own_process, machine, make_parser, peak_memory_mb, side_by_side, write_results
 
 VARIANTS: dict[str, dict[str, Any]] = {

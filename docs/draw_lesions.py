@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from anomalib_mvfa.data.phantoms import MODALITIES, draw_phantom
-from anomalib_mvfa.lesions import LESION_KINDS, LesionSynthesizer
+from anomalib_mvfa.demo.phantoms import MODALITIES, draw_phantom
+from anomalib_mvfa.training.lesions import LESION_KINDS, LesionSynthesizer
 
 SIZE, MARGIN, HEADER, FONT = 128, 150, 26, 18
 

@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 
 from anomalib_mvfa import MVFA
 from anomalib_mvfa.data import FewShot, MedicalBMAD
-from anomalib_mvfa.data.phantoms import MODALITIES, SET_NAMES, write_phantoms
+from anomalib_mvfa.demo.phantoms import MODALITIES, SET_NAMES, write_phantoms
 
 SIZE, MARGIN, HEADER, EPOCHS = 112, 62, 14, 6
 ROWS = ("image", "heatmap")

@@ -12,7 +12,7 @@ from anomalib.engine import Engine
 
 from anomalib_mvfa import MVFA
 from anomalib_mvfa.data import FewShot
-from anomalib_mvfa.data.phantoms import write_phantoms
+from anomalib_mvfa.demo.phantoms import write_phantoms
 
 root = write_phantoms("phantoms", ["brain_mri"], {"train": 16, "valid": 0, "test": 16}) / "BrainMRI"
 

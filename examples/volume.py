@@ -14,7 +14,7 @@ from anomalib.engine import Engine
 
 from anomalib_mvfa import MVFA
 from anomalib_mvfa.data import MedicalFolder
-from anomalib_mvfa.data.phantoms import draw_phantom
+from anomalib_mvfa.demo.phantoms import draw_phantom
 
 
 def write_volume(path: Path, lesion: str | None, seed: int) -> None:

@@ -7,7 +7,7 @@ from anomalib.engine import Engine
 
 from anomalib_mvfa import MVFA
 from anomalib_mvfa.data import LeaveOneOut
-from anomalib_mvfa.data.phantoms import write_phantoms
+from anomalib_mvfa.demo.phantoms import write_phantoms
 
 root = write_phantoms("sets", ["brain_mri", "liver_ct", "chest_xray"], {"train": 0, "valid": 8, "test": 8})
 data = LeaveOneOut(target="BrainMRI", root=root, num_workers=0)

@@ -31,7 +31,7 @@ from markdown_it import MarkdownIt
 
 from anomalib_mvfa import MVFA
 from anomalib_mvfa.data import FewShot
-from anomalib_mvfa.data.phantoms import write_phantoms
+from anomalib_mvfa.demo.phantoms import write_phantoms
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))]
@@ -41,7 +41,7 @@ QUICK = {
     "train": ("--trainer.max_epochs=1", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"),
     "test": ("--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"),
     "predict": ("--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"),
-    "anomalib_mvfa.data.phantoms": ("--train=4", "--valid=6", "--test=6", "--size=64"),
+    "anomalib_mvfa.demo.phantoms": ("--train=4", "--valid=6", "--test=6", "--size=64"),
 }
 """What the test adds to a command so that it takes seconds."""
 

@@ -23,7 +23,7 @@ def test_every_choice_of_the_method_is_explained(choice):
 
 
 def test_files_that_the_method_page_names_exist():
-    named = re.findall(r"`((?:model|data|configs|tests)/[\w/]+\.(?:py|yaml|md))`", METHOD)
+    named = re.findall(r"`((?:(?:model|data|configs|tests|weights)/)?[\w/]+\.(?:py|yaml|md))`", METHOD)
     assert len(named) > 10
     for name in named:
         assert any((folder / name).is_file() for folder in (ROOT, ROOT / "anomalib_mvfa")), name

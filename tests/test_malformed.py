@@ -27,7 +27,7 @@ from anomalib_mvfa.data.readers import ImageRef, IntensityRule, UnreadableImageE
 from anomalib_mvfa.data.support_lists import read_support_list, write_support_list
 from anomalib_mvfa.model.fusion import Fusion
 from anomalib_mvfa.model.prompts import class_prompts, prompt_name
-from anomalib_mvfa.model.weights import load_adapters
+from anomalib_mvfa.weights.adapter_files import load_adapters
 
 nibabel = pytest.importorskip("nibabel")
 pydicom = pytest.importorskip("pydicom")

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from anomalib_mvfa.model.processes import interleave
+from anomalib_mvfa.processes import interleave
 
 nibabel = pytest.importorskip("nibabel")
 SCRIPT = Path(__file__).with_name("two_processes.py")

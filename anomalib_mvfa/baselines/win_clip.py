@@ -25,10 +25,10 @@ from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor, nn
 from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize
 
-from anomalib_mvfa.model.backbone import BackboneConfig, load_clip, resolve_backbone
-from anomalib_mvfa.model.metrics import MVFAEvaluator
+from anomalib_mvfa.backbones.loading import BackboneConfig, load_clip, resolve_backbone
+from anomalib_mvfa.metrics import MVFAEvaluator
 from anomalib_mvfa.model.prompts import class_prompts, prompt_name
-from anomalib_mvfa.model.results import MVFAVisualizer
+from anomalib_mvfa.visualization import MVFAVisualizer
 
 __all__ = ["WinClipAny", "WinClipAnyModel"]
 

@@ -24,8 +24,9 @@ from anomalib.data import BMAD, AnomalibDataset
 from anomalib.data.utils import LabelName, Split, ValSplitMode
 from pandas import DataFrame
 
-from anomalib_mvfa.checks import check_images, check_masks, enumerate_some
 from anomalib_mvfa.model.prompts import prompt_name, published_class_names
+
+from .checks import check_images, check_masks, enumerate_some
 
 __all__ = ["BMADLayout", "MedicalBMAD", "available_sets", "find_layout", "read_samples"]
 
@@ -122,7 +123,7 @@ def read_samples(layout: BMADLayout) -> DataFrame:
 
     Raises:
         FileNotFoundError: If ``test/good`` or ``test/Ungood`` has no image.
-        ValueError: If the masks fail :func:`~anomalib_mvfa.checks.check_masks`.
+        ValueError: If the masks fail :func:`~anomalib_mvfa.data.checks.check_masks`.
     """
     rows = []
     for split, split_folder, label, label_index in _PARTS:

@@ -19,12 +19,12 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Transform
 from torchvision.tv_tensors import Image, Mask
 
-from anomalib_mvfa.checks import check_images
-from anomalib_mvfa.lesions import LesionSynthesizer
 from anomalib_mvfa.model.memory import Support
 from anomalib_mvfa.model.prompts import prompt_name
+from anomalib_mvfa.training.lesions import LesionSynthesizer
 
 from .augmentation import NUM_VERSIONS, support_version, support_versions
+from .checks import check_images
 from .duplicates import drop_copies
 from .sampling import EpochSampler
 from .support_lists import find_support, read_support_list

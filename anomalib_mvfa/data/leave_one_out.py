@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.tv_tensors import Mask
 
-from anomalib_mvfa.checks import check_images
 from anomalib_mvfa.model.prompts import prompt_name
 
 from .bmad import available_sets, find_layout, read_samples
+from .checks import check_images
 from .duplicates import drop_copies
 from .sampling import BalancedSampler, EpochSampler
 

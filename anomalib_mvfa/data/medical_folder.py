@@ -30,10 +30,10 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Transform
 from torchvision.tv_tensors import Image, Mask
 
-from anomalib_mvfa.checks import check_images, enumerate_some, size_difference
-from anomalib_mvfa.model.processes import gather_objects
-from anomalib_mvfa.model.results import claim_name, loaded_dataset, results_dir
+from anomalib_mvfa.processes import gather_objects
+from anomalib_mvfa.visualization import claim_name, loaded_dataset, results_dir
 
+from .checks import check_images, enumerate_some, size_difference
 from .readers import (
     ImageRef,
     IntensityRule,

@@ -3,8 +3,7 @@
 
 """The method."""
 
-from .adapter_sets import AdapterSets
 from .lightning_model import MVFA
 from .torch_model import MVFAModel
 
-__all__ = ["MVFA", "AdapterSets", "MVFAModel"]
+__all__ = ["MVFA", "MVFAModel"]

@@ -33,27 +33,34 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
-from anomalib_mvfa.lesions import LesionSynthesizer
+from anomalib_mvfa.backbones.loading import resolve_backbone
+from anomalib_mvfa.callbacks.loading import prepare_processes, withhold
+from anomalib_mvfa.callbacks.non_finite import all_finite, diagnosis
+from anomalib_mvfa.callbacks.prediction_table import PredictionTable
+from anomalib_mvfa.callbacks.resuming import ResumePoint
+from anomalib_mvfa.callbacks.run_record import data_fingerprint, run_record, write_run_record
+from anomalib_mvfa.metrics import MVFAEvaluator, SelectionScore
+from anomalib_mvfa.post_processing import MVFAPostProcessor
+from anomalib_mvfa.pre_processing import MVFAPreProcessor, check_intensity
+from anomalib_mvfa.processes import gather_objects
+from anomalib_mvfa.training.calibration import branch_extremes, find_support
+from anomalib_mvfa.training.lesions import LesionSynthesizer
+from anomalib_mvfa.training.token_cache import TokenCache
+from anomalib_mvfa.visualization import MVFAVisualizer
+from anomalib_mvfa.weights.adapter_files import check_facts, load_adapters, write_adapters
+from anomalib_mvfa.weights.checkpoints import (
+    AtomicCheckpointIO,
+    check_state,
+    checkpoint_folder,
+    read_checkpoint,
+)
+from anomalib_mvfa.weights.facts import evaluation_facts, model_facts, training_facts
+from anomalib_mvfa.weights.hub import upload
 
-from .backbone import resolve_backbone
-from .calibration import branch_extremes, find_support
-from .card import upload
-from .checkpoints import AtomicCheckpointIO, ResumePoint, check_state, checkpoint_folder, read_checkpoint
-from .divergence import all_finite, diagnosis
-from .export import compress
-from .facts import evaluation_facts, model_facts, training_facts
 from .loss import dice_loss, focal_loss, score_loss
-from .metrics import MVFAEvaluator, SelectionScore
-from .processes import gather_objects, prepare_processes
-from .processing import MVFAPostProcessor, MVFAPreProcessor
 from .prompts import prompt_name
-from .reading import check_intensity, withhold
-from .results import MVFAVisualizer, PredictionTable
-from .run_record import data_fingerprint, run_record, write_run_record
-from .token_cache import TokenCache
 from .torch_model import MVFAModel, SupportOutput
 from .variant import Variant
-from .weights import check_facts, load_adapters, write_adapters
 
 __all__ = ["MVFA"]
 
@@ -806,6 +813,8 @@ class MVFA(AnomalibModule):
         task: Any = None,  # noqa: ANN401 - follows from the data
         max_drop: float = 0.01,
     ) -> Any:  # noqa: ANN401
+        from anomalib_mvfa.deploy.quantisation import compress
+
         return compress(model, compression_type, datamodule, metric, max_drop)
 
     def _check_exportable(self) -> None:

@@ -22,13 +22,14 @@ from open_clip import CLIP
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as image_functional
 
+from anomalib_mvfa.backbones.loading import fingerprint, load_clip, resolve_backbone
+from anomalib_mvfa.training.token_cache import TokenCache
+
 from .adapters import ResidualAdapter
 from .alignment import abnormal_map, abnormal_score, patch_windows, state_logits, upsample
-from .backbone import fingerprint, load_clip, resolve_backbone
 from .fusion import Fusion
 from .memory import MemoryBank, Support, bank_distance
 from .prompts import encode_states
-from .token_cache import TokenCache
 from .tower import FrozenTower, resolve_levels
 from .variant import Variant
 

@@ -15,9 +15,9 @@ from anomalib.models.image.winclip import torch_model
 from torchvision.tv_tensors import Image
 
 from anomalib_mvfa import MVFA
+from anomalib_mvfa.backbones.loading import fingerprint
 from anomalib_mvfa.baselines import WinClipAny
 from anomalib_mvfa.data import FewShot
-from anomalib_mvfa.model.backbone import fingerprint
 
 EMBEDDINGS = ("_text_embeddings", "_patch_embeddings")
 

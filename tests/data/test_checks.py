@@ -9,7 +9,7 @@ import pytest
 from pandas import DataFrame
 from PIL import Image
 
-from anomalib_mvfa.checks import check_masks, enumerate_some
+from anomalib_mvfa.data.checks import check_masks, enumerate_some
 
 
 @pytest.fixture

@@ -16,12 +16,12 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, Dataset
 
 from anomalib_mvfa import MVFAModel
+from anomalib_mvfa.backbones.loading import load_clip, resolve_backbone
 from anomalib_mvfa.data.augmentation import support_versions
-from anomalib_mvfa.model.backbone import load_clip, resolve_backbone
 from anomalib_mvfa.model.loss import dice_loss, focal_loss, score_loss
 from anomalib_mvfa.model.memory import Support
 from anomalib_mvfa.model.torch_model import BranchOutput
-from anomalib_mvfa.model.weights import load_adapters
+from anomalib_mvfa.weights.adapter_files import load_adapters
 
 PHASES = ("init", "train_segmentation", "train_classification")
 TASKS = ("train_segmentation", "train_classification")

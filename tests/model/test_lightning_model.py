@@ -18,7 +18,7 @@ from torch.testing import assert_close
 
 from anomalib_mvfa import MVFA
 from anomalib_mvfa.data import FewShot
-from anomalib_mvfa.model.weights import read_adapters
+from anomalib_mvfa.weights.adapter_files import read_adapters
 
 
 @pytest.fixture

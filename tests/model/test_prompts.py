@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from anomalib_mvfa.model.backbone import load_clip, resolve_backbone
+from anomalib_mvfa.backbones.loading import load_clip, resolve_backbone
 from anomalib_mvfa.model.prompts import cache_dir, encode_states
 
 

@@ -1,0 +1,362 @@
+# Copyright (C) 2026 The anomalib-mvfa authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Where the frozen CLIP comes from: open_clip names, hub names, local files, and the embedded ``tiny``."""
+
+import difflib
+import hashlib
+import json
+import logging
+import pickle
+import zipfile
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.factory import HF_HUB_PREFIX
+from open_clip.model import CLIP, CustomTextCLIP, convert_to_custom_text_state_dict, resize_pos_embed
+from open_clip.pretrained import download_pretrained, download_pretrained_from_hf, get_pretrained_cfg
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .tiny import TINY, TINY_CONFIG, TINY_WEIGHTS, announce_tiny, initialise_tiny
+
+__all__ = ["BackboneConfig", "fingerprint", "load_clip", "read_state_dict", "resolve_backbone"]
+
+logger = logging.getLogger(__name__)
+
+PUBLISHED_BACKBONE = "ViT-L-14-336"
+PUBLISHED_IMAGE_SIZE = 240
+"""240 is not a multiple of the patch size 14: as in the released code, the last two rows and columns are not read."""
+RANDOM_WEIGHTS = "random"
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """What is known of a backbone before any weights are read.
+
+    Args:
+        name: The backbone as the user named it.
+        model: open_clip's model configuration.
+        image_size: Height and width of the input.
+        weights: Weights as the user named them, or the default of this backbone.
+    """
+
+    name: str
+    model: dict[str, Any]
+    image_size: tuple[int, int]
+    weights: str | None
+
+
+def resolve_backbone(
+    backbone: str,
+    pretrained: str | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    quick_gelu: bool = False,
+) -> BackboneConfig:
+    """Check a backbone's name and sizes without reading weights.
+
+    Args:
+        backbone: A vision transformer of open_clip (``"ViT-L-14-336"``), ``"tiny"``, ``"hf-hub:owner/name"``, or the
+            path of an open_clip configuration in JSON.
+        pretrained: A tag of open_clip (``"openai"``), a local file, or ``"random"`` for seeded random weights, which
+            serve tests and benchmarks. ``None`` takes the backbone's own, or ``"openai"``.
+        image_size: Input size; ``None`` takes 240 for the published backbone, otherwise the backbone's own.
+        quick_gelu: Run QuickGELU, which OpenAI's weights were trained with, in both towers. The released MVFA runs
+            the exact GELU.
+
+    Returns:
+        The resolved configuration.
+
+    Raises:
+        ValueError: If the backbone is unknown, is no plain vision transformer, or the image size does not fit it.
+    """
+    model = _model_config(backbone)
+    vision = model["vision_cfg"]
+    if not isinstance(vision.get("layers"), int) or "timm_model_name" in vision or vision.get("attentional_pool"):
+        msg = (
+            f"Backbone '{backbone}' is not a plain open_clip vision transformer, which MVFA's adapters need. Use for "
+            f"instance {PUBLISHED_BACKBONE}, ViT-B-16 or ViT-L-14."
+        )
+        raise ValueError(msg)
+    if image_size is None:
+        image_size = PUBLISHED_IMAGE_SIZE if backbone == PUBLISHED_BACKBONE else vision.get("image_size", 224)
+    height, width = (
+        (image_size, image_size) if isinstance(image_size, int) else (int(image_size[0]), int(image_size[1]))
+    )
+    patch = vision.get("patch_size", 16)
+    published = (height, width, patch) == (PUBLISHED_IMAGE_SIZE, PUBLISHED_IMAGE_SIZE, 14)
+    if not published and (height < patch or width < patch or height % patch or width % patch):
+        near = sorted({max(1, height // patch) * patch, (height // patch + 1) * patch})
+        msg = (
+            f"Image size {height} x {width} is not a multiple of the patch size {patch} of backbone '{backbone}'. "
+            f"Use for instance {' or '.join(map(str, near))}."
+        )
+        raise ValueError(msg)
+    vision.update(image_size=(height, width), patch_dropout=0.0)
+    model["quick_gelu"] = quick_gelu
+    weights = pretrained
+    if pretrained is None and backbone != TINY:
+        weights = backbone if backbone.startswith(HF_HUB_PREFIX) else "openai"
+    return BackboneConfig(backbone, model, (height, width), weights)
+
+
+def _model_config(backbone: str) -> dict[str, Any]:
+    """Give a fresh copy of open_clip's configuration for a backbone."""
+    if backbone == TINY:
+        return deepcopy(TINY_CONFIG)
+    if backbone.endswith(".json"):
+        path = Path(backbone)
+        if not path.is_file():
+            msg = f"No backbone configuration at {path}. Give the path of an open_clip model configuration in JSON."
+            raise ValueError(msg)
+        loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        loaded = loaded.get("model_cfg", loaded)
+    elif backbone.startswith(HF_HUB_PREFIX):
+        path = _from_hub(backbone, "open_clip_config.json")
+        loaded = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
+    else:
+        known = open_clip.get_model_config(backbone)
+        if known is None:
+            near = difflib.get_close_matches(backbone, [TINY, *open_clip.list_models()], n=3, cutoff=0.4)
+            hint = f" Did you mean {' or '.join(near)}?" if near else ""
+            msg = (
+                f"Unknown backbone '{backbone}'.{hint} Give a vision transformer of open_clip such as "
+                f"{PUBLISHED_BACKBONE}, an hf-hub:owner/name, a JSON configuration, or '{TINY}', the small "
+                "demonstration model inside this package."
+            )
+            raise ValueError(msg)
+        loaded = known
+    missing = {"embed_dim", "vision_cfg", "text_cfg"} - loaded.keys()
+    if missing:
+        msg = f"The configuration of backbone '{backbone}' lacks {', '.join(sorted(missing))}."
+        raise ValueError(msg)
+    return loaded
+
+
+def load_clip(config: BackboneConfig) -> tuple[CLIP | CustomTextCLIP, Callable[[list[str]], Tensor]]:
+    """Build a CLIP and read its weights, without executing code from the weights file.
+
+    Args:
+        config: Resolved backbone.
+
+    Returns:
+        The model in float32 and evaluation mode, and its tokenizer.
+
+    Raises:
+        FileNotFoundError: If the weights are neither a file nor a known tag, or cannot be downloaded.
+        ValueError: If the file holds weights of another model.
+    """
+    arguments = deepcopy(config.model)
+    custom_text = arguments.pop("custom_text", False) or "hf_model_name" in arguments["text_cfg"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = (CustomTextCLIP if custom_text else CLIP)(**arguments)
+    if config.weights == RANDOM_WEIGHTS:
+        logger.warning("Backbone %s has random weights: its results mean nothing.", config.name)
+        if config.name == TINY:
+            initialise_tiny(model)
+    else:
+        path = _weights_path(config)
+        state = read_state_dict(path)
+        if custom_text and "positional_embedding" in state:
+            state = convert_to_custom_text_state_dict(state)
+        _load(model, state, config, path)
+    return model.float().eval(), _tokenizer(config)
+
+
+def _load(model: nn.Module, state: dict[str, Tensor], config: BackboneConfig, path: Path) -> None:
+    """Load a state dict, the position grid resized to the image size."""
+    try:
+        resize_pos_embed(state, model)
+        model.load_state_dict(state)
+    except (RuntimeError, KeyError) as error:
+        reasons = str(error).splitlines()
+        msg = f"{path} does not hold weights of backbone '{config.name}': {reasons[min(1, len(reasons) - 1)].strip()}"
+        raise ValueError(msg) from error
+
+
+def _tokenizer(config: BackboneConfig) -> Callable[[list[str]], Tensor]:
+    text = config.model["text_cfg"]
+    length = text.get("context_length", 77)
+    kind = open_clip.tokenizer.HFTokenizer if "hf_tokenizer_name" in text else open_clip.SimpleTokenizer
+    names = (text["hf_tokenizer_name"],) if "hf_tokenizer_name" in text else ()
+    tokenizer: Callable[[list[str]], Tensor] = kind(*names, context_length=length, **text.get("tokenizer_kwargs", {}))
+    return tokenizer
+
+
+def _weights_path(config: BackboneConfig) -> Path:
+    """Find the file that holds a backbone's weights, downloading it if need be."""
+    if config.weights is None:  # only the embedded backbone
+        announce_tiny()
+        return TINY_WEIGHTS
+    weights = config.weights
+    if Path(weights).is_file():
+        return Path(weights)
+    if weights.startswith(HF_HUB_PREFIX):
+        return _from_hub(weights, None)
+    known = {} if config.name.endswith(".json") else get_pretrained_cfg(config.name, weights)
+    if not known:
+        tags = open_clip.list_pretrained_tags_by_model(config.name)
+        msg = (
+            f"No weights '{weights}' for backbone '{config.name}': there is no such file, and its tags are "
+            f"{', '.join(tags) or '(none)'}. Give one of them or the path of a file with --model.pretrained."
+        )
+        raise FileNotFoundError(msg)
+    try:
+        return Path(download_pretrained(known))
+    except Exception as error:
+        source = known.get("url") or f"hub repository {known.get('hf_hub')}"
+        raise FileNotFoundError(_download_advice(f"{config.name} ({weights})", source)) from error
+
+
+def _from_hub(name: str, filename: str | None) -> Path:
+    repository = name.removeprefix(HF_HUB_PREFIX)
+    try:
+        if filename is None:
+            return Path(download_pretrained_from_hf(repository))
+        return Path(download_pretrained_from_hf(repository, filename=filename))
+    except Exception as error:
+        raise FileNotFoundError(_download_advice(name, f"hub repository {repository}")) from error
+
+
+def _download_advice(what: str, source: str) -> str:
+    return (
+        f"The weights of {what} are not on this machine and could not be downloaded. On a machine with a network fetch "
+        f"{source}, copy the file here and name it with --model.pretrained /path/to/file (pretrained=... in Python). "
+        f"To try MVFA without any download use --model.backbone {TINY}, the small demonstration model."
+    )
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Read named tensors from a file without executing code from it.
+
+    Args:
+        path: A safetensors file, a state dict saved by ``torch.save`` (bare or under ``state_dict``), or a TorchScript
+            archive such as OpenAI published.
+
+    Returns:
+        Tensors by name, in float32, on the CPU.
+
+    Raises:
+        ValueError: If the file is none of these.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        elif _is_torchscript(path):
+            state = _read_torchscript(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = state.get("state_dict", state)
+    except Exception as error:
+        msg = (
+            f"{path} could not be read as weights ({type(error).__name__}). It must be a safetensors file, a state "
+            "dict of plain tensors saved by torch.save, or a TorchScript archive; it may be damaged or hold other "
+            "objects, which are not loaded."
+        )
+        raise ValueError(msg) from error
+    not_parameters = {"input_resolution", "context_length", "vocab_size"}  # numbers that OpenAI's archives hold
+    state = {name.removeprefix("module."): value for name, value in state.items() if name not in not_parameters}
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        msg = f"{path} holds no state dict: expected named tensors."
+        raise ValueError(msg)
+    return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(PurePosixPath(name).name == "constants.pkl" for name in archive.namelist())
+
+
+class _ScriptObject:
+    """Stands for an object of a TorchScript archive; only its attributes are kept."""
+
+    def __setstate__(self, state: object) -> None:
+        self.__dict__.update(state if isinstance(state, dict) else {})
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Reads the object tree of a TorchScript archive; nothing but tensors and containers can be made."""
+
+    def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
+        super().__init__(archive.open(f"{root}/data.pkl"))
+        self.archive = archive
+        self.root = root
+
+    def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401
+        if module.startswith("__torch__"):
+            return type(name, (_ScriptObject,), {})
+        if module == "torch._utils" and name in {"_rebuild_tensor_v2", "_rebuild_parameter"}:
+            return self._rebuild_parameter if name == "_rebuild_parameter" else self._rebuild_tensor
+        if module == "torch" and name.endswith("Storage"):
+            return getattr(torch, name)
+        if module == "collections" and name == "OrderedDict":
+            return dict
+        if module == "torch.jit._pickle":
+            return list if name.startswith("build_") else _ScriptObject
+        msg = f"refused {module}.{name}"
+        raise pickle.UnpicklingError(msg)
+
+    def persistent_load(self, pid: Any) -> Tensor:  # noqa: ANN401
+        _, storage, key, _, count = pid
+        buffer = bytearray(self.archive.read(f"{self.root}/data/{key}"))
+        if not count:
+            return torch.empty(0, dtype=storage.dtype)
+        return torch.frombuffer(buffer, dtype=storage.dtype, count=count)
+
+    @staticmethod
+    def _rebuild_tensor(
+        storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object
+    ) -> Tensor:
+        return torch.as_strided(storage, size, stride, offset)
+
+    @staticmethod
+    def _rebuild_parameter(data: Tensor, *_: object) -> Tensor:
+        return data
+
+
+def _read_torchscript(path: Path) -> dict[str, Tensor]:
+    """Collect the tensors of a TorchScript archive under their attribute paths."""
+    with zipfile.ZipFile(path) as archive:
+        root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("/data.pkl")
+        tree = _TensorUnpickler(archive, root).load()
+    tensors: dict[str, Tensor] = {}
+
+    def collect(node: object, prefix: str) -> None:
+        for name, value in vars(node).items():
+            if isinstance(value, Tensor):
+                tensors[prefix + name] = value.clone()
+            elif isinstance(value, _ScriptObject):
+                collect(value, f"{prefix}{name}.")
+
+    collect(tree, "")
+    return tensors
+
+
+def fingerprint(tower: nn.Module) -> str:
+    """Digest the weights of a tower, to tell backbones apart.
+
+    The position grid is left out: its values depend on the image size.
+
+    Args:
+        tower: Any module.
+
+    Returns:
+        16 hexadecimal digits of a SHA-256 over up to 64 spread values of each parameter.
+    """
+    digest = hashlib.sha256()
+    for name, value in tower.named_parameters():
+        if name.endswith("positional_embedding"):
+            continue
+        flat = value.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.float32)
+        digest.update(name.encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]

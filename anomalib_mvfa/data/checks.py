@@ -1,0 +1,186 @@
+# Copyright (C) 2026 The anomalib-mvfa authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Checks of data sets that come before any training."""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib.data import AnomalibDataset
+from anomalib.data.utils import LabelName
+from pandas import DataFrame
+from PIL import Image
+from rich.progress import track
+from torch.utils.data import DataLoader, Dataset
+
+from .readers import UnreadableImageError, is_volume, read_image, read_mask
+
+__all__ = ["check_images", "check_masks", "enumerate_some"]
+
+PROGRESS_FROM = 200  # files; fewer are read before a bar could be followed
+_READABLE: set[tuple[object, ...]] = set()  # what this process has found in order, by the files' time and size
+
+
+def check_images(*parts: AnomalibDataset, num_workers: int = 0) -> None:
+    """Read every image and mask of some data sets, and list all that cannot be used.
+
+    Every file is decoded once, as one epoch of training or one evaluation would do: nothing less finds a file that was
+    cut short. A volume is read once, not once a slice. Files that this process has read before and that have not
+    changed since are passed over, so that further draws of supports cost nothing.
+
+    Args:
+        *parts: Data sets, which read their images in their own way.
+        num_workers: Number of processes that read. With none, this one does.
+
+    Raises:
+        ValueError: If an image or mask cannot be read, a mask has another size than its image, or an abnormal image
+            lacks a mask in a set that has masks. The message lists every file with its reason.
+    """
+    units = [unit for part in parts for unit in _units(part)]
+    loader: DataLoader[list[str]] = DataLoader(
+        _Reading(units),
+        batch_size=None,
+        num_workers=min(num_workers, len(units) // PROGRESS_FROM),
+        collate_fn=list,
+        generator=torch.Generator(),  # its own: whether files are read must not change the course of a seeded training
+    )
+    problems: dict[str, None] = {}
+    long = len(units) >= PROGRESS_FROM
+    results = track(loader, "Reading the images", len(units), transient=True) if long else loader
+    for (_, _, key), found in zip(units, results, strict=True):
+        problems.update(dict.fromkeys(found))
+        if not found:
+            _READABLE.add(key)
+    if problems:
+        count = "1 file" if len(problems) == 1 else f"{len(problems)} files"
+        msg = "\n  ".join([f"{count} cannot be used. Repair or remove what is listed:", *problems])
+        raise ValueError(msg)
+
+
+_Unit = tuple[AnomalibDataset, list[int], tuple[object, ...]]
+
+
+def _units(part: AnomalibDataset) -> list[_Unit]:
+    """Gather the positions of each file, a single one for a volume, with a key that changes when the file does."""
+    reading = copy.copy(part)
+    reading.augmentations = None  # images and masks at their own size
+    columns = (column for column in ("image_path", "mask_path") if column in part.samples)
+    files: dict[tuple[str, ...], list[int]] = {}
+    for position, paths in enumerate(zip(*(part.samples[column].fillna("") for column in columns), strict=True)):
+        files.setdefault(paths, []).append(position)
+    units = []
+    for paths, positions in files.items():
+        key = (type(part), str(getattr(part, "rule", "")), part.samples.attrs.get("task"), *map(_stamp, paths))
+        if key not in _READABLE:
+            units.append((reading, positions[:1] if is_volume(paths[0]) else positions, key))
+    return units
+
+
+def _stamp(path: str) -> tuple[object, ...]:
+    try:
+        status = Path(path).stat()
+    except OSError:
+        return (path, None)
+    return path, status.st_mtime_ns, status.st_size
+
+
+class _Reading(Dataset[list[str]]):
+    """What is wrong with each unit."""
+
+    def __init__(self, units: Sequence[_Unit]) -> None:
+        self.units = units
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    def __getitem__(self, index: int) -> list[str]:
+        part, positions, _ = self.units[index]
+        return [problem for position in positions if (problem := _problem(part, position))]
+
+
+def _problem(part: AnomalibDataset, position: int) -> str | None:
+    """Read one image with its mask and tell what is wrong, or return ``None``."""
+    row = part.samples.iloc[position]
+    image_path, mask_path = row["image_path"], row.get("mask_path") or ""
+    abnormal = row["label_index"] == LabelName.ABNORMAL.value
+    try:
+        item: Any = part[position]
+    except UnreadableImageError as error:
+        return str(error)
+    except Exception as error:  # whatever the set's own reader raises
+        return _reason(image_path, mask_path if abnormal else None) or f"{image_path}: {type(error).__name__}"
+    if abnormal and item.gt_mask is not None and item.gt_mask.shape[-2:] != item.image.shape[-2:]:
+        return f"{mask_path}: {size_difference(item.gt_mask.shape, item.image.shape)}"
+    return None
+
+
+def _reason(image_path: str, mask_path: str | None) -> str | None:
+    """Find out with the readers of this package why an image or its mask cannot be read."""
+    try:
+        read_image(image_path)
+        if mask_path == "":
+            return f"{image_path}: abnormal, but without a mask of the same stem, while the set has masks"
+        if mask_path:
+            read_mask(mask_path)
+    except FileNotFoundError as error:
+        return f"{error.filename}: no such file"
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def size_difference(mask: Sequence[int], image: Sequence[int]) -> str:
+    """Word that a mask ``(..., H, W)`` has another size than its image ``(..., H, W)``."""
+    return (
+        f"this mask is {mask[-1]}x{mask[-2]} (width x height), its image {image[-1]}x{image[-2]}; "
+        "resample it onto the image, nearest neighbour"
+    )
+
+
+def check_masks(samples: DataFrame) -> None:
+    """Check that every abnormal image has a mask of its own size, if any has one.
+
+    Only the headers of the files are read. Files without a header that can be read are left to :func:`check_images`.
+
+    Args:
+        samples: Samples as anomalib keeps them, with ``image_path``, ``label_index`` and ``mask_path``.
+
+    Raises:
+        ValueError: If masks are missing or differ in size from their images. The message has the count and five files.
+    """
+    abnormal = samples[samples["label_index"] == LabelName.ABNORMAL.value]
+    absent = abnormal["mask_path"].fillna("") == ""
+    if absent.all():
+        return
+    missing = abnormal.loc[absent, "image_path"].tolist()
+    if missing:
+        msg = (
+            f"{len(missing)} of {len(abnormal)} abnormal images have no mask of the same stem: "
+            f"{enumerate_some(missing, 5)}. "
+            "Add the masks, or remove every mask folder to use the set with image labels only."
+        )
+        raise ValueError(msg)
+    differing = []
+    for image_path, mask_path in zip(abnormal["image_path"], abnormal["mask_path"], strict=True):
+        try:
+            with Image.open(image_path) as image, Image.open(mask_path) as mask:
+                sizes = (mask.size, image.size)
+        except OSError:
+            continue
+        if sizes[0] != sizes[1]:
+            differing.append("{} ({}x{}, image {}x{})".format(mask_path, *sizes[0], *sizes[1]))
+    if differing:
+        msg = (
+            f"{len(differing)} of {len(abnormal)} masks differ in size (width x height) from their image: "
+            f"{enumerate_some(differing, 5)}. Resample these masks onto their images, nearest neighbour."
+        )
+        raise ValueError(msg)
+
+
+def enumerate_some(items: Sequence[str], limit: int) -> str:
+    """Name the first items and count the others."""
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more

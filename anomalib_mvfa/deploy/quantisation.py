@@ -1,0 +1,182 @@
+# Copyright (C) 2026 The anomalib-mvfa authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Compression of exported OpenVINO graphs with NNCF.
+
+The tower and the adapters are where the time and the size are, and they bear eight bits. What follows them does not:
+similarities are multiplied by 100 before a softmax, and distances to the bank differ in the third digit. It stays in
+floating point.
+"""
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from anomalib.data import AnomalibDataModule, ImageBatch
+from anomalib.deploy import CompressionType
+from anomalib.metrics import F1Score
+from torch import Tensor
+from torchmetrics import Metric
+from torchvision.tv_tensors import Mask
+
+from anomalib_mvfa.pre_processing import EightBitResize
+
+if TYPE_CHECKING:
+    import openvino
+
+__all__ = ["compress", "sensitive_nodes"]
+
+logger = logging.getLogger(__name__)
+
+CALIBRATION_IMAGES = 300
+"""More images make calibration longer, not better."""
+
+
+def sensitive_nodes(graph: "openvino.Model") -> list[str]:
+    """Find what must stay in floating point: all that follows the tower and the adapters.
+
+    That begins where hidden vectors are brought to unit length. What leads back into a layer normalisation belongs to
+    the tower, which with ``residual_norm`` has lengths of its own.
+
+    Args:
+        graph: Exported model.
+
+    Returns:
+        Names of the nodes: unit length, similarities with text and bank, softmax, fusion, thresholds.
+    """
+    nodes = graph.get_ordered_ops()
+    before_norm: set[str] = set()
+    for node in reversed(nodes):
+        if node.get_type_name() == "MVN" or any(reader.get_friendly_name() in before_norm for reader in _readers(node)):
+            before_norm.add(node.get_friendly_name())
+    sensitive: set[str] = set()
+    for node in nodes:
+        name = node.get_friendly_name()
+        sources = {value.get_source_output().get_node().get_friendly_name() for value in node.inputs()}
+        if name not in before_norm and (node.get_type_name() == "ReduceL2" or sources & sensitive):
+            sensitive.add(name)
+    return sorted(sensitive)
+
+
+def _readers(node: Any) -> list[Any]:  # noqa: ANN401 - a node of OpenVINO
+    return [value.get_node() for output in node.outputs() for value in output.get_target_inputs()]
+
+
+def compress(
+    graph: "openvino.Model",
+    kind: CompressionType | None,
+    datamodule: AnomalibDataModule | None,
+    metric: Metric | None = None,
+    max_drop: float = 0.01,
+) -> "openvino.Model":
+    """Compress an exported model.
+
+    Args:
+        graph: Exported model with a dynamic batch and a static size.
+        kind: ``INT8`` stores weights in eight bits and computes in floating point; ``INT8_PTQ`` computes in eight
+            bits, too; ``INT8_ACQ`` takes layers back until the metric drops by no more than ``max_drop``.
+        datamodule: For the last two: its validation part, or where it has none its training part, calibrates. The test
+            part is not looked at.
+        metric: For ``INT8_ACQ``, larger is better. Defaults to F1 of the images.
+        max_drop: For ``INT8_ACQ``: greatest loss of the metric.
+
+    Returns:
+        The compressed model.
+
+    Raises:
+        ValueError: If images to calibrate with lack, or the kind is unknown.
+    """
+    import nncf  # slow to import, and only needed here
+
+    scope = nncf.IgnoredScope(names=sensitive_nodes(graph))
+    if kind == CompressionType.INT8:
+        return nncf.compress_weights(graph, ignored_scope=scope)
+    if kind not in {CompressionType.INT8_PTQ, CompressionType.INT8_ACQ}:
+        msg = f"Unknown compression {kind}. Give one of {', '.join(each.name for each in CompressionType)}."
+        raise ValueError(msg)
+    data = _calibration_data(datamodule, CompressionType(kind))
+    size = tuple(graph.input(0).get_partial_shape()[axis].get_length() for axis in (2, 3))
+    resize = EightBitResize((size[0], size[1]))
+
+    def image(index: int) -> np.ndarray[Any, Any]:
+        pixels: Tensor = resize(torch.as_tensor(data[index].image).as_subclass(Tensor))
+        array: np.ndarray[Any, Any] = pixels.unsqueeze(0).numpy()
+        return array
+
+    chosen = _spread(len(data))
+    calibration = nncf.Dataset(chosen, image)
+    options: dict[str, Any] = {
+        "model_type": nncf.ModelType.TRANSFORMER,
+        "ignored_scope": scope,
+        "subset_size": len(chosen),
+    }
+    logger.info("Calibrating with %d images.", len(chosen))
+    if kind == CompressionType.INT8_PTQ:
+        return nncf.quantize(graph, calibration, **options)
+    judge = F1Score(fields=["pred_label", "gt_label"]) if metric is None else metric
+
+    def measure(model: "openvino.CompiledModel", indices: Iterable[int]) -> float:
+        judge.reset()
+        for index in indices:
+            judge.update(_judged(model, image(index), data[index]))
+        return float(judge.compute())
+
+    validation = nncf.Dataset(list(range(len(data))))
+    return nncf.quantize_with_accuracy_control(graph, calibration, validation, measure, max_drop=max_drop, **options)
+
+
+def _calibration_data(datamodule: AnomalibDataModule | None, kind: CompressionType) -> Any:  # noqa: ANN401 - a data set
+    """Give the validation part, else (to calibrate alone) the training part."""
+    if datamodule is None:
+        msg = (
+            f"{kind.name} needs images to calibrate with: those that the model was trained with, such as "
+            "--data FewShot --data.source ... (datamodule=... in Python). INT8 and FP16 need none."
+        )
+        raise ValueError(msg)
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    validation = getattr(datamodule, "val_data", None)
+    if validation is not None and len(validation):
+        return validation
+    if kind == CompressionType.INT8_ACQ:
+        msg = (
+            "INT8_ACQ measures the loss on validation images, but the data have none. Set val_split_mode of the "
+            "datamodule, or take INT8_PTQ."
+        )
+        raise ValueError(msg)
+    training = getattr(datamodule, "train_data", None)
+    if training is None or not len(training):
+        msg = "There is no image to calibrate with: the data have neither a validation nor a training part."
+        raise ValueError(msg)
+    return training
+
+
+def _spread(count: int) -> Sequence[int]:
+    """Choose at most :data:`CALIBRATION_IMAGES` of ``count`` images, evenly over them."""
+    number = min(count, CALIBRATION_IMAGES)
+    return [position * count // number for position in range(number)]
+
+
+def _judged(
+    model: "openvino.CompiledModel",
+    image: np.ndarray[Any, Any],
+    item: Any,  # noqa: ANN401 - an item of any data set
+) -> ImageBatch:
+    """Predict an image and put the truth beside it."""
+    outputs = {next(iter(port.get_names())): torch.from_numpy(np.array(value)) for port, value in model(image).items()}
+    height, width = outputs["anomaly_map"].shape[-2:]
+    mask = item.gt_mask
+    if mask is not None:
+        mask = EightBitResize((height, width))(Mask(mask)) if tuple(mask.shape[-2:]) != (height, width) else mask
+        mask = torch.as_tensor(mask).as_subclass(Tensor).bool().unsqueeze(0)
+    return ImageBatch(
+        image=torch.from_numpy(image),
+        pred_score=outputs["pred_score"].reshape(1),
+        pred_label=outputs["pred_label"].reshape(1).bool(),
+        anomaly_map=outputs["anomaly_map"],
+        pred_mask=outputs["pred_mask"].bool(),
+        gt_label=torch.as_tensor(item.gt_label).reshape(1),
+        gt_mask=mask,
+    )

@@ -1,0 +1,235 @@
+# Copyright (C) 2026 The anomalib-mvfa authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Thresholds, and normalisation that keeps the order of scores."""
+
+import logging
+from typing import Any
+
+import torch
+from anomalib.data import ImageBatch, InferenceBatch
+from anomalib.models.components import DynamicBufferMixin
+from anomalib.post_processing import PostProcessor
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from anomalib_mvfa.metrics import squash
+from anomalib_mvfa.processes import is_first
+
+from .threshold import THRESHOLDS, ScoreThreshold
+
+__all__ = ["MVFAPostProcessor"]
+
+logger = logging.getLogger(__name__)
+
+MAX_NORMAL_SCORES = 1000
+
+
+class MVFAPostProcessor(DynamicBufferMixin, PostProcessor):
+    """anomalib's normalisation with soft ends, and a choice of thresholds.
+
+    anomalib clips normalised scores to [0, 1], so that all scores beyond those of the validation set become equal, and
+    computes its metrics after that. Here the outermost two hundredths on either side bend asymptotically: scores stay
+    in [0, 1], the threshold stays at one half, and no two different scores become equal, so that AUROC and AUPR are
+    those of the raw scores. Without anything to take a range from, scores are squashed into (0, 1) in their order.
+
+    Thresholds come from the validation part. Where it holds no normal image, the supports (see :meth:`set_support`)
+    take the place of its normal images; where a rule lacks abnormal images, ``"fpr"`` takes its place.
+
+    Args:
+        threshold: ``"f1"`` (anomalib's), ``"youden"``, or ``"fpr"``: normal images alone are used, and the share
+            ``target_fpr`` of new ones (of their pixels) is expected above the threshold. Defaults to ``"f1"``.
+        target_fpr: Share of normal images, and of their pixels, that may be called abnormal. Defaults to ``0.01``.
+        **kwargs: Arguments of anomalib's post-processor.
+
+    Attributes:
+        normal_scores: Sorted raw scores of the normal images that the threshold was set with, at most 1000 quantiles.
+
+    Raises:
+        ValueError: If the rule is unknown or the rate is not in (0, 1).
+    """
+
+    BEND = 0.02
+
+    normal_scores: Tensor
+    _image_threshold_metric: ScoreThreshold
+    _pixel_threshold_metric: ScoreThreshold
+
+    def __init__(self, threshold: str = "f1", target_fpr: float = 0.01, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(**kwargs)
+        self._support: tuple[InferenceBatch, Tensor] | None = None
+        self._told: set[str] = set()
+        self.register_buffer("normal_scores", torch.empty(0))
+        self._set_rule(threshold, target_fpr)
+
+    def _set_rule(self, threshold: str, target_fpr: float) -> None:
+        if threshold not in THRESHOLDS:
+            msg = f"threshold must be one of {', '.join(THRESHOLDS)}, got '{threshold}'."
+            raise ValueError(msg)
+        if not 0 < target_fpr < 1:
+            msg = f"target_fpr is a share between 0 and 1, such as 0.01; got {target_fpr}."
+            raise ValueError(msg)
+        self.threshold = threshold
+        self.target_fpr = target_fpr
+        self._image_threshold_metric = ScoreThreshold(threshold, target_fpr)
+        self._pixel_threshold_metric = ScoreThreshold(threshold, target_fpr)
+
+    @property
+    def _checkpoint_config_keys(self) -> tuple[str, ...]:
+        return (*super()._checkpoint_config_keys, "threshold", "target_fpr")
+
+    def load_checkpoint_config(self, config: dict[str, Any]) -> None:
+        """Restore the options of a checkpoint, the rule of the threshold among them."""
+        super().load_checkpoint_config(config)
+        self._set_rule(self.threshold, self.target_fpr)
+
+    def set_support(self, predictions: InferenceBatch, labels: Tensor) -> None:
+        """Give what is predicted of the supports, for use where the validation part has no normal images.
+
+        Args:
+            predictions: Maps ``(K, H, W)`` and scores ``(K,)``; normal supports compared with the bank of the others.
+            labels: ``(K,)``, true for abnormal supports. They serve the range of the normalisation only.
+        """
+        self._support = predictions, labels
+
+    def on_validation_batch_end(  # type: ignore[override]  # as anomalib's own
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: ImageBatch,
+        *args: Any,  # noqa: ANN401
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        """Take in the predictions of a batch."""
+        del trainer, pl_module, args, kwargs
+        self._observe_range(outputs)
+        if outputs.gt_label is not None:
+            self._observe_scores(outputs.pred_score, outputs.anomaly_map, outputs.gt_label.bool(), outputs.gt_mask)
+
+    def _observe_range(self, predictions: ImageBatch | InferenceBatch) -> None:
+        if self.enable_normalization:
+            self._image_min_max_metric.update(predictions)  # type: ignore[arg-type]
+            self._pixel_min_max_metric.update(predictions)  # type: ignore[arg-type]
+
+    def _observe_scores(self, scores: Tensor | None, maps: Tensor | None, labels: Tensor, masks: Tensor | None) -> None:
+        if not self.enable_thresholding:
+            return
+        if scores is not None:
+            self._image_threshold_metric.update(scores, labels)
+        if maps is not None:
+            if masks is None or self.threshold == "fpr":  # then only the pixels of normal images count
+                maps = maps[~labels]
+                masks = torch.zeros_like(maps)
+            self._pixel_threshold_metric.update(maps, masks)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set thresholds, range and normal reference.
+
+        MVFA also calls this at the end of a training without validation.
+
+        Raises:
+            ValueError: If the rule is ``"fpr"`` and there was no normal image.
+        """
+        metric = self._image_threshold_metric
+        from_support = self._support is not None and not metric.has_normal
+        if self._support is not None and from_support:
+            predictions, labels = self._support
+            self._observe_range(predictions)
+            normal = ~labels
+            if not is_first():  # every process has all supports: one of them counts
+                normal = torch.zeros_like(normal)
+            maps = None if predictions.anomaly_map is None else predictions.anomaly_map[normal]
+            scores = None if predictions.pred_score is None else predictions.pred_score[normal]
+            self._observe_scores(scores, maps, labels[normal], None)
+        self._support = None
+        observed = metric.update_called
+        super().on_validation_epoch_end(trainer, pl_module)  # computes, stores and resets
+        if not self.enable_thresholding:
+            return
+        if observed:
+            self._keep_normal_scores(metric.normal)
+            self._explain(metric, from_support=from_support)
+        if not self._image_threshold.isnan():
+            return
+        if self.threshold == "fpr":
+            msg = (
+                "threshold='fpr' is set by normal images, but there are none: neither in the validation part nor, as "
+                "supports of the memory, in the training part. Add normal validation images, or take another threshold."
+            )
+            raise ValueError(msg)
+        self._tell("There is no normal image to set a threshold with: predictions have scores but no labels.")
+
+    def _keep_normal_scores(self, scores: Tensor) -> None:
+        scores = scores.sort().values
+        if len(scores) > MAX_NORMAL_SCORES:
+            positions = torch.linspace(0, len(scores) - 1, MAX_NORMAL_SCORES, dtype=torch.float64)
+            scores = scores[positions.round().long().to(scores.device)]
+        self.normal_scores = scores.to(self.image_min.device)
+
+    def _explain(self, metric: ScoreThreshold, *, from_support: bool) -> None:
+        """Say what the image threshold rests on, and what it cannot promise."""
+        count = len(metric.normal)
+        if not count:
+            return
+        if from_support:
+            self._tell(
+                f"No normal validation images: the {count} normal supports, each compared with the others, take their "
+                "place. The model was trained on them, so that on new images more may be called abnormal.",
+            )
+        if metric.fell_back:
+            self._tell(
+                f"No abnormal validation images, which threshold='{self.threshold}' needs: in its place the threshold "
+                f"is set to a false-positive rate of {self.target_fpr:g} on normal images (threshold='fpr').",
+            )
+        elif self._pixel_threshold_metric.fell_back:
+            self._tell(
+                f"No masks of abnormal validation images: {self.target_fpr:g} of the pixels of normal images are above "
+                "the threshold of the maps.",
+            )
+        if (metric.fell_back or self.threshold == "fpr") and self.target_fpr < 1 / (count + 1):
+            self._tell(
+                f"target_fpr={self.target_fpr:g} is less than {count} normal image(s) can show, which is about "
+                f"1 / {count + 1} = {1 / (count + 1):.2g}. The threshold is the largest of their scores.",
+            )
+
+    def _tell(self, message: str) -> None:
+        """Warn once, not after each of many validations."""
+        if message not in self._told:
+            logger.warning(message)
+            self._told.add(message)
+
+    def normal_percentile(self, scores: Tensor) -> Tensor | None:
+        """Give the share of normal reference images that score lower.
+
+        Args:
+            scores: ``(B,)`` scores as this post-processor gives them.
+
+        Returns:
+            ``(B,)`` in [0, 1]; ``None`` if there is no reference.
+        """
+        if not len(self.normal_scores):
+            return None
+        reference = self.normal_scores
+        if self.enable_normalization:
+            limits = (self.image_min, self.image_max, self.image_threshold)
+            reference = self._normalize(reference, *limits)  # type: ignore[assignment]  # None for None only
+        return torch.searchsorted(reference, scores.contiguous()) / len(reference)
+
+    @classmethod
+    def _normalize(
+        cls,
+        preds: Tensor | None,
+        norm_min: Tensor,
+        norm_max: Tensor,
+        threshold: Tensor,
+    ) -> Tensor | None:
+        if preds is None:
+            return None
+        middle = torch.where(torch.isnan(threshold), (norm_max + norm_min) / 2, threshold)
+        span = torch.where(norm_max > norm_min, norm_max - norm_min, torch.ones_like(norm_max))
+        centred = (preds - middle) / span
+        linear = 0.5 - cls.BEND
+        excess = (centred.abs() - linear).clamp(min=0) / cls.BEND
+        bent = centred.clamp(-linear, linear) + centred.sign() * cls.BEND * excess / (1 + excess)
+        calibrated = ~torch.isnan(norm_min) & ~torch.isnan(norm_max)
+        return torch.where(calibrated, bent + 0.5, squash(preds))

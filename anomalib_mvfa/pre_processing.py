@@ -1,0 +1,161 @@
+# Copyright (C) 2026 The anomalib-mvfa authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""What happens to images before and to scores after the model."""
+
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+from anomalib.pre_processing import PreProcessor
+from torch import Tensor, nn
+from torchvision.transforms.v2 import InterpolationMode, Resize
+from torchvision.transforms.v2 import functional as image_functional
+from torchvision.tv_tensors import Mask
+
+__all__ = ["EightBitResize", "ExportableResize", "MVFAPreProcessor", "check_intensity"]
+
+logger = logging.getLogger(__name__)
+
+MAX_NORMAL_SCORES = 1000
+
+
+class EightBitResize(Resize):  # type: ignore[misc]  # torchvision has no types
+    """Bicubic resize through eight bits, value for value what the released code reads from its files.
+
+    CLIP was trained on images that Pillow had resized in eight bits; torch's own antialiased resize differs from it by
+    up to 14 of 255 grey levels beside sharp edges. Masks are resized to the nearest pixel centre, as Pillow does. In an
+    exported graph :class:`ExportableResize` takes its place.
+
+    Args:
+        size: Height and width in pixels.
+    """
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__(size, interpolation=InterpolationMode.BICUBIC, antialias=True)
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:  # noqa: ANN401 - torchvision's signature
+        """Resize an image ``(..., 3, H, W)`` in [0, 1] or a mask ``(..., H, W)``, unless it has the size."""
+        if not isinstance(inpt, Tensor) or list(inpt.shape[-2:]) == list(self.size):
+            return inpt
+        if isinstance(inpt, Mask):
+            mask = inpt.unsqueeze(-3)
+            resized = image_functional.resize(mask.as_subclass(Tensor), self.size, InterpolationMode.NEAREST_EXACT)
+            return Mask(resized.squeeze(-3))
+        if not self.antialias or not inpt.is_floating_point():
+            return super().transform(inpt, params)
+        images = [self._resize_image(image) for image in inpt.reshape(-1, *inpt.shape[-3:])]
+        return torch.stack(images).reshape(*inpt.shape[:-2], *self.size).to(inpt.device)
+
+    def _resize_image(self, image: Tensor) -> Tensor:
+        levels = (image.detach().clamp(0, 1) * 255).round().to("cpu", torch.uint8).as_subclass(Tensor)
+        picture = image_functional.to_pil_image(levels)
+        height, width = self.size
+        resized = picture.resize((width, height), resample=3)  # Pillow's bicubic
+        result: Tensor = image_functional.pil_to_tensor(resized).to(image.dtype) / 255
+        return result
+
+
+class ExportableResize(nn.Module):
+    """:class:`EightBitResize` in operations that ONNX and OpenVINO have, to one grey level in 255.
+
+    Pillow resizes the rows, rounds to eight bits, then does the same with the columns; here each is a product with a
+    matrix of weights.
+
+    Args:
+        size: Height and width in pixels.
+    """
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Resize images ``(B, 3, H, W)`` in [0, 1], unless they have the size."""
+        height, width = images.shape[-2:]
+        if (height, width) == tuple(self.size):
+            return images
+        rows, columns = (
+            torch.tensor(_bicubic_weights(old, new), dtype=images.dtype, device=images.device)
+            for old, new in ((height, self.size[0]), (width, self.size[1]))
+        )
+        levels = (images.clamp(0, 1) * 255).round()
+        levels = (levels @ columns.T).round().clamp(0, 255)
+        levels = (rows @ levels).round().clamp(0, 255)
+        return levels / 255
+
+
+def _bicubic_weights(old: int, new: int) -> list[list[float]]:
+    """Give the weights ``(new, old)`` of Pillow's antialiased bicubic resize of a row (Keys 1981, a = -0.5)."""
+    scale = old / new
+    stretch = max(scale, 1.0)
+    offset = (np.arange(old) + 0.5 - (np.arange(new)[:, None] + 0.5) * scale) / stretch
+    distance = np.abs(offset)
+    weights = np.where(
+        distance < 1,
+        (1.5 * distance - 2.5) * distance**2 + 1,
+        np.where(distance < 2, ((-0.5 * distance + 2.5) * distance - 4) * distance + 2, 0.0),
+    )
+    normalised: list[list[float]] = (weights / weights.sum(axis=1, keepdims=True)).tolist()
+    return normalised
+
+
+class MVFAPreProcessor(PreProcessor):
+    """Resizes images and masks to the size that the model reads.
+
+    Nothing else is done here: CLIP's mean and standard deviation, where wanted, are part of the model.
+
+    Args:
+        image_size: Height and width in pixels.
+    """
+
+    def __init__(self, image_size: tuple[int, int]) -> None:
+        super().__init__(transform=EightBitResize(image_size))
+        self.export_transform = ExportableResize(image_size)  # anomalib's would resize without antialiasing
+        self.image_size = image_size
+
+    def checkpoint_config(self) -> dict[str, Any]:
+        """Give the image size, which is all there is to restore."""
+        return {"image_size": list(self.image_size)}
+
+    def load_checkpoint_config(self, config: dict[str, Any]) -> None:
+        """Restore what :meth:`checkpoint_config` gave.
+
+        The transform stays the same object: datasets that were set up before the checkpoint was read hold it, too, and
+        would otherwise resize to the size that this model was built with first.
+        """
+        resize = self.transform
+        height, width = config["image_size"]
+        MVFAPreProcessor.__init__(self, (height, width))
+        if isinstance(resize, EightBitResize):
+            resize.size = [height, width]
+            self.transform = resize
+
+
+def check_intensity(trained: str | None, given: str | None) -> None:
+    """Refuse images that are read by another intensity rule than those of the training.
+
+    Args:
+        trained: Rule of the training images, ``None`` where they were read without one.
+        given: Rule of the datamodule at hand, ``None`` where it has none.
+
+    Raises:
+        ValueError: If the rules differ.
+    """
+    if trained is None or given == trained:
+        return
+    if given is None:
+        if trained != "auto":
+            logger.warning(
+                "The model was trained on images read with the intensity rule '%s', which these images were not: "
+                "they must show the same grey levels already. --data MedicalFolder applies the rule.",
+                trained,
+            )
+        return
+    msg = (
+        f"The model was trained on images read with the intensity rule '{trained}', but these are read with '{given}'. "
+        f"Set the datamodule's intensity to '{trained}' (for prediction it may be left out), or train with the other "
+        "rule."
+    )
+    raise ValueError(msg)

@@ -1,0 +1,194 @@
+# Copyright (C) 2026 The anomalib-mvfa authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""What a person gets to see: heatmaps at the image's own size and a table of predictions."""
+
+import dataclasses
+import logging
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from anomalib.data import ImageBatch, ImageItem, PredictDataset
+from anomalib.utils.path import generate_output_filename
+from anomalib.visualization import ImageVisualizer
+from anomalib.visualization.image import visualize_image_item
+from lightning.pytorch import LightningModule, Trainer
+from PIL import Image
+
+from anomalib_mvfa.files import replacing
+
+if TYPE_CHECKING:
+    from anomalib.models.components import AnomalibModule
+
+__all__ = ["MVFAVisualizer", "loaded_dataset", "results_dir"]
+
+logger = logging.getLogger(__name__)
+
+DRAWING_THREADS = 2
+MAX_DRAWING = 16
+"""Pictures under way, whose maps are kept until they are drawn."""
+
+
+def results_dir(trainer: Trainer) -> Path:
+    """Give the folder for pictures and tables of a run."""
+    return Path(trainer.default_root_dir) / "images"
+
+
+def claim_name(target: Path, source: str, taken: dict[Path, str]) -> Path:
+    """Give a file name that no other source has.
+
+    Args:
+        target: The name wanted.
+        source: What the file is made from.
+        taken: Names that were given out, with their sources; extended here.
+
+    Returns:
+        The name wanted, or one with ``_2``, ``_3`` and so on before its suffix.
+    """
+    suffix = ".nii.gz" if target.name.endswith(".nii.gz") else target.suffix
+    stem = target.name.removesuffix(suffix)
+    candidate, number = target, 1
+    while taken.setdefault(candidate, source) != source:
+        number += 1
+        candidate = target.with_name(f"{stem}_{number}{suffix}")
+    return candidate
+
+
+def loaded_dataset(trainer: Trainer) -> Any:  # noqa: ANN401 - any dataset
+    """Give the dataset that is tested or predicted, or ``None`` if there are several or none."""
+    loaders = trainer.predict_dataloaders if trainer.predicting else trainer.test_dataloaders
+    if isinstance(loaders, list) and len(loaders) == 1:
+        loaders = loaders[0]
+    return getattr(loaders, "dataset", None)
+
+
+def image_paths(dataset: Any) -> list[str]:  # noqa: ANN401 - any dataset
+    """Give the ``image_path`` of every item, as far as a dataset tells them without reading."""
+    if hasattr(dataset, "image_paths"):
+        paths: list[str] = dataset.image_paths
+        return paths
+    if isinstance(dataset, PredictDataset):
+        return [str(path) for path in dataset.image_filenames]
+    return [str(path) for path in getattr(dataset, "samples", {}).get("image_path", ())]
+
+
+class MVFAVisualizer(ImageVisualizer):
+    """anomalib's visualizer, each panel at the size of the image it shows, drawn while the model goes on.
+
+    Pictures are written as PNG; images of the same name from different folders get names of their own. A dataset that
+    has ``original(image_path)`` and ``output_name(image_path)`` is asked for image and name; other images are opened
+    with Pillow.
+
+    Args:
+        field_size: Width and height of a panel in pixels; ``None`` takes the image's own.
+        **kwargs: Arguments of anomalib's visualizer.
+    """
+
+    def __init__(self, field_size: tuple[int, int] | None = None, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(field_size=field_size or (256, 256), **kwargs)
+        self.own_size = field_size is None
+        self._sources: dict[Path, str] = {}
+        self._named: object = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._drawing: deque[Future[None]] = deque()
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: "AnomalibModule",  # type: ignore[override]  # as anomalib's own visualizer
+        outputs: ImageBatch,  # type: ignore[override]
+        batch: ImageBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Begin to draw one picture an image; wait only when many are under way."""
+        del pl_module, outputs, batch_idx, dataloader_idx
+        folder = Path(self.output_dir or results_dir(trainer))
+        dataset = loaded_dataset(trainer)
+        self._pool = self._pool or ThreadPoolExecutor(DRAWING_THREADS, thread_name_prefix="drawing")
+        for item in batch:
+            if item.image_path is None:
+                continue
+            if item.explanation and trainer.predicting:  # the image could not be read
+                continue
+            target = self._target(item.image_path, folder, trainer)
+            while len(self._drawing) >= MAX_DRAWING:
+                self._drawing.popleft().result()
+            self._drawing.append(self._pool.submit(self._draw, item, dataset, target))
+
+    def _draw(self, item: ImageItem, dataset: Any, target: Path) -> None:  # noqa: ANN401 - any dataset
+        shown, size = item, self.field_size
+        if hasattr(dataset, "original"):
+            original = dataset.original(item.image_path)
+            shown = dataclasses.replace(item, image=original, image_path=None)
+            own_size = (original.shape[-1], original.shape[-2])
+        else:
+            with Image.open(str(item.image_path)) as image:
+                own_size = image.size
+        if self.own_size:
+            size = own_size
+        picture = visualize_image_item(
+            shown,
+            fields=self.fields,
+            overlay_fields=self.overlay_fields,
+            field_size=size,
+            fields_config=self.fields_config,
+            overlay_fields_config=self.overlay_fields_config,
+            text_config={**self.text_config, "size": self.text_config["size"] or max(8, size[0] // 20)},
+        )
+        if picture is not None:
+            with replacing(target) as partial:
+                picture.save(partial)
+
+    def _finish(self) -> None:
+        """Wait for the pictures that are under way."""
+        try:
+            while self._drawing:
+                self._drawing.popleft().result()
+        finally:
+            self._drawing.clear()
+            if self._pool is not None:
+                self._pool.shutdown()
+                self._pool = None
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Complete the pictures."""
+        del trainer, pl_module
+        self._finish()
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Complete the pictures."""
+        del trainer, pl_module
+        self._finish()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Complete the pictures of what was predicted before an interruption."""
+        del trainer, pl_module, exception
+        with suppress(Exception):  # the first failure is the one to tell
+            self._finish()
+
+    def _target(self, source: str, folder: Path, trainer: Trainer) -> Path:
+        """Choose the file of a picture, never one that another image has."""
+        dataset = loaded_dataset(trainer)
+        if trainer.world_size > 1 and dataset is not self._named:  # the others give out names, too, in the same order
+            self._named = dataset
+            for path in image_paths(dataset):
+                self._claim(path, folder, trainer)
+        return self._claim(source, folder, trainer)
+
+    def _claim(self, source: str, folder: Path, trainer: Trainer) -> Path:
+        dataset = loaded_dataset(trainer)
+        if hasattr(dataset, "output_name"):
+            target = folder / f"{dataset.output_name(source)}.png"
+        else:
+            datamodule = getattr(trainer, "datamodule", None)
+            target = generate_output_filename(
+                input_path=source,
+                output_path=folder,
+                dataset_name=getattr(datamodule, "name", None),
+                category=getattr(datamodule, "category", None),
+            ).with_suffix(".png")
+        return claim_name(target, source, self._sources)

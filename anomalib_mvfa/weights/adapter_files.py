@@ -1,0 +1,240 @@
+# Copyright (C) 2026 The anomalib-mvfa authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Adapters in and out of files and of the Hugging Face hub: the released ``.pth`` format and safetensors."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from huggingface_hub import hf_hub_download
+from open_clip.factory import HF_HUB_PREFIX
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from anomalib_mvfa.files import replacing
+from anomalib_mvfa.model.variant import Variant
+
+__all__ = ["HUB_FILE", "AdapterFile", "check_facts", "load_adapters", "locate", "read_adapters", "write_adapters"]
+
+KINDS = ("seg_adapters", "det_adapters")
+METADATA_KEY = "anomalib_mvfa"
+HUB_FILE = "adapters.safetensors"
+"""Name of the adapters in a repository of the hub."""
+NETWORK_CHOICES = ("quick_gelu", "normalize_input", "activation", "residual", "last_level_projector", "residual_norm")
+"""Choices of the variant that change the tokens, so that adapters fit those only that they were trained with."""
+
+
+class AdapterFile(NamedTuple):
+    """Contents of an adapters file.
+
+    Args:
+        weights: For ``"seg_adapters"`` and ``"det_adapters"`` the tensors by name, such as ``"0.fc1.0.weight"``.
+        metadata: Plain facts about the training; empty for the released format.
+    """
+
+    weights: dict[str, dict[str, Tensor]]
+    metadata: dict[str, object]
+
+
+def locate(source: str | Path) -> Path:
+    """Find a file, downloading it if it is on the hub.
+
+    Args:
+        source: A path, ``hf-hub:owner/name`` or ``hf-hub:owner/name@revision``.
+
+    Returns:
+        A local path; for the hub, :data:`HUB_FILE` of the repository in the local cache.
+
+    Raises:
+        FileNotFoundError: If the repository's file is neither in the cache nor can be downloaded.
+    """
+    name = str(source)
+    if not name.startswith(HF_HUB_PREFIX):
+        return Path(source)
+    repository, _, revision = name.removeprefix(HF_HUB_PREFIX).partition("@")
+    try:
+        return Path(hf_hub_download(repository, HUB_FILE, revision=revision or None))
+    except Exception as error:
+        msg = (
+            f"{name} is not on this machine and could not be downloaded ({type(error).__name__}). Check the name "
+            f"(hf-hub:owner/name or hf-hub:owner/name@revision) and, if it is private, log in with `hf auth login`; or "
+            f"fetch {HUB_FILE} of that repository on a machine with a network, copy it here and give its path."
+        )
+        raise FileNotFoundError(msg) from error
+
+
+def read_adapters(source: str | Path) -> AdapterFile:
+    """Read an adapters file without executing code from it.
+
+    Args:
+        source: A ``.pth`` in the released format, a safetensors file of :func:`write_adapters`, or
+            ``hf-hub:owner/name``.
+
+    Returns:
+        Weights and metadata.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged or holds something else.
+    """
+    path = locate(source)
+    if not path.is_file():
+        msg = f"No adapters file at {path}. Give the path of a released .pth or of a .safetensors file."
+        raise FileNotFoundError(msg)
+    metadata: dict[str, object] = {}
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+                flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            contents: object = {
+                kind: {
+                    name.removeprefix(f"{kind}."): value for name, value in flat.items() if name.startswith(f"{kind}.")
+                }
+                for kind in KINDS
+            }
+        else:
+            contents = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        msg = (
+            f"{path} could not be read as adapters ({type(error).__name__}). It may be damaged, or hold Python "
+            "objects, which are not loaded. Expected a .pth in the released format or a .safetensors file."
+        )
+        raise ValueError(msg) from error
+    if not isinstance(contents, dict) or not all(_is_state_dict(contents.get(kind)) for kind in KINDS):
+        found = ", ".join(map(str, list(contents)[:5])) if isinstance(contents, dict) else type(contents).__name__
+        msg = f"{path} is no adapters file: expected tensors under {' and '.join(KINDS)}, found {found or 'nothing'}."
+        raise ValueError(msg)
+    return AdapterFile({kind: contents[kind] for kind in KINDS}, metadata)
+
+
+def _is_state_dict(value: object) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(tensor, Tensor) for tensor in value.values())
+
+
+def check_facts(
+    source: str | Path,
+    facts: dict[str, object],
+    fingerprint: str,
+    levels: Sequence[int],
+    variant: Variant,
+) -> None:
+    """See that adapters were trained for a network; what the facts do not tell is not checked.
+
+    Args:
+        source: Where the adapters come from, for the message.
+        facts: Metadata of an adapters file or of a checkpoint.
+        fingerprint: Of the network's tower.
+        levels: Of the network.
+        variant: Of the network.
+
+    Raises:
+        ValueError: If they were trained with other backbone weights, levels or choices that change the tokens.
+    """
+    if facts.get("fingerprint", fingerprint) != fingerprint:
+        msg = (
+            f"{source} was trained with other backbone weights than those of this model: with backbone "
+            f"'{facts.get('backbone')}'. Build the model with it (--model.backbone, --model.pretrained)."
+        )
+        raise ValueError(msg)
+    trained_levels = facts.get("levels")
+    if isinstance(trained_levels, list) and trained_levels != list(levels):
+        msg = (
+            f"{source} was trained at the levels {trained_levels}, but this model reads {list(levels)}. Build it with "
+            f"levels={trained_levels} (--model.levels)."
+        )
+        raise ValueError(msg)
+    choices = facts.get("variant")
+    if not isinstance(choices, dict):
+        return
+    for name in NETWORK_CHOICES:
+        own = getattr(variant, name)
+        own = list(own) if isinstance(own, tuple) else own  # as JSON has it
+        trained = choices.get(name, own)
+        if trained != own:
+            msg = (
+                f"{source} was trained with {name}={trained}, but this model has {name}={own}. Build it with "
+                f"{name}={trained} (--model.{name})."
+            )
+            raise ValueError(msg)
+
+
+def load_adapters(path: str | Path, seg_adapters: nn.ModuleList, det_adapters: nn.ModuleList) -> dict[str, object]:
+    """Copy adapters from a file into a model.
+
+    Nothing is changed when the file does not fit.
+
+    Args:
+        path: File or hub name that :func:`read_adapters` understands.
+        seg_adapters: Segmentation adapters, one a level.
+        det_adapters: Detection adapters, one a level.
+
+    Returns:
+        The file's metadata.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is no adapters file, or was made for another width or number of levels.
+    """
+    weights, metadata = read_adapters(path)
+    modules = dict(zip(KINDS, (seg_adapters, det_adapters), strict=True))
+    for kind, module in modules.items():
+        expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+        found = {name: tuple(value.shape) for name, value in weights[kind].items()}
+        if expected == found:
+            continue
+        differing = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        name = differing[0]
+        msg = (
+            f"{path} does not fit this model: {kind}.{name} is {found.get(name, 'missing')} in the file and "
+            f"{expected.get(name, 'unknown')} in the model. Build the model with the backbone and the levels that the "
+            "adapters were trained with."
+        )
+        raise ValueError(msg)
+    for kind, module in modules.items():
+        module.load_state_dict(weights[kind])
+    return metadata
+
+
+def write_adapters(
+    path: str | Path,
+    seg_adapters: nn.ModuleList,
+    det_adapters: nn.ModuleList,
+    metadata: dict[str, object] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Save adapters; the suffix chooses the format.
+
+    Args:
+        path: ``.pth`` writes the released format (without metadata), ``.safetensors`` ours.
+        seg_adapters: Segmentation adapters, one a level.
+        det_adapters: Detection adapters, one a level.
+        metadata: Facts that JSON can hold.
+        dtype: Storage type; ``None`` keeps float32, which makes a round trip exact. ``torch.float16`` halves the file.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: If the suffix is neither.
+    """
+    path = Path(path)
+    states = {
+        kind: {name: value.detach().to("cpu", dtype).contiguous() for name, value in module.state_dict().items()}
+        for kind, module in zip(KINDS, (seg_adapters, det_adapters), strict=True)
+    }
+    if path.suffix not in {".safetensors", ".pth"}:
+        msg = f"Adapters are saved as .safetensors, or as .pth in the released format; got '{path.name}'."
+        raise ValueError(msg)
+    with replacing(path) as partial:
+        if path.suffix == ".safetensors":
+            flat = {f"{kind}.{name}": value for kind, state in states.items() for name, value in state.items()}
+            partial.write_bytes(save(flat, {METADATA_KEY: json.dumps(metadata or {}), "format": "pt"}))
+        else:
+            with partial.open("wb") as file:
+                torch.save(states, file)
+    return path

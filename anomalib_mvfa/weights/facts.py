@@ -1,0 +1,93 @@
+# Copyright (C) 2026 The anomalib-mvfa authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""What adapters files, checkpoints and model cards tell of a model: names and numbers that JSON can hold.
+
+No path is among them: names of files and folders may name patients, and are nobody else's business.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from anomalib_mvfa.model.prompts import prompt_ensemble
+from anomalib_mvfa.model.torch_model import MVFAModel
+
+__all__ = ["evaluation_facts", "model_facts", "training_facts"]
+
+
+def model_facts(model: MVFAModel) -> dict[str, Any]:
+    """Tell what the adapters of a network fit.
+
+    Args:
+        model: The network.
+
+    Returns:
+        Backbone and its fingerprint, levels, prompts, and the choices of the method.
+    """
+    return {
+        "backbone": _without_folder(model.backbone.name),
+        "pretrained": _without_folder(model.backbone.weights),
+        "fingerprint": model.fingerprint,
+        "levels": list(model.levels),
+        "image_size": list(model.image_size),
+        "class_name": model.class_name,
+        "prompts": prompt_ensemble(),
+        "has_masks": model.has_masks,
+        "variant": {
+            name: list(value) if isinstance(value, tuple) else value for name, value in asdict(model.variant).items()
+        },
+        "language_weight": model.fusion.language_weight,
+    }
+
+
+def training_facts(trainer: Trainer, learning_rate: float, *, drawn_lesions: bool) -> dict[str, Any]:
+    """Tell what adapters are trained on.
+
+    Args:
+        trainer: In training.
+        learning_rate: Step size.
+        drawn_lesions: Whether lesions are drawn on normal images because abnormal ones lack.
+    """
+    datamodule = getattr(trainer, "datamodule", None)
+    return {
+        "data": _data_name(datamodule),
+        "classes": list(getattr(datamodule, "class_names", ())),
+        "k_shot": getattr(datamodule, "k_shot", None),
+        "seed": getattr(datamodule, "seed", None),
+        "drawn_lesions": drawn_lesions or getattr(datamodule, "abnormal_source", None) == "synthetic",
+        "epochs": trainer.max_epochs,
+        "learning_rate": learning_rate,
+    }
+
+
+def evaluation_facts(trainer: Trainer, fusion_scale: str) -> dict[str, Any]:
+    """Tell the figures of a test.
+
+    Args:
+        trainer: After the test.
+        fusion_scale: Where the ranges of the fusion came from.
+    """
+    datamodule = getattr(trainer, "datamodule", None)
+    return {
+        "data": _data_name(datamodule),
+        "images": len(getattr(datamodule, "test_data", ())),
+        "fusion_scale": fusion_scale,
+        "metrics": {
+            name: float(value)
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith(("image_", "pixel_"))
+        },
+    }
+
+
+def _without_folder(name: str | None) -> str | None:
+    """Keep the file's name of a local path; leave other names."""
+    return Path(name).name if name and Path(name).is_file() else name
+
+
+def _data_name(datamodule: object) -> str | None:
+    names = (getattr(datamodule, "name", None), getattr(datamodule, "category", None))
+    return "/".join(dict.fromkeys(name for name in names if name)) or None

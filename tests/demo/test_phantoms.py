@@ -1,0 +1,230 @@
+# Copyright (C) 2026 The anomalib-mvfa authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Procedural images: reproducible, lesions only where the mask says, no shortcut through brightness."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from anomalib_mvfa.demo.phantoms import (
+    LESIONS,
+    MODALITIES,
+    Phantom,
+    contact_sheet,
+    draw_phantom,
+    main,
+    write_phantoms,
+)
+
+
+def _pair(modality: str, lesion: str, seed: int, size: int = 112) -> tuple[Phantom, np.ndarray]:
+    """The same patient with a lesion, and the change it makes in grey levels."""
+    ill = draw_phantom(modality, size, lesion, np.random.default_rng(seed))
+    well = draw_phantom(modality, size, None, np.random.default_rng(seed))
+    return ill, np.abs(ill.image.astype(float) - well.image).mean(axis=2)
+
+
+def _auroc(normal: np.ndarray, abnormal: np.ndarray) -> float:
+    return float((abnormal[:, None] > normal).mean() + 0.5 * (abnormal[:, None] == normal).mean())
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_equal_generator_states_give_equal_images(modality: str) -> None:
+    first, second, other = (draw_phantom(modality, 112, "random", np.random.default_rng(s)) for s in (3, 3, 4))
+    assert np.array_equal(first.image, second.image)
+    assert np.array_equal(first.mask, second.mask)
+    assert (first.lesion, first.place, first.extent) == (second.lesion, second.place, second.extent)
+    assert not np.array_equal(first.image, other.image)
+
+
+def test_one_generator_gives_a_new_image_each_time() -> None:
+    rng = np.random.default_rng(0)
+    images = [draw_phantom("liver_ct", rng=rng).image for _ in range(3)]
+    assert not np.array_equal(images[0], images[1])
+    assert not np.array_equal(images[1], images[2])
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_normal_images_have_no_lesion(modality: str) -> None:
+    phantom = draw_phantom(modality, 64, rng=np.random.default_rng(1))
+    assert phantom.image.shape == (64, 64, 3)
+    assert phantom.image.dtype == np.uint8
+    assert not phantom.mask.any()
+    assert (phantom.lesion, phantom.place, phantom.extent) == (None, None, None)
+    assert phantom.modality == modality
+
+
+@pytest.mark.parametrize("lesion", LESIONS)
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_a_lesion_changes_its_mask_and_nothing_else(modality: str, lesion: str) -> None:
+    inside, outside = [], []
+    for seed in range(4):
+        phantom, change = _pair(modality, lesion, seed)
+        assert phantom.lesion == lesion
+        assert 0.003 <= phantom.mask.mean() < 0.25
+        # Blur carries a soft edge a little way out of the mask.
+        far = cv2.dilate(phantom.mask.astype(np.uint8), np.ones((13, 13), np.uint8)) == 0
+        inside.append(change[phantom.mask].mean())
+        outside.append(change[far].mean())
+    assert min(inside) > 3
+    assert np.mean(inside) > 10
+    assert max(outside) < 0.3
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_most_of_the_change_lies_in_the_mask(modality: str) -> None:
+    shares = []
+    for seed in range(15):
+        phantom, change = _pair(modality, LESIONS[seed % 5], 100 + seed)
+        shares.append(change[phantom.mask].sum() / change.sum())
+    assert np.mean(shares) > 0.8
+
+
+@pytest.mark.parametrize("modality", ["brain_mri", "chest_xray", "liver_ct"])
+def test_lesions_keep_away_from_the_edge_of_the_body(modality: str) -> None:
+    for seed in range(16):
+        phantom, change = _pair(modality, LESIONS[seed % 4], 200 + seed)
+        rows, columns = np.nonzero(phantom.mask)
+        assert min(rows.min(), columns.min()) > 2
+        assert max(rows.max(), columns.max()) < 109
+        # The air around the body stays as it was.
+        assert change[:, :2].max() < 12
+        assert change[:2].max() < 12
+
+
+@pytest.mark.parametrize(("lesion", "sign"), [("bright", 1), ("dark", -1)])
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_bright_and_dark_lesions_are_what_they_are_called(modality: str, lesion: str, sign: int) -> None:
+    for seed in range(8):
+        ill = draw_phantom(modality, 112, lesion, np.random.default_rng(seed))
+        well = draw_phantom(modality, 112, None, np.random.default_rng(seed))
+        change = (ill.image.astype(float) - well.image)[ill.mask].mean()
+        assert sign * change > 2
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_brightness_does_not_tell_normal_from_abnormal(modality: str) -> None:
+    normal = [draw_phantom(modality, 112, None, np.random.default_rng((1, i))).image for i in range(60)]
+    abnormal = [draw_phantom(modality, 112, "random", np.random.default_rng((2, i))).image for i in range(60)]
+    for statistic in (np.mean, np.max, np.var):
+        area = _auroc(np.array([statistic(i) for i in normal]), np.array([statistic(i) for i in abnormal]))
+        assert 0.35 < area < 0.65, statistic.__name__
+    means = np.array([image.mean() for image in normal])
+    assert means.std() / means.mean() > 0.07
+
+
+def test_random_lesions_are_of_every_kind() -> None:
+    rng = np.random.default_rng(0)
+    assert {draw_phantom("retinal_oct", 64, "random", rng).lesion for _ in range(60)} == set(LESIONS)
+
+
+def test_place_and_extent_describe_the_mask() -> None:
+    rng = np.random.default_rng(0)
+    areas: dict[str | None, list[float]] = {}
+    for _ in range(60):
+        phantom = draw_phantom("histology", 64, "random", rng)
+        rows, columns = np.nonzero(phantom.mask)
+        words = (phantom.place or "").split()
+        assert ("upper" in words) == (rows.mean() < 64 / 3)
+        assert ("lower" in words) == (rows.mean() >= 128 / 3)
+        assert ("left" in words) == (columns.mean() < 64 / 3)
+        assert ("right" in words) == (columns.mean() >= 128 / 3)
+        areas.setdefault(phantom.extent, []).append(float(phantom.mask.mean()))
+    assert max(areas["small"]) < min(areas["medium"])
+    assert max(areas["medium"]) < min(areas["large"])
+
+
+@pytest.mark.parametrize("size", [32, 224])
+def test_every_modality_can_be_drawn_at_other_sizes(size: int) -> None:
+    for modality in MODALITIES:
+        phantom, change = _pair(modality, "bright", 5, size)
+        assert phantom.image.shape == (size, size, 3)
+        assert change[phantom.mask].mean() > 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("knee_mri", 112, None), "knee_mri.*brain_mri"),
+        (("brain_mri", 112, "shiny"), "shiny.*displaced"),
+        (("brain_mri", 16, None), "16 pixels.*32"),
+    ],
+)
+def test_wrong_arguments_are_named_with_the_remedy(arguments: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        draw_phantom(*arguments)
+
+
+def test_data_sets_are_written_in_the_layout_of_bmad(tmp_path: Path) -> None:
+    counts = {"train": 3, "valid": 1, "test": 2}
+    assert write_phantoms(tmp_path, ["brain_mri", "liver_ct"], counts, size=48) == tmp_path
+    expected = {
+        "train/good": 3,
+        "valid/good/img": 1,
+        "valid/Ungood/img": 1,
+        "valid/Ungood/label": 1,
+        "test/good/img": 2,
+        "test/Ungood/img": 2,
+        "test/Ungood/label": 2,
+    }
+    assert {folder.name for folder in tmp_path.iterdir()} == {"BrainMRI", "LiverCT"}
+    for name in ("BrainMRI", "LiverCT"):
+        written = [p.relative_to(tmp_path / name) for p in (tmp_path / name).rglob("*.png")]
+        assert {folder: sum(p.parent.as_posix() == folder for p in written) for folder in expected} == expected
+        assert len(written) == sum(expected.values())
+    for label in tmp_path.glob("*/*/Ungood/label/*.png"):
+        mask = np.asarray(Image.open(label))
+        assert set(np.unique(mask)) == {0, 255}
+        assert mask.shape == (48, 48)
+        assert (label.parents[1] / "img" / label.name).is_file()
+
+
+def test_an_image_does_not_depend_on_how_many_are_written(tmp_path: Path) -> None:
+    few = write_phantoms(tmp_path / "few", ["retinal_oct"], {"train": 1, "valid": 0, "test": 1}, size=48)
+    many = write_phantoms(tmp_path / "many", ["liver_ct", "retinal_oct"], {"train": 2, "valid": 1, "test": 2}, size=48)
+    other = write_phantoms(tmp_path / "other", ["retinal_oct"], {"train": 1, "valid": 0, "test": 1}, size=48, seed=1)
+    files = sorted(p.relative_to(few) for p in few.rglob("*.png"))
+    assert len(files) == 4
+    for file in files:
+        assert (few / file).read_bytes() == (many / file).read_bytes()
+        assert (few / file).read_bytes() != (other / file).read_bytes()
+
+
+def test_no_image_is_written_twice(tmp_path: Path) -> None:
+    root = write_phantoms(tmp_path, ["breast_ultrasound"], {"train": 3, "valid": 3, "test": 3}, size=48)
+    images = [p.read_bytes() for p in root.rglob("*.png") if p.parent.name != "label"]
+    assert len(set(images)) == len(images) == 15
+
+
+def test_unknown_sets_and_splits_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="knee"):
+        write_phantoms(tmp_path, ["knee"])
+    with pytest.raises(ValueError, match="holdout"):
+        write_phantoms(tmp_path, ["brain_mri"], {"holdout": 3})
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_writes_what_it_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    counts = ["--train", "1", "--valid", "0", "--test", "1"]
+    main(["--root", str(tmp_path), "--modalities", "histology", "--size", "48", *counts])
+    assert len(list((tmp_path / "Histology").rglob("*.png"))) == 4
+    assert str(tmp_path) in capsys.readouterr().out
+
+
+def test_contact_sheet_shows_each_modality_normal_and_with_each_lesion(tmp_path: Path) -> None:
+    path = contact_sheet(tmp_path / "sheet.png", size=48)
+    sheet = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    height, width = sheet.shape[:2]
+    top, left = height - 48 * len(MODALITIES), width - 48 * (4 + len(LESIONS))
+    assert 0 < top < 48
+    assert left > 0
+    # Grey modalities: only the outline of a lesion has a colour.
+    for row in (0, 1, 2, 3, 5):
+        for column in range(9):
+            tile = sheet[top + row * 48 : top + (row + 1) * 48, left + column * 48 : left + (column + 1) * 48]
+            outlined = (tile[..., 0] - tile[..., 2] > 60).sum()
+            assert (outlined > 8) == (column >= 4)

@@ -1,0 +1,62 @@
+# Copyright (C) 2026 The anomalib-mvfa authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Where supports come from, and ranges over whole sets."""
+
+from types import SimpleNamespace
+
+import pandas as pd
+import torch
+from torch.utils.data import DataLoader
+
+from anomalib_mvfa.model.memory import Support
+from anomalib_mvfa.training.calibration import branch_extremes, find_support
+
+
+class Images(list):
+    """Images of one value each, some of them abnormal."""
+
+    def __init__(self, labels):
+        super().__init__(SimpleNamespace(image=torch.full((3, 2, 2), float(index))) for index, _ in enumerate(labels))
+        self.samples = pd.DataFrame({"label_index": labels})
+
+
+def test_datamodule_is_asked_for_its_supports():
+    support = Support(torch.rand(1, 2, 3, 4, 4), torch.rand(1, 3, 4, 4))
+    assert find_support(SimpleNamespace(support=support), None, 8, lambda image: image) is support
+
+
+def test_normal_training_images_are_taken_evenly():
+    support = find_support(None, Images([0, 1, 0, 0, 1, 0, 0, 0]), 3, lambda image: image + 0.5)
+    assert support.normal.shape == (1, 3, 3, 2, 2)
+    assert support.normal[0, :, 0, 0, 0].tolist() == [0.5, 3.5, 6.5]  # 0, 3 and 6 of the normal 0, 2, 3, 5, 6, 7
+    assert len(support.abnormal) == 0
+
+
+def test_without_normal_images_or_a_list_of_them_there_is_no_support(caplog):
+    assert find_support(None, Images([1, 1]), 3, lambda image: image) is None
+    assert not caplog.records
+    assert find_support(None, [1, 2], 3, lambda image: image) is None
+    assert "no samples to remember" in caplog.text
+
+
+def test_ranges_cover_all_batches_of_all_loaders(tiny):
+    images = torch.rand(5, 3, 112, 112, generator=torch.Generator().manual_seed(0))
+
+    def collate(items):
+        return SimpleNamespace(image=torch.stack(items))
+
+    loaders = [DataLoader(list(part), batch_size=2, collate_fn=collate) for part in (images[:3], images[3:])]
+    tiny.memory.forget()
+    assert branch_extremes(tiny, loaders, lambda image: image, torch.device("cpu")) == []
+    tiny.remember(Support(images[None, :2], images[:0]))
+    extremes = branch_extremes(tiny, loaders, lambda image: image, torch.device("cpu"))
+    assert len(extremes) == 3
+    with torch.no_grad():
+        branches = tiny.branches(images)
+    for index, branch in enumerate(branches):
+        for field in ("anomaly_map", "score"):
+            kept = torch.cat([getattr(pair[index], field) for pair in extremes])
+            values = getattr(branch, field)
+            torch.testing.assert_close(kept.aminmax(), values.aminmax(), atol=1e-5, rtol=1e-5)
+    assert not extremes[0][0].score.requires_grad
