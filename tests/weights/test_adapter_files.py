@@ -225,7 +225,9 @@ def test_file_in_the_local_cache_of_the_hub_is_found_without_a_network(monkeypat
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     download = adapter_files.hf_hub_download
     monkeypatch.setattr(
-        adapter_files, "hf_hub_download", lambda *names, **options: download(*names, **options, cache_dir=tmp_path / "cache")
+        adapter_files,
+        "hf_hub_download",
+        lambda *names, **options: download(*names, **options, cache_dir=tmp_path / "cache"),
     )
     assert read_adapters("hf-hub:me/brain").metadata["class_name"] == "Brain"
     with pytest.raises(FileNotFoundError, match=r"hf-hub:me/liver.*adapters\.safetensors"):
