@@ -98,7 +98,7 @@ def test_there_is_one_table_with_the_rows_of_one_process(outputs, name):
     assert len(one) == {"tested.csv": 9, "predictions.csv": 10}[name]
     assert [row["path"] for row in two] == [row["path"] for row in one]
     for row, expected in zip(two, one, strict=True):
-        for column in ("score", "abnormal_area", "normal_percentile"):
+        for column in ("score", "abnormal_area"):
             value, reference = (float(values[column] or "nan") for values in (row, expected))
             assert value == pytest.approx(reference, abs=1e-4, nan_ok=True)
         assert [row[key] for key in ("label", "true_label", "error") if key in row] == [

@@ -56,7 +56,7 @@ def resolve_backbone(
     backbone: str,
     pretrained: str | None = None,
     image_size: int | tuple[int, int] | None = None,
-    quick_gelu: bool = False,
+    quick_gelu: bool | None = None,
 ) -> BackboneConfig:
     """Check a backbone's name and sizes without reading weights.
 
@@ -98,7 +98,8 @@ def resolve_backbone(
         )
         raise ValueError(msg)
     vision.update(image_size=(height, width), patch_dropout=0.0)
-    model["quick_gelu"] = quick_gelu
+    if quick_gelu is not None:
+        model["quick_gelu"] = quick_gelu
     weights = pretrained
     if pretrained is None and backbone != TINY:
         weights = backbone if backbone.startswith(HF_HUB_PREFIX) else "openai"

@@ -13,7 +13,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
 from anomalib_mvfa.files import partial_name, replacing
-from anomalib_mvfa.post_processing import MVFAPostProcessor
 from anomalib_mvfa.processes import gather_objects, interleave
 from anomalib_mvfa.visualization import results_dir
 
@@ -34,14 +33,13 @@ class PredictionTable(Callback):
     processes write one table, in the order of the images.
 
     Columns: ``path``; ``score`` in [0, 1]; ``label`` (1 abnormal, 0 normal, empty without a threshold); ``threshold``,
-    to which the score is compared; ``abnormal_area``, the share of abnormal pixels; ``normal_percentile``, the share of
-    normal reference images that score lower, in [0, 1], which compares across models and is empty without reference;
-    in prediction ``error``, why an image could not be read; in testing ``true_label``.
+    to which the score is compared; ``abnormal_area``, the share of abnormal pixels; in prediction ``error``, why an
+    image could not be read; in testing ``true_label``.
 
     The command ends with exit status 1 when images could not be read, after everything else was written.
     """
 
-    COLUMNS = ("path", "score", "label", "threshold", "abnormal_area", "normal_percentile")
+    COLUMNS = ("path", "score", "label", "threshold", "abnormal_area")
 
     def __init__(self) -> None:
         self._images = self._unread = 0
@@ -66,24 +64,20 @@ class PredictionTable(Callback):
         # Without a threshold of its own anomalib labels raw scores by one half, which means nothing.
         if post_processor is not None and not post_processor.image_threshold.isnan():
             threshold = f"{float(post_processor.normalized_image_threshold):.6g}"
-        percentiles = None
-        if isinstance(post_processor, MVFAPostProcessor) and batch.pred_score is not None:
-            percentiles = post_processor.normal_percentile(batch.pred_score)
         with self._partial(trainer).open("a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            for index, item in enumerate(batch):
+            for item in batch:
                 error = "" if with_truth else item.explanation or ""
                 self._images += 1
                 self._unread += bool(error)
                 if error:
-                    writer.writerow([item.image_path, "", "", "", "", "", error])
+                    writer.writerow([item.image_path, "", "", "", "", error])
                     continue
                 score = "" if item.pred_score is None else f"{float(item.pred_score):.8g}"
                 label = str(int(item.pred_label)) if threshold and item.pred_label is not None else ""
                 area = f"{float(item.pred_mask.float().mean()):.6f}" if threshold and item.pred_mask is not None else ""
-                percentile = "" if percentiles is None else f"{float(percentiles[index]):.6g}"
                 truth = "" if item.gt_label is None else str(int(item.gt_label))
-                row = [item.image_path, score, label, threshold, area, percentile]
+                row = [item.image_path, score, label, threshold, area]
                 writer.writerow([*row, truth if with_truth else error])
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -3,28 +3,39 @@
 
 """``run.json`` beside the checkpoints: all that is needed to repeat a training, and nothing that names a patient.
 
-Names of files and folders may hold names of patients, so none is written. Files are known by their content: a support
-by the SHA-256 of its file, which whoever has the images can compute and nobody else can lead back.
+Names of files and folders may hold names of patients, so none is written. Files are identified by their content: a
+support by the SHA-256 of its file, which whoever has the images can compute and nobody else can lead back.
 """
 
 import hashlib
 import inspect
 import json
+import logging
 import os
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from enum import Enum
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from anomalib.data import AnomalibDataModule
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
+from open_clip.factory import HF_HUB_PREFIX
 
 from anomalib_mvfa.files import replacing
+from anomalib_mvfa.processes import gather_objects
+from anomalib_mvfa.training.state import training_data
+from anomalib_mvfa.weights.checkpoints import checkpoint_folder
 
-__all__ = ["content_digest", "data_fingerprint", "run_record", "write_run_record"]
+if TYPE_CHECKING:
+    from anomalib_mvfa.model import MVFA
+
+__all__ = ["RunRecord", "content_digest", "data_fingerprint"]
+
+logger = logging.getLogger(__name__)
 
 DIGITS = 16
 SAMPLE = 4096  # bytes at either end
@@ -55,6 +66,48 @@ TRAINER = (
     "world_size",
     "num_nodes",
 )
+
+
+class RunRecord(Callback):
+    """Writes ``run.json`` when a training starts, and checks that all processes and a resumed training have one set."""
+
+    def __init__(self) -> None:
+        self._digest: str | None = None
+        self._resumed: str | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the digest of the training images."""
+        return {"training_images": self._digest}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the digest of the training that is resumed."""
+        self._resumed = state_dict["training_images"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: "MVFA") -> None:  # type: ignore[override]
+        """Write the record.
+
+        Raises:
+            ValueError: If processes have different data.
+        """
+        datamodule = getattr(trainer, "datamodule", None)
+        parts = {name: getattr(datamodule, f"{name}_data", None) for name in ("train", "val", "test")}
+        parts["train"] = training_data(trainer)
+        prints = {name: data_fingerprint(part) for name, part in parts.items()}
+        if len({str(found) for found in gather_objects(prints)}) > 1:
+            msg = (
+                "The processes have different images: their datamodule splits at random. Give it a seed, or set "
+                "--seed_everything."
+            )
+            raise ValueError(msg)
+        self._digest = (prints["train"] or {}).get("digest")
+        if self._resumed not in (None, self._digest):
+            logger.warning("The training images are not those that the checkpoint was made with.")
+        self._resumed = None
+        saves = trainer.checkpoint_callback is not None and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if saves and trainer.is_global_zero:
+            with replacing(checkpoint_folder(trainer) / "run.json") as partial:
+                record = _record(trainer, pl_module, prints)
+                partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def content_digest(path: str | Path) -> str:
@@ -115,21 +168,12 @@ def _ends(path: Path) -> str:
     return hashlib.sha256(f"{size}:".encode() + content).hexdigest()
 
 
-def run_record(trainer: Trainer, module: LightningModule, fingerprints: Mapping[str, Any]) -> dict[str, Any]:
-    """Describe a training.
-
-    Args:
-        trainer: Lightning's trainer.
-        module: The model.
-        fingerprints: Digests of the parts of the data by name.
-
-    Returns:
-        Configuration of model, data and trainer, versions, seeds, supports and fingerprints, in what JSON can hold.
-    """
+def _record(trainer: Trainer, module: "MVFA", fingerprints: Mapping[str, Any]) -> dict[str, Any]:
+    """Describe a training: configuration, versions, seeds, supports and fingerprints, in what JSON can hold."""
     datamodule = getattr(trainer, "datamodule", None)
     return {
-        "model": {"class": type(module).__name__, **{name: _plain(value) for name, value in module.hparams.items()}},
-        "data": None if datamodule is None else _arguments(datamodule),
+        "model": _arguments(module, module.arguments),
+        "data": None if datamodule is None else _arguments(datamodule, vars(datamodule)),
         "trainer": {name: _plain(getattr(trainer, name, None)) for name in TRAINER}
         | {"strategy": type(trainer.strategy).__name__, "accelerator": type(trainer.accelerator).__name__},
         "seeds": {"global": os.environ.get("PL_GLOBAL_SEED"), "torch": torch.initial_seed()},
@@ -140,24 +184,8 @@ def run_record(trainer: Trainer, module: LightningModule, fingerprints: Mapping[
     }
 
 
-def write_run_record(folder: Path, record: Mapping[str, Any]) -> Path:
-    """Write ``run.json``.
-
-    Args:
-        folder: Folder of the checkpoints.
-        record: What :func:`run_record` gave.
-
-    Returns:
-        The file.
-    """
-    path = folder / "run.json"
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return path
-
-
 def _supports(datamodule: Any) -> dict[str, list[str]] | None:  # noqa: ANN401 - any datamodule
-    """Give the digests of the supports in their order, for datamodules that know them."""
+    """Return the digests of the supports in their order, for datamodules that know them."""
     samples = getattr(getattr(datamodule, "train_data", None), "samples", None)
     if samples is None or not hasattr(datamodule, "support"):
         return None
@@ -175,33 +203,28 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _arguments(instance: object) -> dict[str, Any]:
-    """Give what an object was made with, as far as it keeps it."""
-    names = [name for name in inspect.signature(type(instance).__init__).parameters if hasattr(instance, name)]
-    return {"class": type(instance).__name__, **{name: _plain(getattr(instance, name)) for name in names}}
+def _arguments(instance: object, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Describe the arguments that an object keeps."""
+    parameters = inspect.signature(type(instance).__init__).parameters
+    return {"class": type(instance).__name__} | {
+        name: _plain(values[name], may_be_path="Path" in str(parameter.annotation))
+        for name, parameter in parameters.items()
+        if name in values
+    }
 
 
-def _plain(value: Any) -> Any:  # noqa: ANN401 - what is asked
-    """Turn a value into what JSON can hold; files become digests and folders say no more than that."""
-    if isinstance(value, Enum):
-        return value.value
-    if value is None or isinstance(value, bool | int | float):
-        return value
+def _plain(value: Any, *, may_be_path: bool = False) -> Any:  # noqa: ANN401 - what is asked
+    """Turn a value into what JSON can hold: a file becomes its digest, the name of a folder is left out."""
+    if value is None or isinstance(value, bool | int | float | Enum):
+        return value.value if isinstance(value, Enum) else value
     if isinstance(value, str | Path):
-        return _plain_text(value)
+        with suppress(OSError):  # longer than a path can be
+            if Path(value).is_file():
+                return f"file sha256:{content_digest(value)}"
+        hidden = (may_be_path or isinstance(value, Path)) and not str(value).startswith(HF_HUB_PREFIX)
+        return "folder or file" if hidden else value
     if isinstance(value, Mapping):
         return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return _arguments(value) if isinstance(value, AnomalibDataModule) else type(value).__name__
-
-
-def _plain_text(value: str | Path) -> str:
-    path = Path(value)
-    try:
-        if str(value) and path.is_file():
-            return f"file sha256:{content_digest(path)}"
-        is_path = isinstance(value, Path) or path.is_absolute() or path.is_dir() or len(path.parts) > 1
-    except OSError:  # longer than a path can be
-        is_path = True
-    return "folder or file" if is_path and not str(value).startswith("hf-hub:") else str(value)
+        return [_plain(item, may_be_path=may_be_path) for item in value]
+    return _arguments(value, vars(value)) if isinstance(value, AnomalibDataModule) else type(value).__name__

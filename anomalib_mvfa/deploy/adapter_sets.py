@@ -5,21 +5,24 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from anomalib.data import InferenceBatch
 from anomalib.data.utils import read_image
 from torch import Tensor, nn
 
-from anomalib_mvfa.model.lightning_model import CHECKPOINT_KEY, MVFA
 from anomalib_mvfa.model.memory import MemoryBank, Support
 from anomalib_mvfa.model.variant import Variant
+from anomalib_mvfa.training.calibration import Calibration
 from anomalib_mvfa.weights.adapter_files import check_facts, load_adapters
-from anomalib_mvfa.weights.checkpoints import read_checkpoint
+from anomalib_mvfa.weights.checkpoints import checkpoint_facts, read_checkpoint
+
+if TYPE_CHECKING:
+    from anomalib_mvfa.model import MVFA
 
 __all__ = ["AdapterSets"]
 
@@ -62,13 +65,14 @@ class AdapterSets:
         mvfa: The model whose backbone the sets share. Its network is built if need be.
 
     Example:
+        >>> from anomalib_mvfa import MVFA
         >>> sets = AdapterSets(MVFA("tiny", class_name="Brain"))
         >>> sets.names
         ()
     """
 
-    def __init__(self, mvfa: MVFA) -> None:
-        mvfa._ensure_model()
+    def __init__(self, mvfa: "MVFA") -> None:
+        mvfa.ensure_model()
         self.mvfa = mvfa.eval()
         self._sets: dict[str, AdapterSet] = {}
         self.active: str | None = None
@@ -121,9 +125,14 @@ class AdapterSets:
         self.active = name
         # What the engine and the export would otherwise settle anew: prompts, and whether there is a bank to fill.
         mvfa = self.mvfa
-        mvfa.hparams["class_name"] = chosen.class_name
-        mvfa._memory_step = mvfa.global_step
-        object.__setattr__(mvfa, "_zero_shot", mvfa.model.memory.is_empty)
+        mvfa.hparams.update(
+            class_name=chosen.class_name,
+            memory=not mvfa.model.memory.is_empty,
+            coreset=mvfa.model.memory.coreset,
+            language_weight=mvfa.model.fusion.language_weight,
+        )
+        mvfa.trained = True
+        mvfa.calibration = Calibration(bank_holds=True, thresholds_hold=True)
 
     @torch.no_grad()
     def predict(
@@ -154,7 +163,7 @@ class AdapterSets:
         named = ((route(item), item) for item in items) if callable(route) else _pair(route, items)
         for name, run in groupby(named, key=lambda pair: pair[0]):
             while chunk := [item for _, item in islice(run, batch_size)]:
-                images = torch.stack([self.mvfa._pre_processed(read(item)) for item in chunk])
+                images = torch.stack([self.mvfa.pre_processed(read(item)) for item in chunk])
                 self.use(name)
                 prediction = self.mvfa.model(images.to(self.mvfa.device))
                 if self.mvfa.post_processor is not None:
@@ -190,11 +199,8 @@ class AdapterSets:
         self.mvfa.post_processor = chosen.post_processor
 
     def _from_checkpoint(self, source: str | Path) -> AdapterSet:
-        checkpoint = read_checkpoint(source, MVFA.checkpoint_safe_globals())
-        facts = checkpoint.get(CHECKPOINT_KEY)
-        if facts is None:
-            msg = f"{source} was not made by MVFA. Give a checkpoint that `anomalib train --model MVFA` has written."
-            raise ValueError(msg)
+        checkpoint = read_checkpoint(source, self.mvfa.checkpoint_safe_globals())
+        facts = checkpoint_facts(checkpoint, source)
         made = self._blank(source, facts)
         state: dict[str, Tensor] = checkpoint["state_dict"]
         for part, module in made.parts.items():
@@ -248,13 +254,12 @@ class AdapterSets:
         fusion.language_weight = float(facts.get("language_weight", fusion.language_weight))
         fusion.fit(**{name: torch.tensor([0.0, 1.0]) for name, _ in fusion.named_buffers()})
         choices: dict[str, Any] = facts.get("variant") or {}
-        known = {field.name for field in fields(Variant)}
         intensity = facts.get("intensity")
         return AdapterSet(
             parts,
             model.text_features,
             self.mvfa.configure_post_processor().to(self.mvfa.device),
-            replace(model.variant, **{name: value for name, value in choices.items() if name in known}),
+            replace(model.variant, **choices),
             "",
             bool(facts.get("has_masks", True)),
             str(intensity) if intensity else None,

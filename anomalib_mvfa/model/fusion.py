@@ -3,13 +3,23 @@
 
 """Scaling and blending of the language branch and the memory branch."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Fusion"]
+__all__ = ["Float32Buffers", "Fusion"]
 
 
-class Fusion(nn.Module):
+class Float32Buffers(nn.Module):
+    """A module whose buffers move between devices and keep their precision: ranges and thresholds need it."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Float32Buffers":
+        moved: Float32Buffers = super()._apply(lambda value: value.to(fn(value).device), recurse)  # type: ignore[no-untyped-call]
+        return moved
+
+
+class Fusion(Float32Buffers):
     """Min-max scale each branch, then blend them half and half.
 
     The ranges are buffers, so that a checkpoint and an exported model carry them. The released code takes them from the
@@ -27,16 +37,16 @@ class Fusion(nn.Module):
             self.register_buffer(name, torch.tensor([0.0, 1.0]))
 
     def fit(self, **values: Tensor) -> None:
-        """Take ranges from values.
+        """Set ranges from values.
 
         Args:
             **values: Tensors of any shape named ``language_map``, ``memory_map``, ``language_score`` or
-                ``memory_score``. A constant tensor gives a range of width one.
+                ``memory_score``. A constant tensor has a range of width one.
         """
         for name, value in values.items():
             low, high = value.min(), value.max()
             high = torch.where(high > low, high, low + 1)
-            getattr(self, name).copy_(torch.stack([low, high]))
+            setattr(self, name, torch.stack([low, high]).float())
 
     def forward(self, language: Tensor, memory: Tensor, kind: str) -> Tensor:
         """Blend the two branches.

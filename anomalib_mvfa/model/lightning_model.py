@@ -5,8 +5,7 @@
 
 The adapters learn from labelled supports (:class:`~anomalib_mvfa.data.FewShot`), or from normal images with synthetic
 lesions when a datamodule has no abnormal training images. The memory bank and the ranges of the fusion are made from
-the supports before each validation and at the end of training; nothing of the test set is used unless
-``fusion_scale="test"`` asks for it.
+the supports before each validation; nothing of the test set is used unless ``fusion_scale="test"`` asks for it.
 
 Paper:
     Adapting Visual-Language Models for Generalizable Anomaly Detection in Medical Images (CVPR 2024),
@@ -14,52 +13,49 @@ Paper:
 """
 
 import logging
-from collections.abc import Sequence, Sized
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from anomalib import LearningType
-from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import AnomalibDataModule, ImageBatch
-from anomalib.deploy import CompressionType
-from anomalib.engine.plugins import AnomalibCheckpointIO
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.visualization import Visualizer
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from torchmetrics import Metric
 
-from anomalib_mvfa.backbones.loading import resolve_backbone
+from anomalib_mvfa.backbones.loading import PUBLISHED_BACKBONE, resolve_backbone
+from anomalib_mvfa.callbacks.best_epoch import BestEpoch
+from anomalib_mvfa.callbacks.completion import CompleteTraining
 from anomalib_mvfa.callbacks.loading import prepare_processes, withhold
-from anomalib_mvfa.callbacks.non_finite import all_finite, diagnosis
+from anomalib_mvfa.callbacks.non_finite import NonFiniteLoss
 from anomalib_mvfa.callbacks.prediction_table import PredictionTable
 from anomalib_mvfa.callbacks.resuming import ResumePoint
-from anomalib_mvfa.callbacks.run_record import data_fingerprint, run_record, write_run_record
-from anomalib_mvfa.metrics import MVFAEvaluator, SelectionScore
+from anomalib_mvfa.callbacks.run_record import RunRecord
+from anomalib_mvfa.deploy.export import ExportMixin
+from anomalib_mvfa.metrics import MVFAEvaluator
 from anomalib_mvfa.post_processing import MVFAPostProcessor
-from anomalib_mvfa.pre_processing import MVFAPreProcessor, check_intensity
-from anomalib_mvfa.processes import gather_objects
-from anomalib_mvfa.training.calibration import branch_extremes, find_support
-from anomalib_mvfa.training.lesions import LesionSynthesizer
-from anomalib_mvfa.training.token_cache import TokenCache
+from anomalib_mvfa.pre_processing import MVFAPreProcessor
+from anomalib_mvfa.training.calibration import Calibration
+from anomalib_mvfa.training.state import FitState, begin_training, prepare_evaluation, set_default_epochs
 from anomalib_mvfa.visualization import MVFAVisualizer
-from anomalib_mvfa.weights.adapter_files import check_facts, load_adapters, write_adapters
+from anomalib_mvfa.weights.adapter_files import check_facts, load_adapters
 from anomalib_mvfa.weights.checkpoints import (
-    AtomicCheckpointIO,
-    check_state,
-    checkpoint_folder,
+    checkpoint_facts,
+    keep_trained_state,
     read_checkpoint,
+    restore_state,
+    save_state,
+    settle,
+    write_whole_checkpoints,
 )
-from anomalib_mvfa.weights.facts import evaluation_facts, model_facts, training_facts
-from anomalib_mvfa.weights.hub import upload
+from anomalib_mvfa.weights.facts import evaluation_facts, model_facts
 
-from .loss import dice_loss, focal_loss, score_loss
-from .prompts import prompt_name
-from .torch_model import MVFAModel, SupportOutput
+from .loss import training_losses
+from .torch_model import MVFAModel
 from .variant import Variant
 
 __all__ = ["MVFA"]
@@ -67,25 +63,28 @@ __all__ = ["MVFA"]
 logger = logging.getLogger(__name__)
 
 ADAM_BETAS = (0.5, 0.999)
-PUBLISHED_EPOCHS = 50
-LIGHTNING_EPOCHS = 1000  # what Lightning sets when nobody gave a number
-CACHE_IMAGES = 1000
-CACHE_BYTES = 2**30
-FUSION_SCALES = ("support", "test")
-SELECTIONS = ("last", "best")
-SELECTION_SCORE = "selection_score"
-BEST_SO_FAR = ("best_model_path", "best_model_score", "best_k_models", "kth_best_model_path", "kth_value")
-CHECKPOINT_KEY = "mvfa"
-RESUME_KEY = "mvfa_resume"
-FACTS = {"fingerprint", "class_name", "has_masks"}
-TOWER = "model.tower."
-BANKS = ("model.seg_memory.", "model.det_memory.")
-KEEP_NETWORK = {"adapters", "learning_rate", "class_name", "threshold", "target_fpr"}
-"""Arguments that may differ between a model and its checkpoint without the network being built again."""
+DEFAULTS: dict[str, Any] = {
+    "backbone": PUBLISHED_BACKBONE,
+    "memory": True,
+    "max_support": 32,
+    "learning_rate": 1e-3,
+    "selection": "last",
+    "fusion_scale": "support",
+    "language_weight": 0.5,
+    "coreset": 1.0,
+    "threshold": "f1",
+    "target_fpr": 0.01,
+    "variant": "released",
+}
+CHOICES = {"fusion_scale": ("support", "test"), "selection": ("last", "best")}
+NETWORK = ("backbone", "pretrained", "image_size", "levels", "variant")
 
 
-class MVFA(AnomalibModule):
+class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in anomalib
     """Multi-level adapted CLIP for anomaly detection in medical images.
+
+    An argument of ``None`` is not given: it takes the value of the checkpoint that is loaded, or its default. Beside a
+    checkpoint an argument that its weights fix is refused where it differs, one that concerns evaluation is honoured.
 
     Args:
         backbone: Vision transformer of open_clip, ``hf-hub:owner/name``, a JSON configuration, or ``"tiny"``, the small
@@ -94,7 +93,7 @@ class MVFA(AnomalibModule):
         image_size: Input size in pixels. Defaults to 240 for ``ViT-L-14-336``, otherwise to the backbone's own.
         levels: One-based blocks to read. ``"half"`` reads the first two of the default ones and ``"middle"`` the second
             alone, at half the cost. Defaults to the ends of the quarters, ``[6, 12, 18, 24]`` for ViT-L.
-        class_name: What the images show, for the prompts. Defaults to the name that the datamodule gives, the published
+        class_name: What the images show, for the prompts. Defaults to the name that the datamodule has, the published
             one for the sets of BMAD, or ``"object"``.
         adapters: Trained adapters: a file (``.pth`` in the released format, or ``.safetensors``), or
             ``hf-hub:owner/name``. The model then is not trained any more. Defaults to ``None``.
@@ -110,25 +109,13 @@ class MVFA(AnomalibModule):
         language_weight: Share of the language branch in the fusion. Defaults to ``0.5``.
         coreset: Share of the memory bank that is kept, in (0, 1]; a smaller bank is searched faster.
             Defaults to ``1.0``.
-        threshold: How the thresholds of images and pixels are set: ``"f1"`` and ``"youden"`` from labelled validation
-            images, ``"fpr"`` from normal images alone: those of the validation part, or the supports. Where abnormal
-            validation images lack, ``"fpr"`` is used. Defaults to ``"f1"``.
+        threshold: How the thresholds of images and pixels are set: ``"f1"`` from labelled validation images, ``"fpr"``
+            from normal images alone: those of the validation part, or the supports. Where abnormal validation images
+            lack, ``"fpr"`` is used. Defaults to ``"f1"``.
         target_fpr: For ``"fpr"``: share of normal images, and of their pixels, that may be called abnormal. With n
             normal images no less than 1 / (n + 1) can be promised. Defaults to ``0.01``.
-        variant: ``"released"`` or ``"paper"``; sets the following choices, each of which can be given by itself.
-            See :class:`~anomalib_mvfa.model.variant.Variant`.
-        quick_gelu: Activation of the tower.
-        normalize_input: Whether to apply CLIP's mean and standard deviation.
-        activation: Non-linearity of the adapters.
-        residual: Shares of token, segmentation output and detection output.
-        last_level_projector: Whether the last level's hidden vector is linear.
-        pooling: ``"mean"`` or ``"max"`` over positions for the image score.
-        level_reduction: ``"sum"`` or ``"mean"`` over levels.
-        bce_as_logits: Whether the cross-entropy takes the score for a logit.
-        residual_norm: Whether adapters' outputs are rescaled to the token's length.
-        window_sizes: Side lengths of windows in which patches are averaged.
-        map_blur: Standard deviation in pixels of a blur of the map.
-        background_dice: Whether to add a Dice term on the normal state.
+        variant: ``"released"``, ``"paper"``, or single choices: :class:`~anomalib_mvfa.model.variant.Variant`.
+            Defaults to ``"released"``.
         pre_processor: Pre-processor, or whether to use the default. Defaults to ``True``.
         post_processor: Post-processor, or whether to use the default. Defaults to ``True``.
         evaluator: Evaluator, or whether to use the default. Defaults to ``True``.
@@ -144,77 +131,68 @@ class MVFA(AnomalibModule):
     """
 
     model: MVFAModel
-    _zero_shot: bool
+    calibration: Calibration
+    trained: bool
 
     def __init__(
         self,
-        backbone: str = "ViT-L-14-336",
+        backbone: str | None = None,
         pretrained: str | None = None,
         image_size: int | tuple[int, int] | None = None,
         levels: Sequence[int] | str | None = None,
         class_name: str | None = None,
         adapters: str | Path | None = None,
-        memory: bool = True,
-        max_support: int = 32,
-        learning_rate: float = 1e-3,
-        selection: str = "last",
-        fusion_scale: str = "support",
-        language_weight: float = 0.5,
-        coreset: float = 1.0,
-        threshold: str = "f1",
-        target_fpr: float = 0.01,
-        variant: str = "released",
-        quick_gelu: bool | None = None,
-        normalize_input: bool | None = None,
-        activation: str | None = None,
-        residual: Sequence[float] | None = None,
-        last_level_projector: bool | None = None,
-        pooling: str | None = None,
-        level_reduction: str | None = None,
-        bce_as_logits: bool | None = None,
-        residual_norm: bool | None = None,
-        window_sizes: Sequence[int] | None = None,
-        map_blur: float | None = None,
-        background_dice: bool | None = None,
+        memory: bool | None = None,
+        max_support: int | None = None,
+        learning_rate: float | None = None,
+        selection: str | None = None,
+        fusion_scale: str | None = None,
+        language_weight: float | None = None,
+        coreset: float | None = None,
+        threshold: str | None = None,
+        target_fpr: float | None = None,
+        variant: Variant | str | None = None,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        for name, value, choices in (
-            ("fusion_scale", fusion_scale, FUSION_SCALES),
-            ("selection", selection, SELECTIONS),
-        ):
-            if value not in choices:
-                msg = f"{name} must be one of {', '.join(choices)}, got '{value}'."
-                raise ValueError(msg)
-        own_size = resolve_backbone(backbone, pretrained, image_size).image_size
-        # anomalib's constructor asks for the learning type and writes the arguments down as hyper-parameters.
-        object.__setattr__(self, "_given_adapters", adapters is not None)
-        object.__setattr__(self, "_zero_shot", not memory)
+        size = resolve_backbone(backbone or DEFAULTS["backbone"], pretrained, image_size).image_size
         super().__init__(
-            pre_processor=self.configure_pre_processor(own_size) if pre_processor is True else pre_processor,
+            pre_processor=self.configure_pre_processor(size) if pre_processor is True else pre_processor,
             post_processor=post_processor,
             evaluator=evaluator,
             visualizer=visualizer,
         )
-        self._variant()  # refuses unknown choices before anything is loaded
-        self._lesions: LesionSynthesizer | None = None
-        self._memory_step = -1
-        self._class_features: dict[str, Tensor] = {}
-        self._token_cache: TokenCache | None = None
-        self._adapters_class: str | None = None
-        self._selection_score = SelectionScore() if selection == "best" else None
-        self._support_output: SupportOutput | None = None
-        self._resumed: dict[str, Any] = {}
-        self._data_digest: str | None = None
-        self._good_adapters: dict[str, Tensor] = {}  # those that the present epoch began with
+        for name, choices in CHOICES.items():
+            if self.option(name) not in choices:
+                msg = f"{name} must be one of {', '.join(choices)}, got '{self.option(name)}'."
+                raise ValueError(msg)
+        Variant.of(variant)  # refuses unknown choices before anything is loaded
+        self.explicit = {name for name, value in self.hparams.items() if value is not None}
+        self._built: list[Any] = []  # arguments of the network
+        self._untouched = False  # whether the network was built by hand and no trainer has run it
+        self.trained = False  # in this object, or as a checkpoint holds it
+        self.resumed_from: str | Path | None = None
+        self.adapter_facts: dict[str, Any] = {}
+        self.calibration = Calibration()
+        self.fit_state: FitState | None = None
         self.intensity: str | None = None  # rule by which the training images were read, where the datamodule has one
-        self.history: dict[str, Any] = {"training": {}, "figures": {}}  # what an adapters file tells of its making
+        self.history: dict[str, Any] = {"training": {}, "figures": {}}
 
-    def _variant(self) -> Variant:
-        names = Variant.__dataclass_fields__
-        return Variant.from_name(self.hparams["variant"], **{name: self.hparams[name] for name in names})
+    def option(self, name: str) -> Any:  # noqa: ANN401 - any argument
+        """Return an argument as given, as the loaded checkpoint holds it, or its default."""
+        value = self.hparams[name]
+        return DEFAULTS.get(name) if value is None else value
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """All arguments in force, in what JSON can hold but for paths."""
+        found = {name: self.option(name) for name in self.hparams}
+        if "model" in self._modules:
+            sizes = {"image_size": list(self.model.image_size), "levels": list(self.model.levels)}
+            found |= {**sizes, "variant": self.model.variant.plain()}
+        return found
 
     # The network is built late, so that `anomalib predict --model MVFA --ckpt_path ...` needs no argument but the
     # checkpoint, which knows the backbone.
@@ -222,53 +200,81 @@ class MVFA(AnomalibModule):
     def configure_model(self) -> None:
         """Build the network for training, or from given adapters, unless it is there.
 
-        Validation, testing and prediction may otherwise still be given a checkpoint: they build when they start.
+        A fit starts with new adapters, unless the network was built by hand and is trained for the first time, or the
+        fit goes on from a checkpoint. Validation, testing and prediction may still be given a checkpoint: they build
+        when they start.
 
         Raises:
             FileNotFoundError: If the backbone's weights are not there.
             ValueError: If adapters do not fit.
         """
-        # Adapters know how their images were read, which is asked when the data are loaded.
-        if self._trainer is None or self.trainer.state.fn == TrainerFn.FITTING or self._given_adapters:
-            self._ensure_model()
-
-    def _ensure_model(self) -> None:
-        if "model" in self._modules:
+        if self._trainer is None:
+            self.ensure_model()
+            self._untouched = True
             return
-        self._build()
-        if self._trainer is not None:
-            self.trainer.precision_plugin.convert_module(self.model)
-            self.model.to(self.device)
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
+        if fitting:
+            self.hparams.update(self.hparams_initial)
+        # Adapters know how their images were read, which is asked when the data are loaded.
+        if fitting or self._adapters_given:
+            self.ensure_model()
+        if fitting and not self._untouched:
+            self.model.reset()
+        self._untouched = False
 
+    def ensure_model(self) -> None:
+        """Build the network that the arguments describe, unless it is there."""
+        if "model" not in self._modules or self._built != [self.option(name) for name in NETWORK]:
+            self._build()
+            if self._trainer is not None:
+                self.trainer.precision_plugin.convert_module(self.model)
+                self.model.to(self.device)
+        self.model.use_memory = self.option("memory")
+        self.model.fusion.language_weight = self.option("language_weight")
+        self.model.seg_memory.coreset = self.model.det_memory.coreset = self.option("coreset")
+
+    @torch.inference_mode(mode=False)  # a model that is built for an evaluation may be trained later
     def _build(self) -> None:
-        arguments = ("backbone", "pretrained", "image_size", "levels", "class_name", "language_weight", "coreset")
-        model = MVFAModel(variant=self._variant(), **{name: self.hparams[name] for name in arguments})
-        source = self.hparams["adapters"]
+        self._built = [self.option(name) for name in NETWORK]
+        others = ("class_name", "language_weight", "coreset")
+        model = MVFAModel(**{name: self.option(name) for name in (*NETWORK, *others)})
+        source = self.option("adapters")
         if source is not None:
-            facts: dict[str, Any] = load_adapters(source, model.seg_adapters, model.det_adapters)
+            self.adapter_facts = facts = load_adapters(source, model.seg_adapters, model.det_adapters)
             check_facts(source, facts, model.fingerprint, model.levels, model.variant)
-            model.has_masks = bool(facts.get("has_masks", True))
             self.intensity = str(facts["intensity"]) if facts.get("intensity") else None
             self.history = {name: facts.get(name) or {} for name in self.history}
-            self._adapters_class = facts.get("class_name")
+        if isinstance(self.pre_processor, MVFAPreProcessor):
+            self.pre_processor.load_checkpoint_config({"image_size": model.image_size})
         self.model = model
 
     def forward(self, batch: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - anomalib's signature
         """Pre-process, predict and post-process images ``(B, 3, H, W)`` in [0, 1]."""
-        self._ensure_model()
+        self.ensure_model()
         return super().forward(batch, *args, **kwargs)
+
+    @property
+    def _adapters_given(self) -> bool:
+        return self.hparams["adapters"] is not None
 
     @property
     def learning_type(self) -> LearningType:
         """One-class while adapters have to be trained; zero- or few-shot once they were given."""
-        if not self._given_adapters:
+        if not self._adapters_given:
             return LearningType.ONE_CLASS
-        return LearningType.ZERO_SHOT if self._zero_shot else LearningType.FEW_SHOT
+        return LearningType.FEW_SHOT if self.option("memory") else LearningType.ZERO_SHOT
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
         """No validation before the first training step, as there is nothing to validate yet."""
         return {"num_sanity_val_steps": 0}
+
+    @AnomalibModule.trainer.setter  # type: ignore[attr-defined,untyped-decorator]  # a property of Lightning
+    def trainer(self, trainer: Trainer | None) -> None:
+        """Attach a trainer, before it replaces a missing limit of epochs by its own."""
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            set_default_epochs(trainer)
+        AnomalibModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
 
     @staticmethod
     def configure_pre_processor(image_size: tuple[int, int] | None = None) -> MVFAPreProcessor:
@@ -281,7 +287,7 @@ class MVFA(AnomalibModule):
 
     def configure_post_processor(self) -> MVFAPostProcessor:
         """Configure the default post-processor: the chosen threshold, normalisation that keeps the order of scores."""
-        return MVFAPostProcessor(self.hparams["threshold"], self.hparams["target_fpr"])
+        return MVFAPostProcessor(self.option("threshold"), self.option("target_fpr"))
 
     @staticmethod
     def configure_evaluator() -> MVFAEvaluator:
@@ -294,212 +300,63 @@ class MVFA(AnomalibModule):
         return MVFAVisualizer()
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """Add the table of predictions to anomalib's components, and in training the choice of the best epoch."""
+        """Add what surrounds a run to anomalib's components."""
         callbacks = super().configure_callbacks()
         own: list[Callback] = [PredictionTable()]
-        if self._selection_score is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            # Takes the place of anomalib's callback of the same class.
-            own.append(
-                ModelCheckpoint(
-                    dirpath=Path(self.trainer.default_root_dir) / "weights" / "lightning",
-                    filename="model",
-                    monitor=SELECTION_SCORE,
-                    mode="max",
-                    save_on_train_epoch_end=False,
-                ),
-            )
-        if self.trainer.state.fn == TrainerFn.FITTING and self.trainer.checkpoint_callback is not None:
-            own.append(ResumePoint())
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            own += [RunRecord(), NonFiniteLoss(), CompleteTraining()]
+            if self.option("selection") == "best":  # takes the place of anomalib's callback of the same class
+                own.append(BestEpoch(Path(self.trainer.default_root_dir) / "weights" / "lightning"))
+            if self.trainer.checkpoint_callback is not None:
+                own.append(ResumePoint())
         return [*(callbacks if isinstance(callbacks, Sequence) else [callbacks]), *own]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam over the adapters, as published."""
         adapters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        return torch.optim.Adam(adapters, lr=self.hparams["learning_rate"], betas=ADAM_BETAS)
+        return torch.optim.Adam(adapters, lr=self.option("learning_rate"), betas=ADAM_BETAS)
 
     # Training
 
     def setup(self, stage: str) -> None:
-        """Take the published number of epochs where none was given, and see that the last epoch is validated.
+        """Make the state of a fit, and prepare loaders and checkpoints.
 
         Args:
             stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
         """
         prepare_processes(self.trainer)
-        checkpoint_io = self.trainer.strategy.checkpoint_io
-        if type(checkpoint_io) is AnomalibCheckpointIO:
-            self.trainer.strategy.checkpoint_io = AtomicCheckpointIO(checkpoint_io.extra_safe_globals)
-        loop = self.trainer.fit_loop
-        if stage != TrainerFn.FITTING:
-            return
-        if loop.max_epochs == LIGHTNING_EPOCHS and self.trainer.max_steps == -1:
-            loop.max_epochs = PUBLISHED_EPOCHS
-            logger.info("Training for %d epochs, as published; --trainer.max_epochs changes it.", PUBLISHED_EPOCHS)
-            if self.trainer.check_val_every_n_epoch == 1 and self._selection_score is None:
-                self.trainer.check_val_every_n_epoch = PUBLISHED_EPOCHS
-                logger.info("Validating after the last epoch; --trainer.check_val_every_n_epoch changes it.")
-        every, epochs = self.trainer.check_val_every_n_epoch, loop.max_epochs or -1
-        if self._selection_score is None and every and epochs > 0 and epochs % every:
-            # The last epoch is the one that is kept: it needs thresholds, and the checkpoint follows its validation.
-            self.trainer.check_val_every_n_epoch = epochs
-            logger.info("Validating after the last of %d epochs instead of every %d.", epochs, every)
+        write_whole_checkpoints(self.trainer)
+        self.fit_state = FitState() if stage == TrainerFn.FITTING else None
 
     def on_fit_start(self) -> None:
-        """Go on where an interrupted training stopped: random numbers, and the best epoch so far."""
-        states = self._resumed.get("random_states", [])
-        if len(states) == self.trainer.world_size:
-            torch.set_rng_state(states[self.trainer.global_rank].cpu())
-        best = self.trainer.checkpoint_callback
-        kept = self._resumed.get("callbacks", {}).get(getattr(best, "state_key", None), {})
-        if self._selection_score is not None and kept:  # Lightning forgets the score when the folder is another one
-            for name in BEST_SO_FAR:
-                setattr(best, name, kept[name])
+        """Drop what an earlier fit has left."""
+        self.trained, self.adapter_facts = True, {}
+        self.calibration = Calibration()
+        if isinstance(self.post_processor, MVFAPostProcessor):
+            self.post_processor.reset()
+            self._apply_threshold_rule()
+
+    def _apply_threshold_rule(self) -> None:
+        """Set the rule of the thresholds where one was given here."""
+        if isinstance(self.post_processor, MVFAPostProcessor) and self.explicit & {"threshold", "target_fpr"}:
+            self.post_processor.set_rule(self.option("threshold"), self.option("target_fpr"))
 
     def on_train_start(self) -> None:
-        """Learn from the data what the images show, whether they have masks, and whether lesions must be drawn.
+        """Choose by the data what the training needs."""
+        begin_training(self)
 
-        Raises:
-            ValueError: If ``threshold="fpr"`` would find no normal images at the end.
-        """
-        if self.hparams["threshold"] == "fpr" and self._zero_shot and not self._validates:
-            msg = (
-                "threshold='fpr' is set by normal images that the model was not trained on, but there is no validation "
-                "part, and no supports as memory=False. Add normal validation images, or take another threshold."
-            )
-            raise ValueError(msg)
-        self._encode_classes()
-        self._take_class_name()
-        if self._selection_score is not None:
-            self._announce_selection()
-        rule = getattr(getattr(self.trainer, "datamodule", None), "intensity", None)
-        if self._resumed:
-            check_intensity(self.intensity, rule)
-        self.intensity = rule
-        data = self._train_data()
-        has_anomalous = bool(getattr(data, "has_anomalous", True))
-        samples = getattr(data, "samples", None)
-        with_masks = samples is None or samples.attrs.get("task", "segmentation") == "segmentation"
-        self.model.has_masks = with_masks or not has_anomalous
-        facts = training_facts(self.trainer, self.hparams["learning_rate"], drawn_lesions=not has_anomalous)
-        facts["classes"] = facts["classes"] or [self.model.class_name]
-        self.history = {"training": facts, "figures": {}}
-        if not has_anomalous:
-            self._lesions = LesionSynthesizer()
-            logger.info("No abnormal training images: lesions are drawn on half of the normal ones.")
-        elif isinstance(data, Sized) and len(data) <= CACHE_IMAGES:
-            self._token_cache = TokenCache(CACHE_BYTES, max_images=len(data))
-            caches = self._resumed.get("token_caches", [])
-            if len(caches) == self.trainer.world_size and caches[self.trainer.global_rank]:
-                self._token_cache.restore(caches[self.trainer.global_rank])
-        self._record_run()
-        self._resumed = {}
-
-    def _record_run(self) -> None:
-        """Write down how to repeat this training, and see that all processes have the same data.
-
-        Raises:
-            ValueError: If processes have different data.
-        """
-        datamodule = getattr(self.trainer, "datamodule", None)
-        parts = {name: getattr(datamodule, f"{name}_data", None) for name in ("train", "val", "test")}
-        if datamodule is None:
-            parts["train"] = self._train_data()
-        prints = {name: data_fingerprint(part) for name, part in parts.items()}
-        self._data_digest = (prints["train"] or {}).get("digest")
-        if len({str(found) for found in gather_objects(prints)}) > 1:
-            msg = (
-                "The processes have different images: their datamodule splits at random. Give it a seed, or set "
-                "--seed_everything."
-            )
-            raise ValueError(msg)
-        if self._resumed.get("data", self._data_digest) != self._data_digest:
-            logger.warning("The training images are not those that the checkpoint was made with.")
-        saves = self.trainer.checkpoint_callback is not None and not self.trainer.fast_dev_run  # type: ignore[attr-defined]
-        if saves and self.trainer.is_global_zero:
-            write_run_record(checkpoint_folder(self.trainer), run_record(self.trainer, self, prints))
-
-    def on_train_epoch_start(self) -> None:
-        """Keep the adapters, to go back to should this epoch fail."""
-        self._good_adapters = {
-            name: value.detach().to("cpu", copy=True)
-            for name, value in self.model.state_dict().items()
-            if name.startswith(("seg_adapters.", "det_adapters."))
-        }
-
-    def _stop_diverged(self, reason: str) -> NoReturn:
-        """Go back to the adapters that the epoch began with, save them, and end the training.
-
-        Raises:
-            FloatingPointError: Always.
-        """
-        self.model.load_state_dict(self._good_adapters, strict=False)
-        msg = f"The training has diverged in epoch {self.current_epoch + 1}, step {self.global_step + 1}. {reason}"
-        if self.current_epoch:
-            path = checkpoint_folder(self.trainer) / "last_good.safetensors"
-            if self.trainer.is_global_zero:
-                self.save_adapters(path)
-            msg += f" The adapters of {self.current_epoch} complete epochs are in {path}."
-        raise FloatingPointError(msg)
-
-    def _check_adapters(self) -> None:
-        if not all_finite(self.model):
-            self._stop_diverged(self._diagnosis({}, None, ()))
-
-    def _diagnosis(self, terms: dict[str, Tensor], images: Tensor | None, paths: Sequence[str]) -> str:
-        return diagnosis(
-            terms,
-            images,
-            paths,
-            weights_are_finite=all_finite(self.model),
-            precision=str(self.trainer.precision),
-            learning_rate=self.hparams["learning_rate"],
-        )
-
-    def on_test_end(self) -> None:
-        """Keep the figures of the test, which go into an adapters file."""
-        self.history["figures"] = evaluation_facts(self.trainer, self.hparams["fusion_scale"])
-
-    def _train_data(self) -> Any:  # noqa: ANN401 - any dataset
-        datamodule = getattr(self.trainer, "datamodule", None)
-        if datamodule is not None:
-            return getattr(datamodule, "train_data", None)
-        return getattr(self.trainer.train_dataloader, "dataset", None)
-
-    def _take_class_name(self) -> None:
-        """Choose the class name: the argument, what is known, the datamodule's, the adapters', or ``"object"``."""
-        datamodule = getattr(self._trainer, "datamodule", None)
-        category = getattr(datamodule, "category", None)
-        from_data = getattr(datamodule, "class_name", None) or (prompt_name(category) if category else None)
-        name = self.hparams["class_name"] or self.model.class_name or from_data or self._adapters_class or "object"
-        if name != self.model.class_name:
-            logger.info("Prompts are written for the class '%s'.", name)
-            self.model.set_class_name(name)
-
-    def _encode_classes(self) -> None:
-        """Encode the classes of a datamodule that trains on several, for prompts of each image's own."""
-        names = getattr(getattr(self.trainer, "datamodule", None), "class_names", ())
-        if names:
-            logger.info("Prompts of the training images are written for %s.", ", ".join(f"'{name}'" for name in names))
-            self._class_features = self.model.encode_classes(names)
+    def on_train_epoch_end(self) -> None:
+        """Calibrate with the supports when a checkpoint may follow that no validation precedes."""
+        if not self.validates:
+            self.calibration.complete(self)
 
     def _text_features_of(self, batch: ImageBatch) -> Tensor | None:
-        """Give the text features ``(B, E, 2)`` of a batch that names its classes, else ``None``."""
+        """Return the text features ``(B, E, 2)`` of a training batch that names its classes, else ``None``."""
         names = getattr(batch, "class_name", None)
-        if names is None or not self._class_features:
+        features = self.fit_state.class_features if self.fit_state is not None else {}
+        if names is None or not features:
             return None
-        return torch.stack([self._class_features[name] for name in names]).to(self.device)
-
-    def _announce_selection(self) -> None:
-        """Say on which images the epoch is chosen, loudly where those are the test images."""
-        datamodule = getattr(self.trainer, "datamodule", None)
-        val, test = (getattr(datamodule, f"{part}_data", None) for part in ("val", "test"))
-        paths = [set(getattr(part, "samples", {}).get("image_path", ())) for part in (val, test)]
-        if paths[0] & paths[1]:
-            logger.warning(
-                "selection='best' on a validation part that shares %d images with the test part, as in the published "
-                "protocol: the test figures are those of the epoch that suits the test images best.",
-                len(paths[0] & paths[1]),
-            )
+        return torch.stack([features[name] for name in names]).to(self.device)
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """Compute the loss of a batch.
@@ -513,144 +370,64 @@ class MVFA(AnomalibModule):
 
         Raises:
             ValueError: If the batch has no labels.
-            FloatingPointError: If the loss is no finite number.
         """
         images: Tensor = batch.image  # type: ignore[assignment]  # a batch always has images
         masks: Tensor | None = batch.gt_mask
         labels: Tensor | None = batch.gt_label
-        if self._lesions is not None:
+        state = self.fit_state or FitState()
+        self.calibration.drop()  # the adapters are about to move
+        if state.lesions is not None:
             number = batch_idx * self.trainer.world_size + self.trainer.global_rank
-            images, masks, labels = self._lesions.draw_on_half(images, self.current_epoch, number)
+            images, masks, labels = state.lesions.draw_on_half(images, self.current_epoch, number)
         if labels is None:
             msg = "MVFA learns from labelled images, but this batch has no labels."
             raise ValueError(msg)
-        terms = self.losses(
+        terms = training_losses(
+            self.model,
             images,
             labels,
             masks if self.model.has_masks else None,
             getattr(batch, "has_mask", None),
             self._text_features_of(batch),
+            state.token_cache,
         )
-        if not all(bool(values.isfinite().all()) for values in terms.values()):
-            self._stop_diverged(self._diagnosis(terms, images, batch.image_path or ()))
         for name, values in terms.items():
             self.log(f"train_{name}", values.mean(), batch_size=len(images), on_step=False, on_epoch=True)
         loss = torch.stack(list(terms.values())).sum(dim=0).mean()
         self.log("train_loss", loss, batch_size=len(images), on_step=False, on_epoch=True, prog_bar=True)
         return loss
 
-    def losses(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        masks: Tensor | None,
-        has_mask: Tensor | None = None,
-        text_features: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """Compute the terms of the loss, summed over the levels.
-
-        Args:
-            images: ``(B, 3, H, W)`` in [0, 1].
-            labels: ``(B,)``.
-            masks: ``(B, H, W)``; ``None`` for sets without masks, whose images do not move the segmentation adapters.
-            has_mask: ``(B,)``, false for the images of sets without masks in a batch of several sets; ``None`` when
-                all have masks.
-            text_features: ``(B, E, 2)`` when each image has a class of its own; ``None`` takes the model's own.
-
-        Returns:
-            ``bce`` and, with masks, ``focal`` and ``dice``, one value ``(B,)`` each.
-        """
-        if has_mask is not None and masks is not None:
-            masks = masks if bool(has_mask.any()) else None
-            has_mask = None if bool(has_mask.all()) else has_mask
-        frozen = masks is None if has_mask is None or masks is None else ~has_mask
-        hidden = self.model.hidden_tokens(images, frozen_segmentation=frozen, cache=self._token_cache)
-        scores = [self.model.level_probabilities(tokens, text_features)[1] for tokens in hidden.detection]
-        terms = {"bce": _sum(score_loss(score, labels, self.model.variant.bce_as_logits) for score in scores)}
-        if masks is not None:
-            maps = [self.model.level_probabilities(tokens, text_features)[0] for tokens in hidden.segmentation]
-            on_masks = {
-                "focal": _sum(focal_loss(state_map, masks) for state_map in maps),
-                "dice": _sum(dice_loss(state_map[:, 1], masks) for state_map in maps),
-            }
-            if self.model.variant.background_dice:
-                background = ~masks.bool()
-                on_masks["background_dice"] = _sum(dice_loss(state_map[:, 0], background) for state_map in maps)
-            terms |= on_masks if has_mask is None else {name: term * has_mask for name, term in on_masks.items()}
-        return terms
-
     # Memory bank, ranges of the fusion, thresholds
 
     @property
-    def _validates(self) -> bool:
+    def validates(self) -> bool:
         """Whether the training has anything to validate on; Lightning counts the batches only when it does so."""
         datamodule = getattr(self.trainer, "datamodule", None)
         is_empty = isinstance(datamodule, AnomalibDataModule) and not len(getattr(datamodule, "val_data", ()))
         return self.trainer.enable_validation and not is_empty
 
-    def on_train_epoch_end(self) -> None:
-        """Remember the supports when a checkpoint may follow that no validation precedes.
-
-        Raises:
-            FloatingPointError: If the adapters hold numbers that are not finite.
-        """
-        self._check_adapters()
-        if not self._validates:
-            self._calibrate_without_validation()
-
-    def on_train_end(self) -> None:
-        """Leave a bank that fits the final adapters."""
-        self._remember()
-        self._support_output = None
-        self._token_cache = None
-
-    def _calibrate_without_validation(self) -> None:
-        self._remember()
-        self._offer_support()
-        if isinstance(self.post_processor, MVFAPostProcessor):
-            self.post_processor.on_validation_epoch_end(self.trainer, self)
-
-    def _offer_support(self) -> None:
-        """Show the post-processor the supports, in case the validation part has no normal images."""
-        if self._support_output is not None and isinstance(self.post_processor, MVFAPostProcessor):
-            language, memory, labels = self._support_output
-            self.post_processor.set_support(self.model.fuse(language, memory), labels)
-
-    def on_fit_end(self) -> None:
-        """Go back to the best epoch, if that was asked for."""
-        checkpointing = self.trainer.checkpoint_callback
-        path = getattr(checkpointing, "best_model_path", "")
-        if self._selection_score is None or not path:
-            return
-        checkpoint = self.trainer.strategy.load_checkpoint(path, weights_only=True)
-        self.on_load_checkpoint(checkpoint)
-        self.load_state_dict(checkpoint["state_dict"])
-        score = float(getattr(checkpointing, "best_model_score", None) or 0)
-        logger.info("Kept epoch %d of %d, selection score %.4f.", checkpoint["epoch"] + 1, self.current_epoch, score)
-
     def on_validation_start(self) -> None:
-        """Remember the supports with the present adapters."""
-        if self.trainer.state.fn == TrainerFn.FITTING:
-            self._check_adapters()
-        else:
-            self._prepare_evaluation()
-        self._remember()
-        if self.hparams["fusion_scale"] == "test":
-            self._scale_by(self.trainer.val_dataloaders)
-        self._offer_support()
+        """Build the bank with the present adapters."""
+        if self.fit_state is None:
+            prepare_evaluation(self)
+        self.calibration.begin(self)
+
+    def on_validation_epoch_end(self) -> None:
+        """Note that the thresholds fit the present adapters."""
+        self.calibration.end(self)
 
     def on_test_start(self) -> None:
-        """Warn of untrained adapters and see that there is a bank; as published, take the ranges from the test set."""
-        self._check_ready()
-        if self._given_adapters and self._memory_step < 0:  # neither validated before nor from a checkpoint
-            self._calibrate_without_validation()
-        if self.hparams["fusion_scale"] == "test":
-            logger.warning("fusion_scale='test': the ranges of both branches are taken from the whole test set.")
-            self._scale_by(self.trainer.test_dataloaders)
+        """Warn of untrained adapters, and calibrate what was not calibrated before."""
+        prepare_evaluation(self)
+        self.calibration.complete(self)
 
     def on_predict_start(self) -> None:
-        """Warn of untrained adapters."""
-        self._check_ready()
+        """Warn of untrained adapters, and calibrate what was not calibrated before."""
+        self.on_test_start()
+
+    def on_test_end(self) -> None:
+        """Keep the metrics of the test, which go into an adapters file."""
+        self.history["figures"] = evaluation_facts(self.trainer, self.option("fusion_scale"))
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:  # noqa: ANN401
         """Predict a batch; images that could not be read get NaN.
@@ -667,172 +444,24 @@ class MVFA(AnomalibModule):
         withhold(batch)  # updated in place, as anomalib does
         return predictions
 
-    def _prepare_evaluation(self) -> None:
-        """Build the network, and see that prompts and images are those that it was made for."""
-        self._ensure_model()
-        self._take_class_name()
-        check_intensity(self.intensity, getattr(getattr(self.trainer, "datamodule", None), "intensity", None))
-
-    def _check_ready(self) -> None:
-        self._prepare_evaluation()
-        if self._memory_step < 0 and not self._given_adapters:
-            logger.warning(
-                "The adapters are untrained: train first, or give --ckpt_path or --model.adapters. "
-                "The predictions mean nothing.",
-            )
-
-    def _remember(self) -> None:
-        """Build the bank, unless it fits the present adapters already."""
-        if self._memory_step == self.global_step and not self._given_adapters:
-            return
-        self._memory_step = self.global_step
-        if self._zero_shot:
-            return
-        datamodule = getattr(self.trainer, "datamodule", None)
-        support = find_support(datamodule, self._train_data(), self.hparams["max_support"], self._pre_processed)
-        if support is not None:
-            self._support_output = self.model.remember(support)
-
-    def _pre_processed(self, image: Tensor) -> Tensor:
+    def pre_processed(self, image: Tensor) -> Tensor:
+        """Bring an image ``(3, H, W)`` in [0, 1], or a batch, to the size that the model reads."""
         if self.pre_processor is not None and self.pre_processor.transform is not None:
             image = self.pre_processor.transform(image)  # type: ignore[operator]  # a torchvision transform
         return image.as_subclass(Tensor)
-
-    def _scale_by(self, loaders: DataLoader[Any] | Sequence[DataLoader[Any]] | None) -> None:
-        """Take the fusion's ranges from all images of a loader, those of the other processes included."""
-        outputs = branch_extremes(self.model, loaders, self._pre_processed, self.device)
-        if outputs:
-            self.model.set_fusion_range(outputs)
 
     def validation_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Predict a batch for thresholds and normalisation."""
         del args, kwargs
         images: Tensor = batch.image  # type: ignore[assignment]  # a batch always has images
         predictions = self.model.fuse(*self.model.branches(images, self._text_features_of(batch)))
-        batch.update(**predictions._asdict())
-        if self._selection_score is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            self._selection_score.update(batch)
-        return batch
+        return batch.update(**predictions._asdict())
 
-    def on_validation_epoch_end(self) -> None:
-        """Log the score by which the best epoch is chosen."""
-        if self._selection_score is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            self.log(SELECTION_SCORE, self._selection_score.compute(), prog_bar=True)
-            self._selection_score.reset()
-
-    # Files
+    # Checkpoints
 
     def facts(self) -> dict[str, Any]:
-        """Tell what the adapters fit and how they were made, in what JSON can hold; no path is among it."""
+        """Return what the adapters fit and how they were made, in what JSON can hold; no path is among it."""
         return {**model_facts(self.model), "intensity": self.intensity, **self.history}
-
-    def save_adapters(self, path: str | Path, dtype: torch.dtype | None = None) -> Path:
-        """Save the adapters alone, without memory bank and thresholds.
-
-        Args:
-            path: ``.safetensors``, with :meth:`facts` as metadata, or ``.pth`` for the released format.
-            dtype: Storage type; ``None`` keeps float32.
-
-        Returns:
-            The path.
-        """
-        return write_adapters(path, self.model.seg_adapters, self.model.det_adapters, self.facts(), dtype)
-
-    def push_to_hub(self, repository: str, licence: str, private: bool = True) -> str:
-        """Upload the adapters in half precision, with a model card made of :meth:`facts`.
-
-        ``adapters="hf-hub:owner/name"`` then loads them. Neither images nor the memory bank are uploaded.
-
-        Args:
-            repository: ``owner/name``; made unless it exists.
-            licence: Identifier of the licence, such as ``"cc-by-nc-sa-4.0"``. That of the training data counts.
-            private: Whether a new repository can be seen by its owner alone.
-
-        Returns:
-            Address of the repository.
-        """
-        facts = self.facts()
-        return upload(
-            repository,
-            facts,
-            licence,
-            lambda path: write_adapters(path, self.model.seg_adapters, self.model.det_adapters, facts, torch.float16),
-            private=private,
-        )
-
-    def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
-        """Export as a torch file.
-
-        Args:
-            export_root: Folder.
-            model_file_name: Name of the file without its suffix.
-
-        Returns:
-            Path of the file.
-
-        Raises:
-            ValueError: If the adapters are untrained, or the memory bank is empty where one is wanted.
-        """
-        self._check_exportable()
-        return super().to_torch(export_root, model_file_name)
-
-    def to_onnx(  # type: ignore[override]  # as anomalib's own
-        self,
-        export_root: Path | str,
-        model_file_name: str = "model",
-        input_size: tuple[int, int] | None = None,
-        **kwargs: Any,  # noqa: ANN401
-    ) -> Path:
-        """Export as an ONNX graph from images in [0, 1] to normalised maps and scores, labels and masks.
-
-        The batch is dynamic, the size is not. OpenVINO models are made of this graph.
-
-        Args:
-            export_root: Folder.
-            model_file_name: Name of the file without its suffix.
-            input_size: Height and width of the images; ``None`` takes those that the model reads. From others the graph
-                resizes as training did.
-            **kwargs: Arguments of ``torch.onnx.export``.
-
-        Returns:
-            Path of the file.
-
-        Raises:
-            ValueError: If the adapters are untrained, or the memory bank is empty where one is wanted.
-        """
-        self._check_exportable()
-        size = input_size or self.model.image_size
-        return super().to_onnx(export_root, model_file_name, size, **{"opset_version": 18, **kwargs})
-
-    def _compress_ov_model(  # anomalib's hook for its compression types
-        self,
-        model: Any,  # noqa: ANN401 - a model of OpenVINO
-        compression_type: CompressionType | None = None,
-        datamodule: AnomalibDataModule | None = None,
-        metric: Metric | None = None,
-        task: Any = None,  # noqa: ANN401 - follows from the data
-        max_drop: float = 0.01,
-    ) -> Any:  # noqa: ANN401
-        from anomalib_mvfa.deploy.quantisation import compress
-
-        return compress(model, compression_type, datamodule, metric, max_drop)
-
-    def _check_exportable(self) -> None:
-        self._ensure_model()
-        self._take_class_name()
-        if not self._given_adapters and self._memory_step < 0 and self.model.memory.is_empty:
-            msg = (
-                "The adapters are untrained, so that there is nothing to export. Give --ckpt_path a checkpoint of "
-                "`anomalib train --model MVFA`, or --model.adapters trained adapters."
-            )
-            raise ValueError(msg)
-        if not self._zero_shot and self.model.memory.is_empty:
-            msg = (
-                "The memory bank is empty: adapters alone have none. Export a checkpoint (--ckpt_path), or build the "
-                "bank first with Engine().validate(model, datamodule=...), or export the language branch alone with "
-                "--model.memory false."
-            )
-            raise ValueError(msg)
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]  # the arguments are anomalib's
@@ -848,78 +477,41 @@ class MVFA(AnomalibModule):
             checkpoint_path: File that ``anomalib train --model MVFA`` has written.
             map_location: Where to put the tensors, as for any Lightning module.
             weights_only: Whether objects other than tensors and plain data are refused.
-            **kwargs: As for any Lightning module, and arguments that take the place of the checkpoint's.
+            **kwargs: As for any Lightning module, and arguments for evaluation in the place of the checkpoint's.
 
         Returns:
             The model.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it cannot be read, was not made by MVFA, or does not fit.
+            ValueError: If it cannot be read, was not made by MVFA, or does not fit the arguments.
         """
         if weights_only:
-            read_checkpoint(checkpoint_path, cls.checkpoint_safe_globals())
+            checkpoint_facts(read_checkpoint(checkpoint_path, cls.checkpoint_safe_globals()), checkpoint_path)
         options = {"map_location": map_location, "weights_only": weights_only, **kwargs}
         model: MVFA = super().load_from_checkpoint(checkpoint_path, **options)  # type: ignore[assignment]
+        model.explicit = {name for name, value in kwargs.items() if value is not None} & model.hparams.keys()
         return model
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen backbone out and store the bank in half precision."""
         super().on_save_checkpoint(checkpoint)
-        state = checkpoint["state_dict"]
-        for name in list(state):
-            if name.startswith(TOWER):
-                del state[name]
-            elif name.startswith(BANKS):
-                state[name] = state[name].half()
-        checkpoint[CHECKPOINT_KEY] = self.facts()
-        checkpoint[RESUME_KEY] = {
-            "data": self._data_digest,
-            "random_states": gather_objects(torch.get_rng_state()),
-            "token_caches": gather_objects(None if self._token_cache is None else self._token_cache.state()),
-        }
+        save_state(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Build the network that the checkpoint describes.
-
-        Arguments of the checkpoint go before those of this object, except ``pretrained`` where one was given here.
+        """Build the network that the checkpoint describes, and settle its arguments with those given here.
 
         Raises:
-            ValueError: If the checkpoint is not one of MVFA, or was made with other backbone weights.
+            ValueError: If the checkpoint is not one of MVFA, was made with other backbone weights, or contradicts an
+                argument.
         """
-        facts = checkpoint.get(CHECKPOINT_KEY)
-        if not isinstance(facts, dict) or not facts.keys() >= FACTS:
-            msg = "This checkpoint was not made by MVFA. Give one that `anomalib train --model MVFA` has written."
-            raise ValueError(msg)
-        saved = dict(checkpoint["hyper_parameters"])
-        if self.hparams["pretrained"] is not None:
-            saved["pretrained"] = self.hparams["pretrained"]
-        saved["adapters"] = None  # the checkpoint holds them
-        changed = {name: value for name, value in saved.items() if name in self.hparams and self.hparams[name] != value}
-        if "model" not in self._modules or changed.keys() - KEEP_NETWORK:
-            self.hparams.update(changed)
-            self._build()
-        resuming = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-        self._resumed = (
-            {**checkpoint.get(RESUME_KEY, {}), "callbacks": checkpoint.get("callbacks", {})} if resuming else {}
-        )
-        object.__setattr__(self, "_zero_shot", not self.hparams["memory"])
-        super().on_load_checkpoint(checkpoint)
-        if self.model.fingerprint != facts["fingerprint"]:
-            msg = (
-                f"The checkpoint was made with other weights of backbone '{saved['backbone']}' than those at hand "
-                f"(pretrained={saved['pretrained']!r}). Name the right ones with --model.pretrained."
-            )
-            raise ValueError(msg)
-        check_state(checkpoint["state_dict"], self, skipped=(TOWER,), free=("_memory.", "normal_scores"))
-        self.model.has_masks = facts["has_masks"]
-        self.intensity = facts.get("intensity")
-        self.history = {name: facts.get(name) or {} for name in self.history}
-        self.model.restore_class_name(facts["class_name"])
-        self._memory_step = int(checkpoint.get("global_step", 0))
-        tower = {TOWER + name: value for name, value in self.model.tower.state_dict().items()}
-        checkpoint["state_dict"].update(tower)
-
-
-def _sum(terms: Any) -> Tensor:  # noqa: ANN401 - any iterable of tensors
-    return torch.stack(list(terms)).sum(dim=0)
+        if keep_trained_state(self, checkpoint):
+            return
+        settled = settle(self, checkpoint)
+        self.hparams.update(settled.arguments)
+        self.adapter_facts = {}
+        self.ensure_model()
+        super().on_load_checkpoint(checkpoint)  # its components
+        self._apply_threshold_rule()
+        restore_state(self, checkpoint)
+        self.calibration = Calibration.restored(checkpoint, settled)

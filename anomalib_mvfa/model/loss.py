@@ -1,13 +1,20 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The three terms of the training loss, each one value a sample."""
+"""The terms of the training loss, each one value a sample."""
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["dice_loss", "focal_loss", "score_loss"]
+if TYPE_CHECKING:
+    from anomalib_mvfa.training.token_cache import TokenCache
+
+    from .torch_model import MVFAModel
+
+__all__ = ["dice_loss", "focal_loss", "score_loss", "training_losses"]
 
 FOCAL_GAMMA = 2
 FOCAL_SMOOTHING = 1e-5
@@ -64,3 +71,50 @@ def score_loss(scores: Tensor, labels: Tensor, as_logits: bool = True) -> Tensor
     # Written out, because the library's version refuses to run under autocast.
     scores = scores.clamp(torch.finfo(scores.dtype).eps, 1 - torch.finfo(scores.dtype).eps)
     return -(labels * scores.log() + (1 - labels) * (1 - scores).log())
+
+
+def training_losses(
+    model: "MVFAModel",
+    images: Tensor,
+    labels: Tensor,
+    masks: Tensor | None,
+    has_mask: Tensor | None = None,
+    text_features: Tensor | None = None,
+    cache: "TokenCache | None" = None,
+) -> dict[str, Tensor]:
+    """Compute the terms of the loss of a batch, summed over the levels.
+
+    Args:
+        model: The network.
+        images: ``(B, 3, H, W)`` in [0, 1].
+        labels: ``(B,)``.
+        masks: ``(B, H, W)``; ``None`` for sets without masks, whose images do not move the segmentation adapters.
+        has_mask: ``(B,)``, false for the images of sets without masks in a batch of several sets; ``None`` when all
+            have masks.
+        text_features: ``(B, E, 2)`` when each image has a class of its own; ``None`` takes the model's own.
+        cache: Keeps the tokens below the first adapters.
+
+    Returns:
+        ``bce`` and, with masks, ``focal`` and ``dice``, one value ``(B,)`` each.
+    """
+    if has_mask is not None and masks is not None:
+        masks = masks if bool(has_mask.any()) else None
+        has_mask = None if bool(has_mask.all()) else has_mask
+    frozen = masks is None if has_mask is None or masks is None else ~has_mask
+    hidden = model.hidden_tokens(images, frozen_segmentation=frozen, cache=cache)
+    scores = [model.level_probabilities(tokens, text_features)[1] for tokens in hidden.detection]
+    terms = {"bce": _sum([score_loss(score, labels, model.variant.bce_as_logits) for score in scores])}
+    if masks is None:
+        return terms
+    maps = [model.level_probabilities(tokens, text_features)[0] for tokens in hidden.segmentation]
+    on_masks = {
+        "focal": _sum([focal_loss(state_map, masks) for state_map in maps]),
+        "dice": _sum([dice_loss(state_map[:, 1], masks) for state_map in maps]),
+    }
+    if model.variant.background_dice:
+        on_masks["background_dice"] = _sum([dice_loss(state_map[:, 0], ~masks.bool()) for state_map in maps])
+    return terms | (on_masks if has_mask is None else {name: term * has_mask for name, term in on_masks.items()})
+
+
+def _sum(terms: list[Tensor]) -> Tensor:
+    return torch.stack(terms).sum(dim=0)

@@ -28,23 +28,33 @@ class Support(NamedTuple):
     abnormal: Tensor
 
 
-def bank_distance(queries: Tensor, bank: Tensor) -> Tensor:
-    """Find how far each query lies from the nearest entry of the bank.
+def bank_distance(queries: Tensor, bank: Tensor, excluded: Tensor | None = None) -> Tensor:
+    """Compute how far each query lies from the nearest entry of the bank.
 
     The matrix of all distances is never held at once: the bank is read in chunks.
 
     Args:
         queries: ``(B, P, E)``, of any length.
         bank: ``(N, E)`` of unit length.
+        excluded: ``(B, N)``, true for the entries that a query must not be compared with; ``None`` compares with all.
 
     Returns:
         Cosine distances ``(B, P)``, 0 for a query that points the same way as an entry.
+
+    Raises:
+        RuntimeError: If the bank is empty.
     """
     if not bank.numel():
         msg = "The memory bank is empty: build it from normal images before it is searched."
         raise RuntimeError(msg)
     queries = functional.normalize(queries, dim=-1)
-    nearest = [(queries @ chunk.to(queries.dtype).T).amax(dim=-1) for chunk in bank.split(BANK_CHUNK)]
+    nearest = []
+    for start in range(0, len(bank), BANK_CHUNK):
+        entries = slice(start, start + BANK_CHUNK)
+        similarity = queries @ bank[entries].to(queries.dtype).T  # (B, P, chunk)
+        if excluded is not None:
+            similarity = similarity.masked_fill(excluded[:, None, entries], -torch.inf)
+        nearest.append(similarity.amax(dim=-1))
     return 1 - torch.stack(nearest).amax(dim=0)
 
 
@@ -78,27 +88,35 @@ class MemoryBank(DynamicBufferMixin, nn.Module):
         return self[0].numel() == 0
 
     def __getitem__(self, level: int) -> Tensor:
-        """Give the entries ``(N, E)`` of a level."""
+        """Return the entries ``(N, E)`` of a level."""
         entries: Tensor = getattr(self, f"level_{level}")
         return entries
 
-    def remember(self, tokens: Sequence[Tensor]) -> None:
+    def remember(self, tokens: Sequence[Tensor]) -> list[Tensor]:
         """Replace the contents.
 
         Args:
             tokens: One tensor ``(..., E)`` of hidden vectors a level.
+
+        Returns:
+            For each level the positions ``(N,)`` of the entries among the flattened tokens.
         """
+        kept = []
         for level, hidden in enumerate(tokens):
             entries = functional.normalize(hidden.detach().flatten(0, -2).float(), dim=-1)
+            positions = torch.arange(len(entries), device=entries.device)
             if self.coreset < 1:
-                with torch.random.fork_rng():
-                    torch.manual_seed(level)  # the same entries for the same bank
-                    search = KCenterGreedy(entries, self.coreset)
-                    search.model.random_state = level
-                    entries = search.sample_coreset()
+                positions = positions[self._coreset(entries, seed=level)]
+                entries = entries[positions]
             setattr(self, f"level_{level}", entries)
+            kept.append(positions)
+        return kept
 
-    def forget(self) -> None:
-        """Drop the contents."""
-        for level in range(self.num_levels):
-            setattr(self, f"level_{level}", torch.empty(0, device=self[level].device))
+    def _coreset(self, entries: Tensor, seed: int) -> list[int]:
+        """Return the positions that cover the entries ``(N, E)`` best, the same for the same entries."""
+        devices = [entries.device] if entries.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            search = KCenterGreedy(entries, self.coreset)
+            search.model.random_state = seed
+            return search.select_coreset_idxs()

@@ -12,9 +12,9 @@ Paper:
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from anomalib.data import InferenceBatch
@@ -22,7 +22,7 @@ from open_clip import CLIP
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as image_functional
 
-from anomalib_mvfa.backbones.loading import fingerprint, load_clip, resolve_backbone
+from anomalib_mvfa.backbones.loading import PUBLISHED_BACKBONE, fingerprint, load_clip, resolve_backbone
 from anomalib_mvfa.training.token_cache import TokenCache
 
 from .adapters import ResidualAdapter
@@ -44,16 +44,14 @@ class HiddenTokens(NamedTuple):
     Args:
         segmentation: One ``(B, L, E)`` a level, from the segmentation adapters.
         detection: One ``(B, L, E)`` a level, from the detection adapters.
-        last: Tokens ``(B, L, D)`` that leave the last stage.
     """
 
     segmentation: list[Tensor]
     detection: list[Tensor]
-    last: Tensor
 
 
 class BranchOutput(NamedTuple):
-    """What one branch says, levels reduced.
+    """Output of one branch, levels reduced.
 
     Args:
         anomaly_map: ``(B, H, W)``.
@@ -65,7 +63,7 @@ class BranchOutput(NamedTuple):
 
 
 class SupportOutput(NamedTuple):
-    """What the branches say of the supports: the normal ones first, each compared with the others.
+    """Outputs of the branches for the supports: the normal ones first, each compared with the others.
 
     Args:
         language: Language branch.
@@ -87,15 +85,16 @@ class MVFAModel(nn.Module):
         image_size: Input size in pixels; ``None`` takes 240 for ``ViT-L-14-336``, otherwise the backbone's own.
         levels: One-based blocks to read, or a word: :func:`~anomalib_mvfa.model.tower.resolve_levels`. ``None`` takes
             the ends of the quarters. Blocks behind the last are dropped.
-        coreset: Share of the bank that is kept, in (0, 1]: the entries that cover the others best.
-        class_name: What the images show, for the prompts.
-        variant: Choices in which the paper and the released code differ.
+        class_name: What the images show, for the prompts; ``None`` leaves it open.
+        variant: Choices in which the paper and the released code differ, or the name of a preset.
         language_weight: Share of the language branch in the fusion.
+        coreset: Share of the bank that is kept, in (0, 1]: the entries that cover the others best.
 
     Attributes:
         has_masks: Whether the training data had masks. With masks the map comes from the segmentation adapters, and
             in few-shot the image score is the maximum of the fused map. Without masks the segmentation adapters never
             learn, so that map and score come from the detection adapters.
+        use_memory: Whether the bank, once built, is used; without it the model is zero-shot.
         text_features: ``(E, 2)``: normal, abnormal.
 
     Raises:
@@ -116,12 +115,12 @@ class MVFAModel(nn.Module):
         image_size: int | tuple[int, int] | None = None,
         levels: Sequence[int] | str | None = None,
         class_name: str | None = "object",
-        variant: Variant | str = "released",
+        variant: Variant | Mapping[str, Any] | str | None = None,
         language_weight: float = 0.5,
         coreset: float = 1.0,
     ) -> None:
         super().__init__()
-        self.variant = Variant.from_name(variant) if isinstance(variant, str) else variant
+        self.variant = Variant.of(variant).on(published_backbone=backbone == PUBLISHED_BACKBONE)
         self.backbone = resolve_backbone(backbone, pretrained, image_size, self.variant.quick_gelu)
         self.image_size = self.backbone.image_size
         clip, tokenizer = load_clip(self.backbone)
@@ -139,6 +138,7 @@ class MVFAModel(nn.Module):
         self.det_memory = MemoryBank(len(self.levels), coreset)
         self.fusion = Fusion(language_weight)
         self.has_masks = True
+        self.use_memory = True
         self.class_name: str | None = None
         self.register_buffer("text_features", torch.zeros(text_width, 2))
         self.text_features: Tensor
@@ -160,6 +160,17 @@ class MVFAModel(nn.Module):
             for level in range(len(self.levels))
         )
 
+    def reset(self) -> None:
+        """Start anew: random adapters as a new object has them, empty banks, unit ranges."""
+        for module in (*self.seg_adapters.modules(), *self.det_adapters.modules()):
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
+        device = self.text_features.device
+        for name in ("seg_memory", "det_memory"):
+            setattr(self, name, MemoryBank(len(self.levels), self.memory.coreset).to(device))
+        self.fusion = Fusion(self.fusion.language_weight).to(device)
+        self.has_masks = True
+
     def set_class_name(self, class_name: str) -> None:
         """Encode the text features of a class and drop the text tower.
 
@@ -175,7 +186,7 @@ class MVFAModel(nn.Module):
         self._text = None
 
     def restore_class_name(self, class_name: str | None) -> None:
-        """Take a class name whose text features come with a state dict; the text tower is not needed then.
+        """Set a class name whose text features come with a state dict; the text tower is not needed then.
 
         Args:
             class_name: What the images show.
@@ -184,6 +195,7 @@ class MVFAModel(nn.Module):
         if class_name is not None:
             self._text = None
 
+    @torch.inference_mode(mode=False)  # training may need them later
     def encode_classes(self, class_names: Sequence[str]) -> dict[str, Tensor]:
         """Encode the text features of several classes.
 
@@ -200,7 +212,7 @@ class MVFAModel(nn.Module):
         return {name: encode_states(clip, tokenizer, name).to(device) for name in class_names}
 
     def forward(self, images: Tensor) -> InferenceBatch:
-        """Find anomalies.
+        """Compute anomaly maps and scores.
 
         Args:
             images: ``(B, 3, H, W)`` in [0, 1], of the model's image size.
@@ -219,20 +231,24 @@ class MVFAModel(nn.Module):
         images: Tensor,
         text_features: Tensor | None = None,
     ) -> tuple[BranchOutput, BranchOutput | None]:
-        """Let both branches speak, before they are scaled and fused.
+        """Compute both branches, before they are scaled and fused.
 
         Args:
             images: ``(B, 3, H, W)`` in [0, 1].
             text_features: ``(B, E, 2)`` when each image has a class of its own; ``None`` takes the model's own.
 
         Returns:
-            Language branch, and memory branch or ``None`` while the bank is empty (zero-shot).
+            Language branch, and memory branch or ``None`` without a bank (zero-shot).
         """
         hidden = self.hidden_tokens(images)
         language = self.language_branch(self.map_tokens(hidden), text_features)
         if self.has_masks:
             language = language._replace(score=self.language_branch(hidden.detection, text_features).score)
-        memory = None if self.memory.is_empty else self.memory_branch(self.map_tokens(hidden), self.memory)
+        memory = (
+            None
+            if self.memory.is_empty or not self.use_memory
+            else self.memory_branch(self.map_tokens(hidden), self.memory)
+        )
         return language, memory
 
     def fuse(self, language: BranchOutput, memory: BranchOutput | None) -> InferenceBatch:
@@ -265,7 +281,8 @@ class MVFAModel(nn.Module):
         Returns:
             Tokens ``(B, L, D)``, which no training changes.
         """
-        return self.tower.run_stage(self.tower.embed(images), 0)
+        weight: Tensor = self.seg_adapters[0].fc1[0].weight  # type: ignore[index,union-attr]
+        return self.tower.run_stage(self.tower.embed(images.to(weight.dtype)), 0)
 
     def hidden_tokens(
         self,
@@ -294,10 +311,10 @@ class MVFAModel(nn.Module):
             segmentation.append(seg_hidden)
             detection.append(det_hidden)
             tokens = self._mix(tokens, seg_output, det_output)
-        return HiddenTokens(segmentation, detection, tokens)
+        return HiddenTokens(segmentation, detection)
 
     def _mix(self, tokens: Tensor, seg_output: Tensor, det_output: Tensor) -> Tensor:
-        """Make the input of the next stage: ``0.8 x + 0.1 seg + 0.1 det`` as released."""
+        """Compute the input of the next stage: ``0.8 x + 0.1 seg + 0.1 det`` as released."""
         if self.variant.residual_norm:
             length = tokens.norm(dim=-1, keepdim=True)
             seg_output = nn.functional.normalize(seg_output, dim=-1) * length
@@ -306,7 +323,7 @@ class MVFAModel(nn.Module):
         return keep * tokens + seg_share * seg_output + det_share * det_output
 
     def map_tokens(self, hidden: HiddenTokens) -> list[Tensor]:
-        """Give the hidden vectors that the map is made from: segmentation with masks, detection without."""
+        """Return the hidden vectors that the map is made from: segmentation with masks, detection without."""
         return hidden.segmentation if self.has_masks else hidden.detection
 
     @property
@@ -353,12 +370,18 @@ class MVFAModel(nn.Module):
         scores = torch.stack([score for _, score in levels])  # (levels, B)
         return BranchOutput(self._reduce_levels(maps), self._reduce_levels(scores))
 
-    def memory_branch(self, hidden: Sequence[Tensor], banks: Sequence[Tensor] | MemoryBank) -> BranchOutput:
+    def memory_branch(
+        self,
+        hidden: Sequence[Tensor],
+        bank: MemoryBank,
+        excluded: Sequence[Tensor] | None = None,
+    ) -> BranchOutput:
         """Compare all levels with the bank of normal patches.
 
         Args:
             hidden: One ``(B, L, E)`` a level.
-            banks: One ``(N, E)`` of unit length a level.
+            bank: The bank.
+            excluded: For each level ``(B, N)``, true for the entries that an image must not be compared with.
 
         Returns:
             Distance to the bank as a map and as a score, summed over the levels.
@@ -367,7 +390,7 @@ class MVFAModel(nn.Module):
         for level, tokens in enumerate(hidden):
             with self._full_precision(tokens):
                 patches = patch_windows(tokens[:, 1:].float(), self.tower.grid_size, self.variant.window_sizes)
-                distance = bank_distance(patches, banks[level])  # (B, P)
+                distance = bank_distance(patches, bank[level], None if excluded is None else excluded[level])  # (B, P)
                 grid = distance.unflatten(1, self.tower.grid_size).unsqueeze(1)  # (B, 1, h, w)
                 maps.append(upsample(grid, self.image_size).squeeze(1))
         stacked = torch.stack(maps)  # (levels, B, H, W)
@@ -383,51 +406,58 @@ class MVFAModel(nn.Module):
         kind = tensor.device.type
         return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
+    @torch.inference_mode(mode=False)  # what is remembered outlives the run that it is made in
     @torch.no_grad()
     def remember(self, support: Support, batch_size: int = 8) -> SupportOutput | None:
         """Build the memory bank from the normal supports and take the fusion's ranges from all supports.
 
-        A normal support is compared with the bank of the *other* normal supports (of its own changed versions when it
-        is the only one), so that its distances are those of an image that is not in the bank.
+        A normal support is compared with the entries of the bank that come from the *other* normal supports (from its
+        own changed versions when it is the only one), so that its distances are those of an image that is not in the
+        bank.
 
         Args:
             support: Labelled images of the model's image size.
             batch_size: Images in one forward pass.
 
         Returns:
-            What the branches say of the supports, as far as a normal one can be compared with anything.
+            Outputs of the branches for the supports; ``None`` if there is nothing to compare a normal one with.
         """
-        versions, count = support.normal.shape[:2]
-        normal = self._map_tokens_of(support.normal.flatten(0, 1), batch_size)
-        self.memory.remember(normal)
+        count = support.normal.shape[1]
+        normal = self._map_tokens_of(support.normal.flatten(0, 1), batch_size)  # (V * K, L, E) a level
+        kept = self.memory.remember([self._with_windows(tokens) for tokens in normal])
 
-        by_source = [tokens.unflatten(0, (versions, count)) for tokens in normal]  # (V, K, L, E)
+        sources = [positions // tokens.shape[1] for positions, tokens in zip(kept, normal, strict=True)]  # (N,) a level
         outputs: list[tuple[BranchOutput, BranchOutput]] = []
         for index in range(count):
-            keep = torch.ones(versions, count, dtype=torch.bool)
-            keep[:, index] = False
-            if count == 1:
-                keep[1:] = True
-            if not keep.any():
+            own = [(source == index) if count == 1 else (source % count == index) for source in sources]
+            if any(bool(mask.all()) for mask in own):
                 continue
-            others = [nn.functional.normalize(tokens[keep].flatten(0, 1).float(), dim=-1) for tokens in by_source]
-            unchanged = [tokens[0, index : index + 1] for tokens in by_source]  # (1, L, E)
-            outputs.append((self.language_branch(unchanged), self.memory_branch(unchanged, others)))
+            unchanged = [tokens[index : index + 1] for tokens in normal]  # (1, L, E)
+            excluded = [mask.unsqueeze(0) for mask in own]
+            outputs.append((self.language_branch(unchanged), self.memory_branch(unchanged, self.memory, excluded)))
+        if not outputs:
+            return None
+        normal_count = len(outputs)
         if len(support.abnormal):
             abnormal = self._map_tokens_of(support.abnormal, batch_size)
             outputs.append((self.language_branch(abnormal), self.memory_branch(abnormal, self.memory)))
-        if not outputs:
-            return None
         self.set_fusion_range(outputs)
         language, memory = (
             BranchOutput(*(torch.cat(field) for field in zip(*branch, strict=True)))
             for branch in zip(*outputs, strict=True)
         )
         position = torch.arange(len(language.score), device=language.score.device)
-        return SupportOutput(language, memory, position >= len(position) - len(support.abnormal))
+        return SupportOutput(language, memory, position >= normal_count)
 
+    def _with_windows(self, tokens: Tensor) -> Tensor:
+        """Average the patches of ``(B, L, E)`` as those of a query are, so that a remembered image has distance 0."""
+        patches = patch_windows(tokens[:, 1:].float(), self.tower.grid_size, self.variant.window_sizes)
+        return torch.cat([tokens[:, :1].float(), patches], dim=1)
+
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
     def set_fusion_range(self, outputs: Sequence[tuple[BranchOutput, BranchOutput]]) -> None:
-        """Take the fusion's ranges from what the branches said of some images.
+        """Take the fusion's ranges from the outputs of the branches for some images.
 
         Args:
             outputs: Language and memory branch, one pair a batch.

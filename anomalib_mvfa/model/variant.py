@@ -3,11 +3,16 @@
 
 """The choices in which the released code, the paper and later work differ."""
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 from .adapters import ACTIVATIONS
 
-__all__ = ["VARIANTS", "Variant"]
+__all__ = ["NETWORK_CHOICES", "VARIANTS", "Variant"]
+
+NETWORK_CHOICES = ("quick_gelu", "normalize_input", "activation", "residual", "last_level_projector", "residual_norm")
+"""Choices that change the tokens: adapters fit only the ones that they were trained with."""
 
 
 @dataclass(frozen=True)
@@ -15,8 +20,8 @@ class Variant:
     """One way to read the method. The defaults are those of the released code.
 
     Args:
-        quick_gelu: Activation of the tower. OpenAI's weights were trained with QuickGELU; the released code runs the
-            exact GELU at 240 px, and the released adapters expect that.
+        quick_gelu: Whether the tower runs QuickGELU. ``None`` runs what the weights were trained with, except for
+            ``ViT-L-14-336``, where the released code runs the exact GELU and the released adapters expect it.
         normalize_input: Apply CLIP's mean and standard deviation. The released code feeds [0, 1].
         activation: Non-linearity of the adapters, ``"leaky_relu"`` or ``"relu"`` (paper).
         residual: Shares of the token, the segmentation output and the detection output in what enters the next stage.
@@ -31,7 +36,7 @@ class Variant:
         background_dice: Add a Dice term on the normal state's map. Source: later work on MVFA.
     """
 
-    quick_gelu: bool = False
+    quick_gelu: bool | None = None
     normalize_input: bool = False
     activation: str = "leaky_relu"
     residual: tuple[float, float, float] = (0.8, 0.1, 0.1)
@@ -72,32 +77,50 @@ class Variant:
             raise ValueError(msg)
 
     @classmethod
-    def from_name(cls, name: str, **choices: object) -> "Variant":
-        """Take a preset and change single choices.
+    def of(cls, value: "Variant | Mapping[str, Any] | str | None") -> "Variant":
+        """Return a variant.
 
         Args:
-            name: ``"released"`` or ``"paper"``.
-            **choices: Fields by name; ``None`` keeps the preset's choice.
+            value: A variant, its fields by name (others keep the released choice), the name of a preset, or ``None``
+                for ``"released"``.
 
         Returns:
             The variant.
 
         Raises:
-            ValueError: If the preset or a choice is unknown.
+            ValueError: If the preset or a field is unknown, or a choice is not allowed.
 
         Example:
-            >>> Variant.from_name("paper", pooling="mean").pooling
-            'mean'
+            >>> Variant.of("paper").pooling, Variant.of({"pooling": "max"}).level_reduction
+            ('max', 'sum')
         """
+        if isinstance(value, Variant):
+            return value
+        if isinstance(value, Mapping):
+            unknown = value.keys() - {field.name for field in fields(cls)}
+            if unknown:
+                msg = f"variant has no choice named {', '.join(sorted(unknown))}."
+                raise ValueError(msg)
+            return cls(**value)
+        name = value or "released"
         if name not in VARIANTS:
-            msg = f"variant must be one of {', '.join(VARIANTS)}, got '{name}'."
+            msg = f"variant must be one of {', '.join(VARIANTS)}, or choices by name; got '{name}'."
             raise ValueError(msg)
-        unknown = choices.keys() - {field.name for field in fields(cls)}
-        if unknown:
-            msg = f"Unknown choices: {', '.join(sorted(unknown))}."
-            raise ValueError(msg)
-        given = {key: value for key, value in choices.items() if value is not None}
-        return replace(VARIANTS[name], **given)  # type: ignore[arg-type]
+        return VARIANTS[name]
+
+    def on(self, *, published_backbone: bool) -> "Variant":
+        """Return the variant for a backbone: the presets speak of the activation of the published one only.
+
+        Args:
+            published_backbone: Whether the backbone is ``ViT-L-14-336``.
+        """
+        if published_backbone:
+            return replace(self, quick_gelu=bool(self.quick_gelu))
+        return replace(self, quick_gelu=None) if self == VARIANTS["paper"] else self
+
+    def plain(self) -> dict[str, Any]:
+        """Return the choices by name in what JSON can hold."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
 VARIANTS: dict[str, Variant] = {

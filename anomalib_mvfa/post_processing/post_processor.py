@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from anomalib.data import ImageBatch, InferenceBatch
-from anomalib.models.components import DynamicBufferMixin
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from anomalib_mvfa.metrics import squash
+from anomalib_mvfa.model.fusion import Float32Buffers
 from anomalib_mvfa.processes import is_first
 
 from .threshold import THRESHOLDS, ScoreThreshold
@@ -22,10 +22,8 @@ __all__ = ["MVFAPostProcessor"]
 
 logger = logging.getLogger(__name__)
 
-MAX_NORMAL_SCORES = 1000
 
-
-class MVFAPostProcessor(DynamicBufferMixin, PostProcessor):
+class MVFAPostProcessor(Float32Buffers, PostProcessor):
     """anomalib's normalisation with soft ends, and a choice of thresholds.
 
     anomalib clips normalised scores to [0, 1], so that all scores beyond those of the validation set become equal, and
@@ -37,13 +35,10 @@ class MVFAPostProcessor(DynamicBufferMixin, PostProcessor):
     take the place of its normal images; where a rule lacks abnormal images, ``"fpr"`` takes its place.
 
     Args:
-        threshold: ``"f1"`` (anomalib's), ``"youden"``, or ``"fpr"``: normal images alone are used, and the share
-            ``target_fpr`` of new ones (of their pixels) is expected above the threshold. Defaults to ``"f1"``.
+        threshold: ``"f1"`` (anomalib's), or ``"fpr"``: normal images alone are used, and the share ``target_fpr`` of
+            new ones (of their pixels) is expected above the threshold. Defaults to ``"f1"``.
         target_fpr: Share of normal images, and of their pixels, that may be called abnormal. Defaults to ``0.01``.
         **kwargs: Arguments of anomalib's post-processor.
-
-    Attributes:
-        normal_scores: Sorted raw scores of the normal images that the threshold was set with, at most 1000 quantiles.
 
     Raises:
         ValueError: If the rule is unknown or the rate is not in (0, 1).
@@ -51,18 +46,25 @@ class MVFAPostProcessor(DynamicBufferMixin, PostProcessor):
 
     BEND = 0.02
 
-    normal_scores: Tensor
     _image_threshold_metric: ScoreThreshold
     _pixel_threshold_metric: ScoreThreshold
 
     def __init__(self, threshold: str = "f1", target_fpr: float = 0.01, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init__(**kwargs)
         self._support: tuple[InferenceBatch, Tensor] | None = None
-        self._told: set[str] = set()
-        self.register_buffer("normal_scores", torch.empty(0))
-        self._set_rule(threshold, target_fpr)
+        self._explained: set[str] = set()
+        self.set_rule(threshold, target_fpr)
 
-    def _set_rule(self, threshold: str, target_fpr: float) -> None:
+    def set_rule(self, threshold: str, target_fpr: float) -> None:
+        """Choose the rule by which the next validation sets the thresholds.
+
+        Args:
+            threshold: ``"f1"`` or ``"fpr"``.
+            target_fpr: Share of normal images, and of their pixels, that may be called abnormal.
+
+        Raises:
+            ValueError: If the rule is unknown or the rate is not in (0, 1).
+        """
         if threshold not in THRESHOLDS:
             msg = f"threshold must be one of {', '.join(THRESHOLDS)}, got '{threshold}'."
             raise ValueError(msg)
@@ -81,16 +83,29 @@ class MVFAPostProcessor(DynamicBufferMixin, PostProcessor):
     def load_checkpoint_config(self, config: dict[str, Any]) -> None:
         """Restore the options of a checkpoint, the rule of the threshold among them."""
         super().load_checkpoint_config(config)
-        self._set_rule(self.threshold, self.target_fpr)
+        self.set_rule(self.threshold, self.target_fpr)
+
+    def reset(self) -> None:
+        """Drop thresholds and ranges, as a new training has none."""
+        for value in self.buffers():
+            value.fill_(torch.nan)
+        self._explained.clear()
 
     def set_support(self, predictions: InferenceBatch, labels: Tensor) -> None:
-        """Give what is predicted of the supports, for use where the validation part has no normal images.
+        """Provide predictions of the supports, for use where the validation part has no normal images.
 
         Args:
             predictions: Maps ``(K, H, W)`` and scores ``(K,)``; normal supports compared with the bank of the others.
             labels: ``(K,)``, true for abnormal supports. They serve the range of the normalisation only.
         """
         self._support = predictions, labels
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Drop what an interrupted validation has left."""
+        del trainer, pl_module
+        self._support = None
+        for name in ("image_threshold", "pixel_threshold", "image_min_max", "pixel_min_max"):
+            getattr(self, f"_{name}_metric").reset()
 
     def on_validation_batch_end(  # type: ignore[override]  # as anomalib's own
         self,
@@ -100,7 +115,7 @@ class MVFAPostProcessor(DynamicBufferMixin, PostProcessor):
         *args: Any,  # noqa: ANN401
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
-        """Take in the predictions of a batch."""
+        """Add the predictions of a batch."""
         del trainer, pl_module, args, kwargs
         self._observe_range(outputs)
         if outputs.gt_label is not None:
@@ -123,7 +138,7 @@ class MVFAPostProcessor(DynamicBufferMixin, PostProcessor):
             self._pixel_threshold_metric.update(maps, masks)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set thresholds, range and normal reference.
+        """Set thresholds and range.
 
         MVFA also calls this at the end of a training without validation.
 
@@ -147,7 +162,6 @@ class MVFAPostProcessor(DynamicBufferMixin, PostProcessor):
         if not self.enable_thresholding:
             return
         if observed:
-            self._keep_normal_scores(metric.normal)
             self._explain(metric, from_support=from_support)
         if not self._image_threshold.isnan():
             return
@@ -157,63 +171,39 @@ class MVFAPostProcessor(DynamicBufferMixin, PostProcessor):
                 "supports of the memory, in the training part. Add normal validation images, or take another threshold."
             )
             raise ValueError(msg)
-        self._tell("There is no normal image to set a threshold with: predictions have scores but no labels.")
-
-    def _keep_normal_scores(self, scores: Tensor) -> None:
-        scores = scores.sort().values
-        if len(scores) > MAX_NORMAL_SCORES:
-            positions = torch.linspace(0, len(scores) - 1, MAX_NORMAL_SCORES, dtype=torch.float64)
-            scores = scores[positions.round().long().to(scores.device)]
-        self.normal_scores = scores.to(self.image_min.device)
+        self._warn_once("There is no normal image to set a threshold with: predictions have scores but no labels.")
 
     def _explain(self, metric: ScoreThreshold, *, from_support: bool) -> None:
-        """Say what the image threshold rests on, and what it cannot promise."""
+        """Warn of what the image threshold rests on, and of what it cannot promise."""
         count = len(metric.normal)
         if not count:
             return
         if from_support:
-            self._tell(
+            self._warn_once(
                 f"No normal validation images: the {count} normal supports, each compared with the others, take their "
                 "place. The model was trained on them, so that on new images more may be called abnormal.",
             )
         if metric.fell_back:
-            self._tell(
+            self._warn_once(
                 f"No abnormal validation images, which threshold='{self.threshold}' needs: in its place the threshold "
                 f"is set to a false-positive rate of {self.target_fpr:g} on normal images (threshold='fpr').",
             )
         elif self._pixel_threshold_metric.fell_back:
-            self._tell(
+            self._warn_once(
                 f"No masks of abnormal validation images: {self.target_fpr:g} of the pixels of normal images are above "
                 "the threshold of the maps.",
             )
         if (metric.fell_back or self.threshold == "fpr") and self.target_fpr < 1 / (count + 1):
-            self._tell(
+            self._warn_once(
                 f"target_fpr={self.target_fpr:g} is less than {count} normal image(s) can show, which is about "
                 f"1 / {count + 1} = {1 / (count + 1):.2g}. The threshold is the largest of their scores.",
             )
 
-    def _tell(self, message: str) -> None:
+    def _warn_once(self, message: str) -> None:
         """Warn once, not after each of many validations."""
-        if message not in self._told:
+        if message not in self._explained:
             logger.warning(message)
-            self._told.add(message)
-
-    def normal_percentile(self, scores: Tensor) -> Tensor | None:
-        """Give the share of normal reference images that score lower.
-
-        Args:
-            scores: ``(B,)`` scores as this post-processor gives them.
-
-        Returns:
-            ``(B,)`` in [0, 1]; ``None`` if there is no reference.
-        """
-        if not len(self.normal_scores):
-            return None
-        reference = self.normal_scores
-        if self.enable_normalization:
-            limits = (self.image_min, self.image_max, self.image_threshold)
-            reference = self._normalize(reference, *limits)  # type: ignore[assignment]  # None for None only
-        return torch.searchsorted(reference, scores.contiguous()) / len(reference)
+            self._explained.add(message)
 
     @classmethod
     def _normalize(

@@ -3,8 +3,8 @@
 
 """From which score on an image or a pixel is called abnormal.
 
-Three rules: ``"f1"`` (anomalib's: largest F1) and ``"youden"`` (largest sensitivity + specificity - 1) need normal and
-abnormal validation images; ``"fpr"`` needs normal images alone and promises a false-positive rate.
+Two rules: ``"f1"`` (anomalib's: largest F1) needs normal and abnormal validation images; ``"fpr"`` needs normal images
+alone and promises a false-positive rate.
 """
 
 import math
@@ -13,20 +13,19 @@ from typing import Any
 import torch
 from anomalib.metrics import F1AdaptiveThreshold
 from torch import Tensor
-from torchmetrics.functional.classification import binary_roc
 from torchmetrics.utilities.data import dim_zero_cat
 
 from anomalib_mvfa.processes import gather_objects
 
-__all__ = ["THRESHOLDS", "ScoreThreshold", "false_positive_threshold", "youden_threshold"]
+__all__ = ["THRESHOLDS", "ScoreThreshold", "false_positive_threshold"]
 
-THRESHOLDS = ("f1", "fpr", "youden")
+THRESHOLDS = ("f1", "fpr")
 SAMPLE_LIMIT = 2**20
 """Scores kept for a threshold. A rate of 1 % among a million pixels is known to a hundredth of its value."""
 
 
 def false_positive_threshold(normal: Tensor, target_fpr: float) -> Tensor:
-    """Find the least threshold that a new normal score exceeds with at most a given probability.
+    """Compute the least threshold that a new normal score exceeds with at most a given probability.
 
     A new score is equally likely to take any rank among the n known ones, so it exceeds the k-th smallest with
     probability (n + 1 - k) / (n + 1), or less if there are ties (split conformal prediction, Vovk et al. 2005). The
@@ -49,45 +48,14 @@ def false_positive_threshold(normal: Tensor, target_fpr: float) -> Tensor:
     return torch.kthvalue(normal, rank).values
 
 
-def youden_threshold(scores: Tensor, labels: Tensor) -> Tensor:
-    """Find the threshold with the largest sensitivity + specificity - 1.
-
-    Args:
-        scores: ``(N,)``.
-        labels: ``(N,)``, 1 for abnormal; both classes occur.
-
-    Returns:
-        The middle between the two neighbouring scores that are told apart best, the largest such threshold; the
-        largest score if nothing is gained by calling anything abnormal. What is larger is called abnormal.
-
-    Example:
-        >>> youden_threshold(torch.tensor([1.0, 2.0, 4.0, 3.0, 5.0]), torch.tensor([0, 0, 0, 1, 1]))
-        tensor(2.5000)
-    """
-    values: Tensor
-    values, ranks = torch.unique(scores, return_inverse=True)
-    if len(values) == 1:
-        return values[0]
-    # Ranks in [0, 1] in place of scores, which torchmetrics would take for logits.
-    last = len(values) - 1
-    fpr, tpr, thresholds = binary_roc(ranks / last, labels.int())
-    best = int((tpr - fpr).argmax())
-    if best == 0:
-        return values[-1]
-    lowest_abnormal = round(float(thresholds[best]) * last)
-    low, high = values[lowest_abnormal - 1], values[lowest_abnormal]
-    middle = low + (high - low) / 2
-    return torch.where(middle < high, middle, low)
-
-
 class ScoreThreshold(F1AdaptiveThreshold):
     """Threshold by one of the rules, from a bounded number of scores.
 
-    Where a class is missing ``"fpr"`` takes the place of the other rules. Beyond ``limit`` scores a random sample of
+    Where a class is missing ``"fpr"`` takes the place of ``"f1"``. Beyond ``limit`` scores a random sample of
     them is kept, the same in every run, so that memory does not grow with the number of pixels.
 
     Args:
-        rule: ``"f1"``, ``"fpr"`` or ``"youden"``.
+        rule: ``"f1"`` or ``"fpr"``.
         target_fpr: Probability with which a new normal score may exceed the threshold of ``"fpr"``.
         limit: Number of scores that are kept.
 
@@ -115,7 +83,7 @@ class ScoreThreshold(F1AdaptiveThreshold):
         self.keys: list[Tensor]
 
     def update(self, scores: Tensor, labels: Tensor) -> None:  # type: ignore[override]  # no batch: pixels may be chosen
-        """Take in scores.
+        """Add scores.
 
         Args:
             scores: Of any shape.
@@ -127,7 +95,7 @@ class ScoreThreshold(F1AdaptiveThreshold):
         scores = scores.detach().flatten().float()
         if not bool(scores.isfinite().all()):
             msg = (
-                "The model gives scores that are no finite numbers, so no threshold can be set: training has diverged. "
+                "The scores of the model are not finite, so no threshold can be set: training has diverged. "
                 "Lower --model.learning_rate, or train with --trainer.precision 32 or bf16-mixed."
             )
             raise ValueError(msg)
@@ -139,7 +107,7 @@ class ScoreThreshold(F1AdaptiveThreshold):
             self._sample()
 
     def _sample(self) -> tuple[Tensor, Tensor]:
-        """Give scores and labels, and keep only those with the smallest keys."""
+        """Return scores and labels, and keep only those with the smallest keys."""
         scores, labels, keys = (dim_zero_cat(state) for state in (self.preds, self.target, self.keys))
         if len(keys) > self.limit:
             kept = keys.topk(self.limit, largest=False).indices
@@ -166,6 +134,4 @@ class ScoreThreshold(F1AdaptiveThreshold):
             return torch.full((), float("nan"), device=scores.device)
         if self.rule == "fpr" or self.fell_back:
             return false_positive_threshold(self.normal, self.target_fpr)
-        if self.rule == "youden":
-            return youden_threshold(scores, labels)
         return super().compute()

@@ -1,23 +1,212 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""What bank and fusion are made from: the supports of a datamodule, and what the branches say of whole sets."""
+"""What a model is calibrated with: memory bank, ranges of the fusion, thresholds, and whether they still hold."""
 
 import logging
+import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from anomalib.data import AnomalibDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from anomalib_mvfa.model.memory import Support
-from anomalib_mvfa.model.torch_model import BranchOutput, MVFAModel
+from anomalib_mvfa.model.torch_model import BranchOutput, MVFAModel, SupportOutput
+from anomalib_mvfa.post_processing import MVFAPostProcessor
+from anomalib_mvfa.pre_processing import MVFAPreProcessor
 from anomalib_mvfa.processes import gather_objects
+from anomalib_mvfa.training.state import training_data
+from anomalib_mvfa.weights.checkpoints import Settled, checkpoint_facts
 
-__all__ = ["branch_extremes", "find_support"]
+if TYPE_CHECKING:
+    from anomalib_mvfa.model import MVFA
+
+__all__ = ["Calibration", "branch_extremes", "find_support"]
 
 logger = logging.getLogger(__name__)
+
+UNTRAINED = (
+    "The adapters are untrained, so that there is nothing to export. Give --ckpt_path a checkpoint of `anomalib train "
+    "--model MVFA`, or --model.adapters trained adapters."
+)
+EMPTY_BANK = (
+    "The memory bank is empty: adapters alone have none. Export a checkpoint (--ckpt_path), or build the bank first "
+    "with Engine().validate(model, datamodule=...), or export the language branch alone with --model.memory false."
+)
+NO_BANK = (
+    "The checkpoint has no memory bank that fits: its training ended before it was validated, or an argument given "
+    "beside it changes the bank. The data at hand have no normal images to build one from. Test with the data that the "
+    "model was trained on (--data FewShot ...), leave the argument out, or use the language branch alone with "
+    "--model.memory false."
+)
+NO_THRESHOLDS = (
+    "The thresholds of the checkpoint do not fit: its training ended before it was validated, or an argument given "
+    "beside it changes scores or thresholds. The data at hand have no validation part and no supports to set new ones. "
+    "Leave the argument out, give data that have, or in Python: model = MVFA.load_from_checkpoint(path, ...), then "
+    "Engine().validate(model, datamodule=...), then predict or export with that model."
+)
+
+
+class Calibration:
+    """Whether bank, ranges and thresholds fit the adapters and arguments in force, and how they are made to.
+
+    Every hook that evaluates asks it. A training drops it at each step; a validation begins and ends it; a test or a
+    prediction completes what is missing from the data at hand.
+
+    Args:
+        bank_holds: Whether bank and ranges fit.
+        thresholds_hold: Whether thresholds fit.
+    """
+
+    def __init__(self, *, bank_holds: bool = False, thresholds_hold: bool = False) -> None:
+        self.bank_holds = bank_holds
+        self.thresholds_hold = thresholds_hold
+        self._data: weakref.ref[Any] | None = None  # the datamodule that it was made with
+
+    @classmethod
+    def restored(cls, checkpoint: dict[str, Any], settled: Settled) -> "Calibration":
+        """Return the calibration of a checkpoint, as far as the arguments given beside it leave it valid."""
+        saved = checkpoint_facts(checkpoint)["calibration"]
+        return cls(
+            bank_holds=saved["bank_holds"] and settled.bank_holds,
+            thresholds_hold=saved["thresholds_hold"] and settled.thresholds_hold,
+        )
+
+    def state(self) -> dict[str, bool]:
+        """Return what a checkpoint keeps of it."""
+        return {"bank_holds": self.bank_holds, "thresholds_hold": self.thresholds_hold}
+
+    @property
+    def holds(self) -> bool:
+        """Whether everything fits."""
+        return self.bank_holds and self.thresholds_hold
+
+    def drop(self) -> None:
+        """Note that nothing fits any more: the adapters move."""
+        self.bank_holds = self.thresholds_hold = False
+
+    def check(self, module: "MVFA") -> None:
+        """Refuse to export a model that is not trained or not calibrated.
+
+        Args:
+            module: The model.
+
+        Raises:
+            ValueError: If its adapters are untrained, or bank or thresholds do not fit.
+        """
+        if not module.trained and module.option("adapters") is None:
+            raise ValueError(UNTRAINED)
+        if module.option("memory") and module.model.memory.is_empty:
+            raise ValueError(EMPTY_BANK)
+        if module.trained and not self.holds:
+            raise ValueError(NO_THRESHOLDS if self.bank_holds else NO_BANK)
+
+    def begin(self, module: "MVFA") -> None:
+        """Prepare a validation: bank and ranges are made, and the supports offered for the thresholds.
+
+        Args:
+            module: Whose validation starts.
+        """
+        output = self._remember(module) if self._bank_is_due(module) else None
+        if module.option("fusion_scale") == "test":
+            _scale_by(module, module.trainer.val_dataloaders)
+        _offer(module, output)
+
+    def end(self, module: "MVFA") -> None:
+        """Note that thresholds were set.
+
+        Args:
+            module: Whose validation has ended.
+        """
+        datamodule = getattr(module.trainer, "datamodule", None)
+        self.thresholds_hold = True
+        self._data = None if datamodule is None else weakref.ref(datamodule)
+
+    def complete(self, module: "MVFA") -> None:
+        """Make what is missing: before a test or a prediction, and in a training that is not validated.
+
+        Args:
+            module: With a trainer.
+
+        Raises:
+            ValueError: If a trained model lacks a bank or thresholds, and the data at hand cannot replace them.
+        """
+        trainer = module.trainer
+        if not module.trained and getattr(trainer, "datamodule", None) is not (self._data and self._data()):
+            self.drop()  # given adapters are calibrated for the data that they meet
+        transductive = module.option("fusion_scale") == "test" and trainer.testing
+        if self.holds and not transductive:
+            return
+        output = self._remember(module) if self._bank_is_due(module) else None
+        if module.trained and not self.bank_holds:
+            raise ValueError(NO_BANK)
+        if transductive:
+            logger.warning("fusion_scale='test': the ranges of both branches are taken from the whole test set.")
+            _scale_by(module, trainer.test_dataloaders)
+        loader = None if module.fit_state is not None else _validation_loader(module)
+        if loader is not None or output is not None:
+            _set_thresholds(module, loader, output)
+        elif module.trained and module.fit_state is None and not self.thresholds_hold:
+            raise ValueError(NO_THRESHOLDS)
+        self.end(module)
+
+    def _bank_is_due(self, module: "MVFA") -> bool:
+        return module.fit_state is not None or not module.trained or not self.bank_holds
+
+    def _remember(self, module: "MVFA") -> SupportOutput | None:
+        """Build bank and ranges from the supports of the data at hand, if there are any."""
+        if not module.option("memory"):
+            self.bank_holds = True
+            return None
+        datamodule, data = getattr(module.trainer, "datamodule", None), training_data(module.trainer)
+        support = find_support(datamodule, data, module.option("max_support"), module.pre_processed)
+        # A training without normal images has no bank; what is evaluated must have the one that it was trained with.
+        self.bank_holds = support is not None or module.fit_state is not None
+        return None if support is None else module.model.remember(support)
+
+
+def _offer(module: "MVFA", output: SupportOutput | None) -> None:
+    """Pass the supports to the post-processor, in case the validation part has no normal images."""
+    if output is not None and isinstance(module.post_processor, MVFAPostProcessor):
+        module.post_processor.set_support(module.model.fuse(output.language, output.memory), output.labels)
+
+
+def _validation_loader(module: "MVFA") -> Any:  # noqa: ANN401 - a loader of any kind
+    """Return the loader of the validation part, or ``None`` without one."""
+    datamodule = getattr(module.trainer, "datamodule", None)
+    if isinstance(datamodule, AnomalibDataModule) and len(getattr(datamodule, "val_data", None) or ()):
+        return datamodule.val_dataloader()
+    return None
+
+
+@torch.no_grad()
+def _set_thresholds(module: "MVFA", loader: Any, output: SupportOutput | None) -> None:  # noqa: ANN401 - as above
+    """Set thresholds as a validation would; the processes share the batches."""
+    trainer, post_processor = module.trainer, module.post_processor
+    if not isinstance(post_processor, MVFAPostProcessor):
+        return
+    post_processor.on_validation_start(trainer, module)
+    _offer(module, output)
+    for number, batch in enumerate(loader or ()):
+        if number % trainer.world_size != trainer.global_rank:
+            continue
+        moved = trainer.strategy.batch_to_device(batch)
+        if isinstance(module.pre_processor, MVFAPreProcessor):
+            module.pre_processor.on_validation_batch_start(trainer, module, moved, number)
+        with trainer.precision_plugin.val_step_context():
+            predictions = module.validation_step(moved)
+        post_processor.on_validation_batch_end(trainer, module, predictions)
+    post_processor.on_validation_epoch_end(trainer, module)
+
+
+def _scale_by(module: "MVFA", loaders: Any) -> None:  # noqa: ANN401 - one loader or several
+    """Take the fusion's ranges from all images of a set, those of the other processes included."""
+    outputs = branch_extremes(module.model, loaders, module.pre_processed, module.device)
+    if outputs:
+        module.model.set_fusion_range(outputs)
 
 
 def find_support(
@@ -26,10 +215,10 @@ def find_support(
     max_support: int,
     pre_process: Callable[[Tensor], Tensor],
 ) -> Support | None:
-    """Ask a datamodule for its supports, or take a sample of its normal training images.
+    """Return the supports of a datamodule, or a sample of its normal training images.
 
     Args:
-        datamodule: Any datamodule, or ``None``; one with ``support`` knows its own.
+        datamodule: Any datamodule, or ``None``; one with an attribute ``support`` has its own.
         train_data: Its training set.
         max_support: How many normal training images are taken, evenly over them.
         pre_process: Brings an image ``(3, H, W)`` to the size that the model reads.
@@ -60,7 +249,7 @@ def branch_extremes(
     pre_process: Callable[[Tensor], Tensor],
     device: torch.device,
 ) -> list[tuple[BranchOutput, BranchOutput]]:
-    """Find the least and the largest values of both branches over all images of a set, in all processes.
+    """Compute the least and the largest values of both branches over all images of a set, in all processes.
 
     Args:
         model: With a bank.

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from anomalib_mvfa.files import replacing
-from anomalib_mvfa.model.variant import Variant
+from anomalib_mvfa.model.variant import NETWORK_CHOICES, Variant
 
 __all__ = ["HUB_FILE", "AdapterFile", "check_facts", "load_adapters", "locate", "read_adapters", "write_adapters"]
 
@@ -24,8 +24,6 @@ KINDS = ("seg_adapters", "det_adapters")
 METADATA_KEY = "anomalib_mvfa"
 HUB_FILE = "adapters.safetensors"
 """Name of the adapters in a repository of the hub."""
-NETWORK_CHOICES = ("quick_gelu", "normalize_input", "activation", "residual", "last_level_projector", "residual_norm")
-"""Choices of the variant that change the tokens, so that adapters fit those only that they were trained with."""
 
 
 class AdapterFile(NamedTuple):
@@ -123,7 +121,7 @@ def check_facts(
     levels: Sequence[int],
     variant: Variant,
 ) -> None:
-    """See that adapters were trained for a network; what the facts do not tell is not checked.
+    """Check that adapters were trained for a network; what the facts do not hold is not checked.
 
     Args:
         source: Where the adapters come from, for the message.
@@ -158,7 +156,7 @@ def check_facts(
         if trained != own:
             msg = (
                 f"{source} was trained with {name}={trained}, but this model has {name}={own}. Build it with "
-                f"{name}={trained} (--model.{name})."
+                f"variant={{'{name}': {trained!r}}} (--model.variant.{name} {trained})."
             )
             raise ValueError(msg)
 

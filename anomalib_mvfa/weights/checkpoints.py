@@ -1,26 +1,56 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Checkpoints that survive interruptions, and clear errors for those that cannot be read."""
+"""Checkpoints: written whole, read without executing code, and what may be asked of one beside its own arguments."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from anomalib.engine.plugins import AnomalibCheckpointIO
 from anomalib.utils.serialization import anomalib_safe_globals
 from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+from anomalib_mvfa.backbones.loading import PUBLISHED_BACKBONE, resolve_backbone
 from anomalib_mvfa.files import replacing
+from anomalib_mvfa.model.tower import resolve_levels
+from anomalib_mvfa.model.variant import NETWORK_CHOICES, Variant
 
-__all__ = ["AtomicCheckpointIO", "check_state", "checkpoint_folder", "read_checkpoint"]
+if TYPE_CHECKING:
+    from anomalib_mvfa.model import MVFA
+
+__all__ = [
+    "AtomicCheckpointIO",
+    "Settled",
+    "checkpoint_facts",
+    "checkpoint_folder",
+    "keep_trained_state",
+    "read_checkpoint",
+    "restore_state",
+    "save_state",
+    "settle",
+    "settle_arguments",
+    "write_whole_checkpoints",
+]
+
+CHECKPOINT_KEY = "mvfa"
+FORMAT = 2
+"""Of checkpoints; those of version 0.1 have none."""
+TOWER = "model.tower."
+BANKS = ("model.seg_memory.", "model.det_memory.")
+ARCHITECTURE = ("backbone", "image_size", "levels")
+TRAINING = ("learning_rate", "selection")
+TRAINING_CHOICES = ("bce_as_logits", "background_dice")
+THRESHOLDS = ("threshold", "target_fpr", "language_weight", "map_blur")
+"""Arguments that change scores or thresholds, but neither the bank nor the ranges of the branches."""
 
 
 def checkpoint_folder(trainer: Trainer) -> Path:
-    """Give the folder of a run's checkpoints."""
+    """Return the folder of a run's checkpoints."""
     folder = getattr(trainer.checkpoint_callback, "dirpath", None)
     return Path(folder or Path(trainer.default_root_dir) / "weights" / "lightning")
 
@@ -72,6 +102,13 @@ class AtomicCheckpointIO(AnomalibCheckpointIO):
             return _as_checkpoint(torch.load(path, map_location=map_location or "cpu", weights_only=True))
 
 
+def write_whole_checkpoints(trainer: Trainer) -> None:
+    """Let a trainer write its checkpoints with :class:`AtomicCheckpointIO`, unless a user has chosen another way."""
+    checkpoint_io = trainer.strategy.checkpoint_io
+    if type(checkpoint_io) is AnomalibCheckpointIO:
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO(checkpoint_io.extra_safe_globals)
+
+
 @contextmanager
 def _readable(path: str | Path) -> Iterator[None]:
     """Turn what torch raises on damaged files into one error."""
@@ -114,26 +151,103 @@ def read_checkpoint(path: str | Path, safe_globals: Any) -> dict[str, Any]:  # n
         return _as_checkpoint(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
 
 
-def check_state(state: dict[str, Any], model: nn.Module, skipped: tuple[str, ...], free: tuple[str, ...]) -> None:
-    """Check that the tensors of a checkpoint are those of a model.
+def checkpoint_facts(checkpoint: dict[str, Any], path: str | Path = "This checkpoint") -> dict[str, Any]:
+    """Return the facts in a checkpoint of MVFA.
 
     Args:
-        state: Tensors by name.
-        model: The model.
-        skipped: Beginnings of names that a checkpoint leaves out.
-        free: Parts of names of tensors whose shape differs from one training to the next.
+        checkpoint: Its contents.
+        path: For the message.
 
     Raises:
-        ValueError: If tensors are missing, unknown, or of another shape.
+        ValueError: If it is not one of MVFA, or of a version that is not read any more.
     """
-    expected = {name: value for name, value in model.state_dict().items() if not name.startswith(skipped)}
+    facts = checkpoint.get(CHECKPOINT_KEY)
+    if not isinstance(facts, dict) or "fingerprint" not in facts:
+        msg = f"{path} was not made by MVFA. Give one that `anomalib train --model MVFA` has written."
+        raise ValueError(msg)
+    if facts.get("format") != FORMAT:
+        msg = f"{path} was made by another version of anomalib-mvfa (0.1 or later than this one). Train again."
+        raise ValueError(msg)
+    return facts
+
+
+class Settled(NamedTuple):
+    """What follows from a checkpoint's arguments and those given beside it.
+
+    Args:
+        arguments: Arguments by name, all of them with a value where one is needed.
+        bank_holds: Whether bank and ranges of the checkpoint fit these arguments.
+        thresholds_hold: Whether its thresholds do.
+    """
+
+    arguments: dict[str, Any]
+    bank_holds: bool
+    thresholds_hold: bool
+
+
+def settle_arguments(saved: dict[str, Any], given: Mapping[str, Any], *, resuming: bool) -> Settled:
+    """Combine the arguments of a checkpoint with those given beside it: honour each of them, or refuse it.
+
+    What the weights fix may not differ. What concerns evaluation may, except when a training is resumed. Arguments that
+    only training reads have no effect on an evaluation. ``pretrained`` may name another copy of the weights, which are
+    compared by their fingerprint.
+
+    Args:
+        saved: Arguments in the checkpoint.
+        given: Arguments that a user has given, without those left at their defaults.
+        resuming: Whether a training goes on from the checkpoint.
+
+    Raises:
+        ValueError: If an argument contradicts the checkpoint.
+
+    Example:
+        >>> saved = {"memory": True, "threshold": "f1", "backbone": "tiny", "variant": Variant().plain()}
+        >>> settle_arguments(saved, {"threshold": "fpr"}, resuming=False)[1:]
+        (True, False)
+    """
+    arguments = {**saved, **{name: value for name, value in given.items() if name != "variant"}}
+    if given.get("adapters") is not None:
+        msg = "A checkpoint holds adapters of its own. Give --ckpt_path or --model.adapters, not both."
+        raise ValueError(msg)
+    own = Variant.of(saved["variant"])
+    asked = own
+    if "variant" in given:
+        asked = Variant.of(given["variant"]).on(published_backbone=saved["backbone"] == PUBLISHED_BACKBONE)
+    arguments["variant"] = asked.plain()
+    changed = {name for name in given if name != "variant" and _comparable(given[name]) != _comparable(saved.get(name))}
+    changed |= {name for name, value in asked.plain().items() if value != own.plain()[name]}
+    fixed = {*ARCHITECTURE, *NETWORK_CHOICES}
+    for name in sorted(changed if resuming else changed & fixed):
+        if name == "pretrained":
+            continue
+        of_variant = name in own.plain()
+        before, now = (own.plain()[name], asked.plain()[name]) if of_variant else (saved.get(name), given[name])
+        option = f"--model.{'variant.' if of_variant else ''}{name}"
+        why = "a training goes on with the arguments that it began with" if resuming else "its weights fit no other"
+        msg = (
+            f"The checkpoint was made with {option} {before}, but {now} was given; {why}. Leave it out, or train anew."
+        )
+        raise ValueError(msg)
+    effective = changed - {"pretrained", *TRAINING, *TRAINING_CHOICES}
+    if "memory" in changed and not given["memory"]:
+        effective = (effective - {"memory"}) | {"threshold"}  # a bank that is not used needs no change
+    return Settled(arguments, bank_holds=effective <= set(THRESHOLDS), thresholds_hold=not effective)
+
+
+def _comparable(value: Any) -> Any:  # noqa: ANN401 - any argument
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _check_tensors(state: dict[str, Any], model: nn.Module) -> None:
+    """Check that the tensors of a checkpoint are those of a model, but for the length of the bank."""
+    expected = {name: value for name, value in model.state_dict().items() if not name.startswith(TOWER)}
     wrong = []
     for name in sorted(expected.keys() | state.keys()):
         value = state.get(name)
         if name not in expected or not isinstance(value, Tensor):
             fits = False
         else:
-            fits = value.shape == expected[name].shape or any(part in name for part in free)
+            fits = value.shape == expected[name].shape or name.startswith(BANKS)
         wrong += [] if fits else [name]
     if wrong:
         msg = (
@@ -141,3 +255,96 @@ def check_state(state: dict[str, Any], model: nn.Module, skipped: tuple[str, ...
             f"shape, such as '{str(wrong[0])[:80]}'. It may be damaged or of another version; train again."
         )
         raise ValueError(msg)
+
+
+def settle(module: "MVFA", checkpoint: dict[str, Any]) -> Settled:
+    """Combine the arguments of a checkpoint with those that a model was made with.
+
+    Args:
+        module: The model.
+        checkpoint: Contents of the checkpoint.
+
+    Returns:
+        The arguments in force, and whether the calibration fits them.
+
+    Raises:
+        ValueError: If the checkpoint is not one of MVFA, or contradicts an argument.
+    """
+    facts, saved = checkpoint_facts(checkpoint), checkpoint["hyper_parameters"]
+    given = {name: module.hparams_initial[name] for name in module.explicit}
+    if isinstance(given.get("image_size"), int):
+        given["image_size"] = [given["image_size"]] * 2
+    if isinstance(given.get("levels"), str):
+        config = resolve_backbone(saved["backbone"], saved["pretrained"])
+        given["levels"] = resolve_levels(given["levels"], config.model["vision_cfg"]["layers"])
+    settled = settle_arguments({**saved, "class_name": facts["class_name"]}, given, resuming=_is_fitting(module))
+    kept = given.get("class_name", saved["class_name"])
+    return settled._replace(arguments={**settled.arguments, "class_name": kept})
+
+
+def _is_fitting(module: "MVFA") -> bool:
+    return module._trainer is not None and module.trainer.state.fn == TrainerFn.FITTING
+
+
+def keep_trained_state(module: "MVFA", checkpoint: dict[str, Any]) -> bool:
+    """Put the state of a model that has just been trained into the checkpoint that its training went on from.
+
+    ``anomalib train --ckpt_path`` names the same file once more for the test that follows the training.
+
+    Args:
+        module: The model.
+        checkpoint: Contents of the checkpoint, changed in place.
+
+    Returns:
+        Whether it was that checkpoint.
+    """
+    testing = module._trainer is not None and module.trainer.state.fn == TrainerFn.TESTING
+    if not testing or module.resumed_from is None or module.trainer.ckpt_path != module.resumed_from:
+        return False
+    checkpoint["state_dict"] = module.state_dict()
+    return True
+
+
+def save_state(module: "MVFA", checkpoint: dict[str, Any]) -> None:
+    """Complete a checkpoint of Lightning's: without the frozen backbone, with the bank in half precision.
+
+    Args:
+        module: The model.
+        checkpoint: Contents, changed in place.
+    """
+    state = checkpoint["state_dict"]
+    for name in list(state):
+        if name.startswith(TOWER):
+            del state[name]
+        elif name.startswith(BANKS):
+            state[name] = state[name].half()
+    checkpoint["hyper_parameters"] = {**module.arguments, "adapters": None}  # the checkpoint holds them
+    checkpoint[CHECKPOINT_KEY] = {**module.facts(), "format": FORMAT, "calibration": module.calibration.state()}
+
+
+def restore_state(module: "MVFA", checkpoint: dict[str, Any]) -> None:
+    """Restore what a checkpoint holds beside its tensors, and add the tensors of the backbone.
+
+    Args:
+        module: The model, with the network that the checkpoint describes.
+        checkpoint: Contents; the tensors of the backbone are added in place.
+
+    Raises:
+        ValueError: If it was made with other weights of the backbone, or its tensors are not those of the model.
+    """
+    facts, network = checkpoint_facts(checkpoint), module.model
+    if network.fingerprint != facts["fingerprint"]:
+        msg = (
+            f"The checkpoint was made with other weights of backbone '{module.option('backbone')}' than those at hand "
+            f"(pretrained={module.option('pretrained')!r}). Name the right ones with --model.pretrained."
+        )
+        raise ValueError(msg)
+    _check_tensors(checkpoint["state_dict"], module)
+    module.trained = True
+    module.resumed_from = module.trainer.ckpt_path if _is_fitting(module) else None
+    module.intensity = facts["intensity"]
+    module.history = {name: facts[name] for name in module.history}
+    network.has_masks = facts["has_masks"]
+    network.restore_class_name(facts["class_name"])
+    tower = {TOWER + name: value for name, value in network.tower.state_dict().items()}
+    checkpoint["state_dict"].update(tower)

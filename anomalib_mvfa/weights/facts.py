@@ -1,12 +1,11 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""What adapters files, checkpoints and model cards tell of a model: names and numbers that JSON can hold.
+"""What adapters files, checkpoints and model cards hold about a model: names and numbers that JSON can hold.
 
-No path is among them: names of files and folders may name patients, and are nobody else's business.
+No path is among them: names of files and folders may name patients.
 """
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ __all__ = ["evaluation_facts", "model_facts", "training_facts"]
 
 
 def model_facts(model: MVFAModel) -> dict[str, Any]:
-    """Tell what the adapters of a network fit.
+    """Describe what the adapters of a network fit.
 
     Args:
         model: The network.
@@ -36,35 +35,32 @@ def model_facts(model: MVFAModel) -> dict[str, Any]:
         "class_name": model.class_name,
         "prompts": prompt_ensemble(),
         "has_masks": model.has_masks,
-        "variant": {
-            name: list(value) if isinstance(value, tuple) else value for name, value in asdict(model.variant).items()
-        },
+        "variant": model.variant.plain(),
         "language_weight": model.fusion.language_weight,
     }
 
 
-def training_facts(trainer: Trainer, learning_rate: float, *, drawn_lesions: bool) -> dict[str, Any]:
-    """Tell what adapters are trained on.
+def training_facts(trainer: Trainer, learning_rate: float, *, synthetic_lesions: bool) -> dict[str, Any]:
+    """Describe what adapters are trained on.
 
     Args:
         trainer: In training.
         learning_rate: Step size.
-        drawn_lesions: Whether lesions are drawn on normal images because abnormal ones lack.
+        synthetic_lesions: Whether normal images get synthetic lesions because abnormal ones lack.
     """
     datamodule = getattr(trainer, "datamodule", None)
     return {
         "data": _data_name(datamodule),
-        "classes": list(getattr(datamodule, "class_names", ())),
         "k_shot": getattr(datamodule, "k_shot", None),
         "seed": getattr(datamodule, "seed", None),
-        "drawn_lesions": drawn_lesions or getattr(datamodule, "abnormal_source", None) == "synthetic",
+        "synthetic_lesions": synthetic_lesions or getattr(datamodule, "abnormal_source", None) == "synthetic",
         "epochs": trainer.max_epochs,
         "learning_rate": learning_rate,
     }
 
 
 def evaluation_facts(trainer: Trainer, fusion_scale: str) -> dict[str, Any]:
-    """Tell the figures of a test.
+    """Return the metrics of a test.
 
     Args:
         trainer: After the test.

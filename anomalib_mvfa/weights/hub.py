@@ -44,7 +44,7 @@ def model_card(repository: str, facts: Mapping[str, Any], licence: str) -> str:
         "Training set": training.get("data"),
         "Classes in training": ", ".join(training.get("classes") or ()),
         "Supports": f"{shots} normal, as many abnormal unless lesions were drawn" if shots else "",
-        "Lesions drawn": {True: "yes", False: "no", None: None}[training.get("drawn_lesions")],
+        "Synthetic lesions": {True: "yes", False: "no", None: None}[training.get("synthetic_lesions")],
         "Masks": "used in training" if facts["has_masks"] else "none: the map comes from the detection adapters",
         "Epochs, learning rate": f"{training['epochs']}, {training['learning_rate']}" if "epochs" in training else "",
     }

@@ -75,7 +75,7 @@ def mixed(checkpoints):
 @torch.no_grad()
 def expected(path, checkpoint):
     model = MVFA.load_from_checkpoint(checkpoint).eval()
-    return model(model._pre_processed(torch.from_numpy(read(path)))[None])
+    return model(model.pre_processed(torch.from_numpy(read(path)))[None])
 
 
 def read(path):
@@ -188,7 +188,7 @@ def test_sets_of_another_network_are_refused(live, checkpoints, small_backbone, 
     path = checkpoints[1]["brain"]
     for choices, match in (
         ({"levels": [1, 2, 4]}, r"levels \[1, 2, 3, 4\]"),
-        ({"quick_gelu": True}, "quick_gelu"),
+        ({"variant": {"quick_gelu": True}}, "quick_gelu"),
     ):
         sets = AdapterSets(MVFA(small_backbone, "random", class_name="Brain", visualizer=False, **choices))
         with pytest.raises(ValueError, match=match) as caught:

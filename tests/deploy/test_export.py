@@ -108,7 +108,7 @@ def test_inferencers_of_anomalib_agree_with_the_engine_on_a_file_of_another_size
     pixels = np.random.default_rng(0).integers(0, 255, (140, 96, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
     with torch.no_grad():
-        resized = trained._pre_processed(torch.from_numpy(pixels).permute(2, 0, 1) / 255)
+        resized = trained.pre_processed(torch.from_numpy(pixels).permute(2, 0, 1) / 255)
         expected = trained(resized[None])
         given = TorchInferencer(trained.to_torch(tmp_path), device="cpu").predict(path)
     # The graph resizes to one grey level in 255 as Pillow does.
@@ -126,7 +126,7 @@ def test_own_inferencer_resizes_files_as_training_does_and_refuses_arrays_of_ano
     pixels = np.random.default_rng(0).integers(0, 255, (140, 96, 3), dtype=np.uint8)
     path = tmp_path / "scan.png"
     Image.fromarray(pixels).save(path)
-    resized = trained._pre_processed(torch.from_numpy(pixels).permute(2, 0, 1) / 255)
+    resized = trained.pre_processed(torch.from_numpy(pixels).permute(2, 0, 1) / 255)
     inferencer = deploy.OpenVINOInferencer(full, "CPU", F32)
     assert inferencer.image_size == (56, 56)
     for image in (path, Image.open(path), resized, resized.permute(1, 2, 0).numpy()):
@@ -275,7 +275,7 @@ def test_served_folder_has_the_scores_of_the_model_in_the_order_of_the_files(tra
     assert list(rows) == sorted([*pictures, "04b.png"])
     assert rows.pop("04b.png")["error"] == "could not be read"
     for name, row in rows.items():
-        image = trained._pre_processed(torch.from_numpy(pictures[name]).permute(2, 0, 1) / 255)
+        image = trained.pre_processed(torch.from_numpy(pictures[name]).permute(2, 0, 1) / 255)
         expected = trained(image[None])
         assert float(row["score"]) == pytest.approx(float(expected.pred_score), abs=1e-4)
         assert row["label"] == str(int(expected.pred_label))

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from anomalib_mvfa import MVFAModel
 from anomalib_mvfa.backbones.loading import load_clip, resolve_backbone
 from anomalib_mvfa.data.augmentation import support_versions
-from anomalib_mvfa.model.loss import dice_loss, focal_loss, score_loss
+from anomalib_mvfa.model.loss import dice_loss, focal_loss, score_loss, training_losses
 from anomalib_mvfa.model.memory import Support
 from anomalib_mvfa.model.torch_model import BranchOutput
 from anomalib_mvfa.weights.adapter_files import load_adapters
@@ -54,7 +54,7 @@ def training_samples(golden):
 
 
 def total_loss(mvfa, images, labels, masks):
-    return torch.stack(list(mvfa.losses(images, labels, masks).values())).sum(dim=0).mean()
+    return torch.stack(list(training_losses(mvfa.model, images, labels, masks).values())).sum(dim=0).mean()
 
 
 def test_position_grid_is_resized_when_weights_are_read(golden, tmp_path):
@@ -84,8 +84,14 @@ def test_hidden_tokens_and_pooled_embedding(golden, golden_mvfa, batch_size):
     model = golden_mvfa.model
     for first in range(0, 4, batch_size):
         part = slice(first, first + batch_size)
-        hidden = model.hidden_tokens(golden["test/images"][part])
-        assert_within(model.tower.pool(hidden.last), golden["init/pooled"][part], 1e-5)
+        images = golden["test/images"][part]
+        hidden = model.hidden_tokens(images)
+        tokens = model.first_level_tokens(images)
+        for stage, adapters in enumerate(zip(model.seg_adapters, model.det_adapters, strict=True)):
+            tokens = model.tower.run_stage(tokens, stage) if stage else tokens
+            tokens = model._mix(tokens, *(adapter(tokens)[1] for adapter in adapters))
+        visual = load_clip(model.backbone)[0].visual
+        assert_within(visual.ln_post(tokens[:, 0]) @ visual.proj, golden["init/pooled"][part], 1e-5)
         for level in range(4):
             assert_within(hidden.segmentation[level], golden[f"init/seg_tokens.{level}"][part], 1e-5)
             assert_within(hidden.detection[level], golden[f"init/det_tokens.{level}"][part], 1e-5)
@@ -222,7 +228,7 @@ def test_batch_gradient_is_the_mean_of_single_ones(golden, golden_mvfa, has_mask
     parameters = [parameter for adapters in kinds for parameter in list(adapters.parameters())[:-1]]
 
     def gradients(part):
-        terms = golden_mvfa.losses(images[part], labels[part], masks[part], has_mask[part], texts[part])
+        terms = training_losses(golden_mvfa.model, images[part], labels[part], masks[part], has_mask[part], texts[part])
         loss = torch.stack(list(terms.values())).sum(dim=0).mean()
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
@@ -235,7 +241,7 @@ def test_batch_gradient_is_the_mean_of_single_ones(golden, golden_mvfa, has_mask
 
 def test_images_of_sets_without_masks_leave_the_segmentation_adapters_without_gradient(golden, golden_mvfa):
     images, masks, labels = (values[[0, 22]] for values in training_samples(golden))
-    terms = golden_mvfa.losses(images, labels, masks, torch.tensor([False, False]))
+    terms = training_losses(golden_mvfa.model, images, labels, masks, torch.tensor([False, False]))
     assert set(terms) == {"bce"}
     terms["bce"].sum().backward()
     assert all(parameter.grad is None for parameter in golden_mvfa.model.seg_adapters.parameters())

@@ -134,20 +134,22 @@ def test_selection_keeps_the_best_validation_in_the_model_and_in_the_checkpoint(
         assert torch.equal(adapters(saved)[name], value)
 
 
-@pytest.mark.parametrize(("epochs", "every", "expected"), [(3, 50, [3]), (4, 2, [2, 4]), (3, 2, [3])])
+@pytest.mark.parametrize(("epochs", "every", "expected"), [(3, 50, [3]), (4, 2, [2, 4]), (3, 2, [2, 3])])
 def test_the_last_epoch_is_always_validated_and_saved(few_shot, engine, small_backbone, epochs, every, expected):
     class Epochs(Callback):
         def __init__(self):
             self.seen = []
 
         def on_validation_end(self, trainer, pl_module):
-            self.seen.append(trainer.current_epoch + 1)
+            self.seen.append(trainer.global_step // trainer.num_training_batches)
 
     epochs_seen = Epochs()
     running = engine(max_epochs=epochs, check_val_every_n_epoch=every, callbacks=[epochs_seen])
     running.fit(MVFA(small_backbone, "random", visualizer=False), datamodule=few_shot(k_shot=1))
     assert epochs_seen.seen == expected
-    assert torch.load(running.best_model_path, weights_only=False)["epoch"] == epochs - 1
+    contents = torch.load(running.best_model_path, weights_only=False)
+    assert contents["global_step"] == epochs * running.trainer.num_training_batches
+    assert contents["mvfa"]["calibration"] == {"bank_holds": True, "thresholds_hold": True}
 
 
 def test_learning_type_follows_from_adapters_and_memory():
@@ -158,10 +160,17 @@ def test_learning_type_follows_from_adapters_and_memory():
 
 
 @pytest.mark.parametrize(
-    "choice", [{"fusion_scale": "train"}, {"selection": "first"}, {"pooling": "median"}, {"variant": "draft"}]
+    ("choice", "named"),
+    [
+        ({"fusion_scale": "train"}, "fusion_scale"),
+        ({"selection": "first"}, "selection"),
+        ({"threshold": "youden"}, "threshold"),
+        ({"variant": {"pooling": "median"}}, "pooling"),
+        ({"variant": "draft"}, "variant"),
+    ],
 )
-def test_unknown_choices_are_refused_at_once(choice):
-    with pytest.raises(ValueError, match=next(iter(choice))):
+def test_unknown_choices_are_refused_at_once(choice, named):
+    with pytest.raises(ValueError, match=named):
         MVFA("tiny", **choice)
 
 
@@ -192,14 +201,14 @@ def test_supports_without_masks_leave_the_segmentation_adapters_alone(few_shot, 
     assert not model.model.det_memory.is_empty
 
 
-def test_normal_images_alone_train_with_drawn_lesions(make_folder, engine, caplog):
+def test_normal_images_alone_train_with_synthetic_lesions(make_folder, engine, caplog):
     torch.manual_seed(0)
     model = MVFA("tiny", visualizer=False)
     model.configure_model()
     before = adapters(model)
     with caplog.at_level(logging.INFO, logger="anomalib_mvfa"):
         fit(engine, make_folder(normal=8, abnormal=0), model=model)
-    assert "lesions are drawn" in caplog.text
+    assert "synthetic lesions" in caplog.text
     after = adapters(model)
     moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert {name for name in after if "fc1" in name} <= moved
@@ -216,7 +225,7 @@ def test_results_have_a_row_and_a_panel_at_its_own_size_for_each_image(few_shot,
     running.test(model, datamodule=datamodule)
     paths = set(datamodule.test_data.samples.image_path)
     table = rows(tmp_path)
-    assert list(table[0]) == ["path", "score", "label", "threshold", "abnormal_area", "normal_percentile", "true_label"]
+    assert list(table[0]) == ["path", "score", "label", "threshold", "abnormal_area", "true_label"]
     assert len(table) == len(paths)
     assert {row["path"] for row in table} == paths
     assert {row["true_label"] for row in table} == {"0", "1"}
@@ -230,12 +239,11 @@ def test_results_have_a_row_and_a_panel_at_its_own_size_for_each_image(few_shot,
 
     running.predict(model, data_path=tmp_path / "data" / "abnormal")
     table = rows(tmp_path)
-    assert list(table[0]) == ["path", "score", "label", "threshold", "abnormal_area", "normal_percentile", "error"]
+    assert list(table[0]) == ["path", "score", "label", "threshold", "abnormal_area", "error"]
     assert sorted(row["path"] for row in table) == sorted(map(str, (tmp_path / "data" / "abnormal").glob("*.png")))
     for row in table:
         assert 0 <= float(row["score"]) <= 1
         assert 0 <= float(row["abnormal_area"]) <= 1
-        assert 0 <= float(row["normal_percentile"]) <= 1
         assert row["label"] == str(int(float(row["score"]) > float(row["threshold"])))
 
 
@@ -275,7 +283,6 @@ def test_without_validation_the_normal_supports_set_the_thresholds(make_folder, 
         expected = model.model.fuse(output.language, output.memory)
     assert output.labels.tolist() == [False] * 2 + [True] * 2
     scores = expected.pred_score[:2]
-    assert_close(post.normal_scores, scores.sort().values, atol=1e-4, rtol=0)
     assert float(post.image_threshold) == pytest.approx(float(scores.max()), abs=1e-4)  # one of three is the largest
     pixels = expected.anomaly_map[:2].flatten()
     assert float((pixels > post.pixel_threshold).float().mean()) == pytest.approx(0.4, abs=1e-3)
@@ -286,13 +293,11 @@ def test_without_validation_the_normal_supports_set_the_thresholds(make_folder, 
     assert not loaded.model.memory.is_empty
     assert loaded.post_processor.threshold == "fpr"
     running.test(loaded, datamodule=datamodule)
-    reference = post.normal_scores
     with torch.no_grad():
         for row in rows(tmp_path):
-            image = model._pre_processed(read_image(row["path"], as_tensor=True))
+            image = model.pre_processed(read_image(row["path"], as_tensor=True))
             raw = loaded.model(image[None]).pred_score
             assert row["label"] == str(int(raw > post.image_threshold))
-            assert float(row["normal_percentile"]) == pytest.approx(float((reference < raw).float().mean()), abs=1e-6)
 
 
 def test_fpr_without_normal_images_is_refused_before_training(make_folder, engine):
@@ -311,7 +316,7 @@ def test_given_adapters_without_validation_are_tested_with_bank_and_labels(make_
     engine().test(model, datamodule=without_validation(make_folder))
     assert not model.model.memory.is_empty
     assert {row["label"] for row in rows(tmp_path)} <= {"0", "1"}
-    assert len(model.post_processor.normal_scores) == 2
+    assert model.post_processor.image_threshold.isfinite()
 
 
 def test_supports_do_not_replace_validation_images_that_come_later(make_folder, engine, caplog):
@@ -322,8 +327,10 @@ def test_supports_do_not_replace_validation_images_that_come_later(make_folder, 
     with caplog.at_level(logging.WARNING, logger="anomalib_mvfa"):
         fit(lambda **options: engine(check_val_every_n_epoch=2, **options), datamodule, epochs=2, model=model)
     assert "normal supports" not in caplog.text
-    labels = datamodule.val_data.samples.label_index
-    assert len(model.post_processor.normal_scores) == (labels == 0).sum() > 0
+    with torch.no_grad():
+        batches = [model.validation_step(batch) for batch in datamodule.val_dataloader()]
+    scores = torch.cat([batch.pred_score[~batch.gt_label.bool()] for batch in batches])
+    assert float(model.post_processor.image_threshold) == pytest.approx(float(scores.max()), abs=1e-4)
 
 
 def test_training_and_figures_are_told_by_the_checkpoint_and_the_adapters_file(few_shot, engine, tmp_path):
@@ -336,7 +343,7 @@ def test_training_and_figures_are_told_by_the_checkpoint_and_the_adapters_file(f
         "classes": ["Brain"],
         "k_shot": 2,
         "seed": 0,
-        "drawn_lesions": False,
+        "synthetic_lesions": False,
         "epochs": 2,
         "learning_rate": 1e-3,
     }

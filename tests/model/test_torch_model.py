@@ -140,11 +140,11 @@ def test_search_in_chunks_equals_the_full_matrix(monkeypatch):
 
 
 @torch.no_grad()
-def test_forgetting_the_bank_gives_zero_shot_back(tiny, images):
+def test_an_unused_bank_leaves_the_model_zero_shot(tiny, images):
     before = tiny(images[:1])
     tiny.remember(make_support(1))
     assert tiny.branches(images[:1])[1] is not None
-    tiny.memory.forget()
+    tiny.use_memory = False
     assert tiny.branches(images[:1])[1] is None
     assert torch.equal(tiny(images[:1]).anomaly_map, before.anomaly_map)
 
@@ -200,9 +200,18 @@ def test_images_of_another_size_are_refused(tiny):
 
 
 def test_paper_preset_sets_every_choice_that_differs():
-    assert Variant.from_name("paper") == PAPER
-    assert Variant.from_name("released") == Variant()
-    assert Variant.from_name("paper", pooling="mean", residual=[0.8, 0.1, 0.1]).residual == (0.8, 0.1, 0.1)
+    assert Variant.of("paper") == PAPER
+    assert Variant.of(None) == Variant.of("released") == Variant()
+    assert Variant.of({"pooling": "max", "residual": [0.8, 0.1, 0.1]}) == Variant(pooling="max")
+
+
+@pytest.mark.parametrize(
+    ("variant", "published", "others"),
+    [(Variant(), False, None), (PAPER, True, None), (Variant(quick_gelu=True), True, True)],
+)
+def test_presets_choose_the_activation_of_the_published_backbone_alone(variant, published, others):
+    assert variant.on(published_backbone=True).quick_gelu is published
+    assert variant.on(published_backbone=False).quick_gelu is others
 
 
 @torch.no_grad()
@@ -231,7 +240,7 @@ def test_paper_variant_runs_its_choices(images):
 )
 def test_unknown_choices_are_refused_by_name(choice):
     with pytest.raises(ValueError, match=next(iter(choice))):
-        Variant.from_name("released", **choice)
+        Variant.of(choice)
 
 
 def test_unknown_preset_is_refused():
@@ -242,7 +251,7 @@ def test_unknown_preset_is_refused():
 @pytest.mark.parametrize("choice", [{"window_sizes": (1, 3, 5)}, {"map_blur": 2.0}, {"residual_norm": True}])
 @torch.no_grad()
 def test_later_choices_change_the_map_and_stay_finite(tiny, images, choice):
-    model = MVFAModel("tiny", class_name="Brain", variant=Variant.from_name("released", **choice)).eval()
+    model = MVFAModel("tiny", class_name="Brain", variant=choice).eval()
     model.seg_adapters.load_state_dict(tiny.seg_adapters.state_dict())
     model.det_adapters.load_state_dict(tiny.det_adapters.state_dict())
     support = make_support(1)

@@ -47,7 +47,6 @@ def test_ranges_cover_all_batches_of_all_loaders(tiny):
         return SimpleNamespace(image=torch.stack(items))
 
     loaders = [DataLoader(list(part), batch_size=2, collate_fn=collate) for part in (images[:3], images[3:])]
-    tiny.memory.forget()
     assert branch_extremes(tiny, loaders, lambda image: image, torch.device("cpu")) == []
     tiny.remember(Support(images[None, :2], images[:0]))
     extremes = branch_extremes(tiny, loaders, lambda image: image, torch.device("cpu"))

@@ -20,6 +20,7 @@ from anomalib_mvfa import MVFA
 from anomalib_mvfa.backbones.loading import load_clip, resolve_backbone
 from anomalib_mvfa.model.adapters import ResidualAdapter
 from anomalib_mvfa.model.prompts import class_prompts
+from anomalib_mvfa.training.state import choose_class_name
 from anomalib_mvfa.weights import adapter_files
 from anomalib_mvfa.weights.adapter_files import load_adapters, read_adapters, write_adapters
 
@@ -209,7 +210,7 @@ def test_what_is_pushed_to_the_hub_is_loaded_from_there(hub, mvfa, small_backbon
     loaded.configure_model()
     for name, value in mvfa.model.seg_adapters.state_dict().items():
         assert torch.equal(loaded.model.seg_adapters.state_dict()[name], value.half().float())
-    loaded._take_class_name()
+    choose_class_name(loaded)
     assert loaded.model.class_name == "Brain"
 
 
@@ -245,7 +246,7 @@ def test_model_card_tells_use_data_figures_and_limits(hub, mvfa):
         "data": "mri",
         "classes": ["Brain"],
         "k_shot": 4,
-        "drawn_lesions": False,
+        "synthetic_lesions": False,
         "epochs": 50,
         "learning_rate": 0.001,
     }
@@ -292,8 +293,8 @@ def test_metadata_says_what_the_adapters_fit_and_holds_no_path(tmp_path, mvfa):
     [
         ({"pretrained": "other"}, r"other backbone weights.*'small\.json'"),
         ({"levels": [1, 2, 3]}, "does not fit this model"),
-        ({"normalize_input": True}, r"--model\.normalize_input"),
-        ({"residual": [0.9, 0.05, 0.05]}, r"residual=\[0\.8, 0\.1, 0\.1\]"),
+        ({"variant": {"normalize_input": True}}, r"--model\.variant\.normalize_input"),
+        ({"variant": {"residual": [0.9, 0.05, 0.05]}}, r"residual=\[0\.8, 0\.1, 0\.1\]"),
     ],
 )
 def test_adapters_of_another_network_are_refused(tmp_path, mvfa, small_backbone, choices, match):
@@ -326,6 +327,6 @@ def test_same_number_of_other_levels_is_refused(tmp_path, golden_files):
 
 def test_choices_that_leave_the_tokens_alone_may_differ(tmp_path, mvfa, small_backbone):
     path = mvfa.save_adapters(tmp_path / "a.safetensors")
-    model = MVFA(small_backbone, "random", adapters=path, pooling="max", map_blur=2.0, visualizer=False)
+    model = MVFA(small_backbone, "random", adapters=path, variant={"pooling": "max", "map_blur": 2.0}, visualizer=False)
     model.configure_model()
     assert model.model.variant.pooling == "max"

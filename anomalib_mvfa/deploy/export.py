@@ -1,0 +1,124 @@
+# Copyright (C) 2026 The anomalib-mvfa authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""What leaves a trained model: adapters in files and on the hub, graphs for torch, ONNX and OpenVINO."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from anomalib.data import AnomalibDataModule
+from anomalib.deploy import CompressionType
+from anomalib.models.components.base.export_mixin import ExportMixin as AnomalibExportMixin
+from torchmetrics import Metric
+
+from anomalib_mvfa.training.state import choose_class_name
+from anomalib_mvfa.weights.adapter_files import write_adapters
+from anomalib_mvfa.weights.hub import upload
+
+from .quantisation import compress
+
+if TYPE_CHECKING:
+    from anomalib_mvfa.model import MVFA
+
+__all__ = ["ExportMixin"]
+
+
+class ExportMixin(AnomalibExportMixin):
+    """anomalib's exports for MVFA, and its adapters alone."""
+
+    def save_adapters(self, path: str | Path, dtype: torch.dtype | None = None) -> Path:
+        """Save the adapters alone, without memory bank and thresholds.
+
+        Args:
+            path: ``.safetensors``, with :meth:`facts` as metadata, or ``.pth`` for the released format.
+            dtype: Storage type; ``None`` keeps float32.
+
+        Returns:
+            The path.
+        """
+        module = cast("MVFA", self)
+        return write_adapters(path, module.model.seg_adapters, module.model.det_adapters, module.facts(), dtype)
+
+    def push_to_hub(self, repository: str, licence: str, private: bool = True) -> str:
+        """Upload the adapters in half precision, with a model card made of :meth:`facts`.
+
+        ``adapters="hf-hub:owner/name"`` then loads them. Neither images nor the memory bank are uploaded.
+
+        Args:
+            repository: ``owner/name``; made unless it exists.
+            licence: Identifier of the licence, such as ``"cc-by-nc-sa-4.0"``. That of the training data counts.
+            private: Whether a new repository can be seen by its owner alone.
+
+        Returns:
+            Address of the repository.
+        """
+        module = cast("MVFA", self)
+        facts, network = module.facts(), module.model
+
+        def write(path: Path) -> Path:
+            return write_adapters(path, network.seg_adapters, network.det_adapters, facts, torch.float16)
+
+        return upload(repository, facts, licence, write, private=private)
+
+    def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
+        """Export as a torch file.
+
+        Args:
+            export_root: Folder.
+            model_file_name: Name of the file without its suffix.
+
+        Returns:
+            Path of the file.
+
+        Raises:
+            ValueError: If the model is not trained, or its bank or thresholds do not fit.
+        """
+        self._ready()
+        return super().to_torch(export_root, model_file_name)
+
+    def to_onnx(
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> Path:
+        """Export as an ONNX graph from images in [0, 1] to normalised maps and scores, labels and masks.
+
+        The batch is dynamic, the size is not. OpenVINO models are made of this graph.
+
+        Args:
+            export_root: Folder.
+            model_file_name: Name of the file without its suffix.
+            input_size: Height and width of the images; ``None`` takes those that the model reads. From others the graph
+                resizes as training did.
+            **kwargs: Arguments of ``torch.onnx.export``.
+
+        Returns:
+            Path of the file.
+
+        Raises:
+            ValueError: If the model is not trained, or its bank or thresholds do not fit.
+        """
+        size = self._ready().model.image_size if input_size is None else input_size
+        return super().to_onnx(export_root, model_file_name, size, **{"opset_version": 18, **kwargs})
+
+    def _compress_ov_model(  # anomalib's hook for its compression types
+        self,
+        model: Any,  # noqa: ANN401 - a model of OpenVINO
+        compression_type: CompressionType | None = None,
+        datamodule: AnomalibDataModule | None = None,
+        metric: Metric | None = None,
+        task: Any = None,  # noqa: ANN401, ARG002 - follows from the data
+        max_drop: float = 0.01,
+    ) -> Any:  # noqa: ANN401
+        return compress(model, compression_type, datamodule, metric, max_drop)
+
+    def _ready(self) -> "MVFA":
+        """Return the model, built and calibrated."""
+        module = cast("MVFA", self)
+        module.ensure_model()
+        choose_class_name(module)
+        module.calibration.check(module)
+        return module
