@@ -785,13 +785,12 @@ class MVFA(AnomalibModule):
     ) -> Path:
         """Export as an ONNX graph from images in [0, 1] to normalised maps and scores, labels and masks.
 
-        The batch is dynamic, the size is not. OpenVINO models are made of this graph.
+        The graph resizes images of any size to the model's own, as training did. OpenVINO models are made of it.
 
         Args:
             export_root: Folder.
             model_file_name: Name of the file without its suffix.
-            input_size: Height and width of the images; ``None`` takes those that the model reads. From others the graph
-                resizes as training did.
+            input_size: Fixed height and width of the images. Defaults to ``None``: they are dynamic, as the batch is.
             **kwargs: Arguments of ``torch.onnx.export``.
 
         Returns:
@@ -801,8 +800,7 @@ class MVFA(AnomalibModule):
             ValueError: If the adapters are untrained, or the memory bank is empty where one is wanted.
         """
         self._check_exportable()
-        size = input_size or self.model.image_size
-        return super().to_onnx(export_root, model_file_name, size, **{"opset_version": 18, **kwargs})
+        return super().to_onnx(export_root, model_file_name, input_size, **{"opset_version": 18, **kwargs})
 
     def _compress_ov_model(  # anomalib's hook for its compression types
         self,
