@@ -215,16 +215,20 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
         fitting = self.trainer.state.fn == TrainerFn.FITTING
         if fitting:
             self.hparams.update(self.hparams_initial)
-        # Adapters know how their images were read, which is asked when the data are loaded.
-        if fitting or self._adapters_given:
-            self.ensure_model()
-        if fitting and not self._untouched:
-            self.model.reset()
+        used = "model" in self._modules and not self._untouched
         self._untouched = False
+        # Adapters know how their images were read, which is asked when the data are loaded.
+        if (fitting or self._adapters_given) and not self.ensure_model() and fitting and used:
+            self.model.reset()
 
-    def ensure_model(self) -> None:
-        """Build the network that the arguments describe, unless it is there."""
-        if "model" not in self._modules or self._built != [self.option(name) for name in NETWORK]:
+    def ensure_model(self) -> bool:
+        """Build the network that the arguments describe, unless it is there.
+
+        Returns:
+            Whether it was built.
+        """
+        build = "model" not in self._modules or self._built != [self.option(name) for name in NETWORK]
+        if build:
             self._build()
             if self._trainer is not None:
                 self.trainer.precision_plugin.convert_module(self.model)
@@ -232,6 +236,7 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
         self.model.use_memory = self.option("memory")
         self.model.fusion.language_weight = self.option("language_weight")
         self.model.seg_memory.coreset = self.model.det_memory.coreset = self.option("coreset")
+        return build
 
     @torch.inference_mode(mode=False)  # a model that is built for an evaluation may be trained later
     def _build(self) -> None:
@@ -335,6 +340,10 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
         if isinstance(self.post_processor, MVFAPostProcessor):
             self.post_processor.reset()
             self._apply_threshold_rule()
+
+    def on_fit_end(self) -> None:
+        """Drop the state of the fit."""
+        self.fit_state = None
 
     def _apply_threshold_rule(self) -> None:
         """Set the rule of the thresholds where one was given here."""

@@ -22,7 +22,7 @@ from open_clip import CLIP
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as image_functional
 
-from anomalib_mvfa.backbones.loading import PUBLISHED_BACKBONE, fingerprint, load_clip, resolve_backbone
+from anomalib_mvfa.backbones.loading import fingerprint, load_clip, resolve_backbone
 from anomalib_mvfa.training.token_cache import TokenCache
 
 from .adapters import ResidualAdapter
@@ -120,7 +120,8 @@ class MVFAModel(nn.Module):
         coreset: float = 1.0,
     ) -> None:
         super().__init__()
-        self.variant = Variant.of(variant).on(published_backbone=backbone == PUBLISHED_BACKBONE)
+        published = resolve_backbone(backbone, pretrained, image_size).is_published
+        self.variant = Variant.of(variant).on(published_backbone=published)
         self.backbone = resolve_backbone(backbone, pretrained, image_size, self.variant.quick_gelu)
         self.image_size = self.backbone.image_size
         clip, tokenizer = load_clip(self.backbone)
@@ -129,6 +130,8 @@ class MVFAModel(nn.Module):
             clip.visual,
             resolve_levels(levels, len(clip.visual.transformer.resblocks)),
             self.variant.normalize_input,
+            self.backbone.mean,
+            self.backbone.std,
         )
         self.levels = self.tower.levels
         width, text_width = self.tower.width, self.tower.text_width

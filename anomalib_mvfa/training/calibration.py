@@ -66,6 +66,10 @@ class Calibration:
         self.thresholds_hold = thresholds_hold
         self._data: weakref.ref[Any] | None = None  # the datamodule that it was made with
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the datamodule out of a pickled model."""
+        return {**vars(self), "_data": None}
+
     @classmethod
     def restored(cls, checkpoint: dict[str, Any], settled: Settled) -> "Calibration":
         """Return the calibration of a checkpoint, as far as the arguments given beside it leave it valid."""

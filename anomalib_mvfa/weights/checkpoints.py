@@ -5,6 +5,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,10 +16,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from anomalib_mvfa.backbones.loading import PUBLISHED_BACKBONE, resolve_backbone
+from anomalib_mvfa.backbones.loading import resolve_backbone
 from anomalib_mvfa.files import replacing
 from anomalib_mvfa.model.tower import resolve_levels
-from anomalib_mvfa.model.variant import NETWORK_CHOICES, Variant
+from anomalib_mvfa.model.variant import NETWORK_CHOICES, VARIANTS, Variant
 
 if TYPE_CHECKING:
     from anomalib_mvfa.model import MVFA
@@ -212,7 +213,9 @@ def settle_arguments(saved: dict[str, Any], given: Mapping[str, Any], *, resumin
     own = Variant.of(saved["variant"])
     asked = own
     if "variant" in given:
-        asked = Variant.of(given["variant"]).on(published_backbone=saved["backbone"] == PUBLISHED_BACKBONE)
+        asked = Variant.of(given["variant"])
+        if asked.quick_gelu is None or asked in VARIANTS.values():  # then the backbone decides
+            asked = replace(asked, quick_gelu=own.quick_gelu)
     arguments["variant"] = asked.plain()
     changed = {name for name in given if name != "variant" and _comparable(given[name]) != _comparable(saved.get(name))}
     changed |= {name for name, value in asked.plain().items() if value != own.plain()[name]}
