@@ -1,15 +1,15 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""What happens to images before and to scores after the model."""
+"""The resize of images to the size that the model reads."""
 
 import logging
 from typing import Any
 
-import numpy as np
 import torch
 from anomalib.pre_processing import PreProcessor
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torchvision.transforms.v2 import InterpolationMode, Resize
 from torchvision.transforms.v2 import functional as image_functional
 from torchvision.tv_tensors import Mask
@@ -17,8 +17,6 @@ from torchvision.tv_tensors import Mask
 __all__ = ["EightBitResize", "ExportableResize", "MVFAPreProcessor", "check_intensity"]
 
 logger = logging.getLogger(__name__)
-
-MAX_NORMAL_SCORES = 1000
 
 
 class EightBitResize(Resize):  # type: ignore[misc]  # torchvision has no types
@@ -58,10 +56,10 @@ class EightBitResize(Resize):  # type: ignore[misc]  # torchvision has no types
 
 
 class ExportableResize(nn.Module):
-    """:class:`EightBitResize` in operations that ONNX and OpenVINO have, to one grey level in 255.
+    """:class:`EightBitResize` in operations of ONNX and OpenVINO, for height and width that are known at run time only.
 
     Pillow resizes the rows, rounds to eight bits, then does the same with the columns; here each is a product with a
-    matrix of weights.
+    matrix of weights. The results agree to one grey level in 255. Images of the right size pass unchanged.
 
     Args:
         size: Height and width in pixels.
@@ -73,38 +71,36 @@ class ExportableResize(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Resize images ``(B, 3, H, W)`` in [0, 1], unless they have the size."""
-        height, width = images.shape[-2:]
-        if (height, width) == tuple(self.size):
+        sizes = list(zip(images.shape[-2:], self.size, strict=True))
+        if all(statically_known_true(old == new) for old, new in sizes):
             return images
-        rows, columns = (
-            torch.tensor(_bicubic_weights(old, new), dtype=images.dtype, device=images.device)
-            for old, new in ((height, self.size[0]), (width, self.size[1]))
-        )
-        levels = (images.clamp(0, 1) * 255).round()
-        levels = (levels @ columns.T).round().clamp(0, 255)
-        levels = (rows @ levels).round().clamp(0, 255)
-        return levels / 255
+        # A graph with dynamic sizes cannot branch: weights of equal sizes are the identity, and nothing is rounded.
+        equal = torch.stack([torch.scalar_tensor(old, dtype=torch.int64) == new for old, new in sizes]).all()
+        equal = equal.to(images.device)
+
+        def eight_bits(levels: Tensor) -> Tensor:
+            return torch.where(equal, levels, (levels.clamp(0, 1) * 255).round() / 255)
+
+        rows, columns = (_bicubic_weights(old, new).to(images) for old, new in sizes)
+        return eight_bits(rows @ eight_bits(eight_bits(images) @ columns.T))
 
 
-def _bicubic_weights(old: int, new: int) -> list[list[float]]:
-    """Give the weights ``(new, old)`` of Pillow's antialiased bicubic resize of a row (Keys 1981, a = -0.5)."""
-    scale = old / new
-    stretch = max(scale, 1.0)
-    offset = (np.arange(old) + 0.5 - (np.arange(new)[:, None] + 0.5) * scale) / stretch
-    distance = np.abs(offset)
-    weights = np.where(
-        distance < 1,
-        (1.5 * distance - 2.5) * distance**2 + 1,
-        np.where(distance < 2, ((-0.5 * distance + 2.5) * distance - 4) * distance + 2, 0.0),
-    )
-    normalised: list[list[float]] = (weights / weights.sum(axis=1, keepdims=True)).tolist()
-    return normalised
+def _bicubic_weights(old: int, new: int) -> Tensor:
+    """Compute the weights ``(new, old)`` of Pillow's antialiased bicubic resize of a row (Keys 1981, a = -0.5)."""
+    # Twice the pixel centres in units of 1 / (old * new): integers, which stay exact where floats have sixteen bits.
+    source, target = (2 * torch.arange(old) + 1) * new, (2 * torch.arange(new)[:, None] + 1) * old
+    longer: Any = torch.sym_max(old, new)
+    distance = (source - target).abs().clamp(max=4 * longer) / (2 * longer)  # in [0, 2], the width of the kernel
+    near = (1.5 * distance - 2.5) * distance**2 + 1
+    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+    weights = torch.where(distance < 1, near, far)
+    return weights / weights.sum(dim=1, keepdim=True)
 
 
 class MVFAPreProcessor(PreProcessor):
     """Resizes images and masks to the size that the model reads.
 
-    Nothing else is done here: CLIP's mean and standard deviation, where wanted, are part of the model.
+    Nothing else is done here: the backbone's mean and standard deviation, where wanted, are part of the model.
 
     Args:
         image_size: Height and width in pixels.
@@ -116,11 +112,11 @@ class MVFAPreProcessor(PreProcessor):
         self.image_size = image_size
 
     def checkpoint_config(self) -> dict[str, Any]:
-        """Give the image size, which is all there is to restore."""
+        """Return the image size, which is all there is to restore."""
         return {"image_size": list(self.image_size)}
 
     def load_checkpoint_config(self, config: dict[str, Any]) -> None:
-        """Restore what :meth:`checkpoint_config` gave.
+        """Restore what :meth:`checkpoint_config` returned.
 
         The transform stays the same object: datasets that were set up before the checkpoint was read hold it, too, and
         would otherwise resize to the size that this model was built with first.

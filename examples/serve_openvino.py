@@ -8,8 +8,9 @@
     python examples/serve_openvino.py model.xml 0          # first camera, until it ends or Ctrl-C
 
 Needs openvino, numpy, pillow and, for videos and cameras, opencv; neither torch nor anomalib. While OpenVINO computes
-on some images the next are read; results come in the order of the images. Images are resized as in training. DICOM and
-NIfTI files have to be read with the intensity rule of the training first: see docs/data.md.
+on some images the next are read; results come in the order of the images. Pillow resizes the images as in training,
+which is exact and takes less memory than to let the graph do it. DICOM and NIfTI files have to be read with the
+intensity rule of the training first: see docs/data.md.
 """
 
 import argparse
@@ -28,7 +29,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
 
 
 def folder_images(folder: Path) -> Iterator[tuple[str, Image.Image | None]]:
-    """Give the images of a folder by name; ``None`` for a file that cannot be read."""
+    """Yield name and image of each file in a folder; ``None`` for a file that cannot be read."""
     for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES):
         name = str(path.relative_to(folder))
         try:
@@ -39,7 +40,7 @@ def folder_images(folder: Path) -> Iterator[tuple[str, Image.Image | None]]:
 
 
 def stream_images(source: str) -> Iterator[tuple[str, Image.Image | None]]:
-    """Give the frames of a video file or of a camera by number."""
+    """Yield number and image of each frame of a video file or of a camera."""
     import cv2
 
     stream = cv2.VideoCapture(int(source) if source.isdecimal() else source)
@@ -57,20 +58,28 @@ def stream_images(source: str) -> Iterator[tuple[str, Image.Image | None]]:
         stream.release()
 
 
+def image_size(model: openvino.CompiledModel) -> tuple[int, int]:
+    """Return height and width of the input, or of the maps where the graph resizes images of any size itself."""
+    shape = model.input(0).get_partial_shape()
+    if shape[2].is_dynamic or shape[3].is_dynamic:
+        shape = model.output("anomaly_map").get_partial_shape()
+    return shape[-2].get_length(), shape[-1].get_length()
+
+
 def to_input(image: Image.Image, height: int, width: int) -> np.ndarray:
-    """Make an image ``(1, 3, H, W)`` in [0, 1] of the size that the model reads."""
+    """Resize an image as in training and return it as ``(1, 3, H, W)`` in [0, 1]."""
     resized = image.resize((width, height), resample=Image.Resampling.BICUBIC)
     return np.asarray(resized, np.float32).transpose(2, 0, 1)[None] / 255
 
 
 def serve(arguments: argparse.Namespace) -> int:
-    """Predict all images; give the number of those that could not be read."""
+    """Predict all images and return the number of those that could not be read."""
     model = openvino.Core().compile_model(
         arguments.model,
         arguments.device,
         {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": "f32"},
     )
-    height, width = (model.input(0).get_partial_shape()[axis].get_length() for axis in (2, 3))
+    height, width = image_size(model)
     source = Path(arguments.source)
     images = folder_images(source) if source.is_dir() else stream_images(arguments.source)
     target = arguments.output.open("w", newline="", encoding="utf-8") if arguments.output else sys.stdout

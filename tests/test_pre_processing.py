@@ -1,17 +1,19 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The resize before and the normalisation after the model."""
+"""The resize before the model, in training and in an exported graph, and the normalisation after it."""
 
 import numpy as np
+import openvino
 import pytest
 import torch
 from PIL import Image
+from torch.testing import assert_close
 from torchvision.tv_tensors import Image as ImageTensor
 from torchvision.tv_tensors import Mask
 
 from anomalib_mvfa.post_processing import MVFAPostProcessor
-from anomalib_mvfa.pre_processing import EightBitResize, MVFAPreProcessor
+from anomalib_mvfa.pre_processing import EightBitResize, ExportableResize, MVFAPreProcessor
 
 SIZES = [((97, 61), (40, 40)), ((30, 50), (56, 112)), ((40, 80), (40, 40))]
 
@@ -40,9 +42,43 @@ def test_masks_equal_pillows_nearest(source, target):
     )
 
 
-def test_image_of_the_right_size_is_not_rounded():
-    image = ImageTensor(torch.rand(3, 16, 16))
-    assert torch.equal(EightBitResize((16, 16))(image), image)
+def test_image_of_the_right_size_is_not_rounded(resize_graph):
+    image = ImageTensor(torch.rand(3, 48, 40))
+    assert torch.equal(EightBitResize((48, 40))(image), image)
+    assert torch.equal(ExportableResize((48, 40))(image[None]), image[None])
+    assert torch.equal(resize_graph(image[None]), image[None])
+
+
+@pytest.fixture(scope="module")
+def resize_graph(tmp_path_factory):
+    """The exportable resize to 48 x 40 as an OpenVINO graph with dynamic sizes."""
+    path = tmp_path_factory.mktemp("graph") / "resize.onnx"
+    sizes = {axis: torch.export.Dim(name) for axis, name in ((0, "batch"), (2, "height"), (3, "width"))}
+    example = (torch.zeros(2, 3, 32, 32),)
+    resize = ExportableResize((48, 40)).eval()
+    torch.onnx.export(resize, example, path, dynamic_shapes=(sizes,), dynamo=True, opset_version=18, verbose=False)
+    model = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return lambda images: torch.from_numpy(model(images.numpy())[0].copy())
+
+
+@pytest.mark.parametrize(
+    "shape", [(140, 96), (300, 57), (20, 30), (48, 200), (49, 40), (47, 39), (1, 1), (2047, 3001), (4000, 41)]
+)
+def test_exported_resize_is_that_of_pillow_to_one_grey_level(resize_graph, shape):
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randint(0, 256, (2, 3, *shape), generator=generator).float() / 255
+    expected = EightBitResize((48, 40))(images)
+    for given in (resize_graph(images), ExportableResize((48, 40))(images)):
+        levels = ((given - expected) * 255).abs()
+        assert float(levels.max()) <= 1 + 1e-3
+        assert float((levels > 0.5).float().mean()) < 0.005
+
+
+def test_exported_resize_clamps_and_rounds_to_eight_bits(resize_graph):
+    images = 2 * torch.rand(1, 3, 70, 60, generator=torch.Generator().manual_seed(4)) - 0.5
+    given = resize_graph(images)
+    assert_close(given * 255, (given * 255).round(), atol=1e-3, rtol=0)
+    assert ((given - EightBitResize((48, 40))(images)) * 255).abs().max() <= 1 + 1e-3
 
 
 def test_order_is_strict_outside_the_validation_range():
@@ -54,7 +90,7 @@ def test_order_is_strict_outside_the_validation_range():
 
 def test_threshold_is_one_half_and_the_middle_is_linear():
     normalised = normalise(torch.tensor([0.6, 0.6 + 0.06, 0.6 - 0.12]))
-    torch.testing.assert_close(normalised, torch.tensor([0.5, 0.6, 0.3]))
+    assert_close(normalised, torch.tensor([0.5, 0.6, 0.3]))
 
 
 def test_without_threshold_the_middle_of_the_range_is_one_half():
@@ -64,7 +100,7 @@ def test_without_threshold_the_middle_of_the_range_is_one_half():
 def test_without_range_scores_are_squashed_in_their_order():
     scores = torch.tensor([-1.0, 0.0, 0.3, 7.0])
     expected = torch.tensor([0.25, 0.5, 0.5 + 0.15 / 1.3, 0.9375])
-    torch.testing.assert_close(normalise(scores, float("nan"), float("nan")), expected)
+    assert_close(normalise(scores, float("nan"), float("nan")), expected)
     assert MVFAPostProcessor._normalize(None, *torch.zeros(3)) is None
 
 

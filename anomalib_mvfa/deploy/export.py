@@ -86,13 +86,12 @@ class ExportMixin(AnomalibExportMixin):
     ) -> Path:
         """Export as an ONNX graph from images in [0, 1] to normalised maps and scores, labels and masks.
 
-        The batch is dynamic, the size is not. OpenVINO models are made of this graph.
+        The graph resizes images of any size to the model's own, as training did. OpenVINO models are made of it.
 
         Args:
             export_root: Folder.
             model_file_name: Name of the file without its suffix.
-            input_size: Height and width of the images; ``None`` takes those that the model reads. From others the graph
-                resizes as training did.
+            input_size: Fixed height and width of the images. Defaults to ``None``: they are dynamic, as the batch is.
             **kwargs: Arguments of ``torch.onnx.export``.
 
         Returns:
@@ -101,8 +100,8 @@ class ExportMixin(AnomalibExportMixin):
         Raises:
             ValueError: If the model is not trained, or its bank or thresholds do not fit.
         """
-        size = self._ready().model.image_size if input_size is None else input_size
-        return super().to_onnx(export_root, model_file_name, size, **{"opset_version": 18, **kwargs})
+        self._ready()
+        return super().to_onnx(export_root, model_file_name, input_size, **{"opset_version": 18, **kwargs})
 
     def _compress_ov_model(  # anomalib's hook for its compression types
         self,

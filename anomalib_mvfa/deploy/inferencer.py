@@ -1,10 +1,10 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Inference with an exported model on images of any size."""
+"""Inference with an exported model, with the resize of training to the last grey level."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from anomalib import deploy
@@ -12,14 +12,25 @@ from anomalib.data import NumpyImageBatch
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["OpenVINOInferencer"]
+if TYPE_CHECKING:
+    import openvino
+
+__all__ = ["OpenVINOInferencer", "image_size"]
+
+
+def image_size(model: "openvino.Model | openvino.CompiledModel") -> tuple[int, int]:
+    """Return the height and width in pixels that a graph reads: those of its input, or of its maps if it resizes."""
+    shape = model.input(0).get_partial_shape()
+    if shape[2].is_dynamic or shape[3].is_dynamic:
+        shape = model.output("anomaly_map").get_partial_shape()
+    return shape[-2].get_length(), shape[-1].get_length()
 
 
 class OpenVINOInferencer(deploy.OpenVINOInferencer):
-    """anomalib's inferencer for OpenVINO and ONNX files, which resizes images to the size that the graph reads.
+    """anomalib's inferencer for OpenVINO and ONNX files, with files and Pillow images resized by Pillow as in training.
 
-    An exported graph has a fixed input size. Files and Pillow images are brought to it as in training (Pillow's bicubic
-    resize in eight bits); maps come at the size of the graph's input.
+    The graph resizes images of any size itself and agrees with Pillow to one grey level in 255; here the agreement is
+    exact. Arrays are resized by the graph.
 
     Args:
         path: ``.xml``, ``.bin`` or ``.onnx``, or both files of OpenVINO as bytes.
@@ -27,38 +38,22 @@ class OpenVINOInferencer(deploy.OpenVINOInferencer):
         config: Properties of OpenVINO, such as ``{"INFERENCE_PRECISION_HINT": "f32"}``. Defaults to ``None``.
     """
 
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width that the graph reads, in pixels."""
-        height, width = (self.input_blob.get_partial_shape()[axis].get_length() for axis in (2, 3))
-        return height, width
-
     def predict(self, image: str | Path | np.ndarray[Any, Any] | Image.Image | Tensor) -> NumpyImageBatch:
         """Predict an image, or an array of several.
 
         Args:
-            image: A file or a Pillow image of any size; or an array or tensor ``(H, W, 3)``, ``(3, H, W)`` or a batch
-                of these, of :attr:`image_size`, in [0, 1] or [0, 255].
+            image: A file, a Pillow image, or an array or tensor ``(H, W, 3)``, ``(3, H, W)`` or a batch of these, in
+                [0, 1] or [0, 255]. It is not changed.
 
         Returns:
             ``pred_score``, ``pred_label``, ``anomaly_map`` and ``pred_mask``, with ``image`` as the graph read it.
-
-        Raises:
-            ValueError: If an array has another size.
         """
-        height, width = self.image_size
         if isinstance(image, str | Path):
             with Image.open(image) as opened:
                 image = opened.convert("RGB")
         if isinstance(image, Image.Image):
+            height, width = image_size(self.model)
             resized = image.convert("RGB").resize((width, height), resample=Image.Resampling.BICUBIC)
             return super().predict(np.asarray(resized, np.float32) / 255)
-        array = self.pre_process(image.cpu().numpy() if isinstance(image, Tensor) else image.copy())
-        if array.shape[-2:] != (height, width):
-            msg = (
-                f"The exported model reads images of {height} x {width} pixels, but this array has "
-                f"{array.shape[-2]} x {array.shape[-1]}. Give the file or a Pillow image, which are resized as in "
-                f'training, or export for this size with --input_size "[{array.shape[-2]},{array.shape[-1]}]".'
-            )
-            raise ValueError(msg)
-        return super().predict(array)
+        array = image.numpy(force=True) if isinstance(image, Tensor) else image
+        return super().predict(array.copy())  # anomalib scales it in place

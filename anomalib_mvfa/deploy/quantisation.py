@@ -3,9 +3,9 @@
 
 """Compression of exported OpenVINO graphs with NNCF.
 
-The tower and the adapters are where the time and the size are, and they bear eight bits. What follows them does not:
-similarities are multiplied by 100 before a softmax, and distances to the bank differ in the third digit. It stays in
-floating point.
+The tower and the adapters are where the time and the size are, and they tolerate eight bits. The resize before them and
+the head behind them do not: similarities are multiplied by 100 before a softmax, and distances to the bank differ in
+the third digit. Both stay in floating point.
 """
 
 import logging
@@ -23,6 +23,8 @@ from torchvision.tv_tensors import Mask
 
 from anomalib_mvfa.pre_processing import EightBitResize
 
+from .inferencer import image_size
+
 if TYPE_CHECKING:
     import openvino
 
@@ -35,33 +37,45 @@ CALIBRATION_IMAGES = 300
 
 
 def sensitive_nodes(graph: "openvino.Model") -> list[str]:
-    """Find what must stay in floating point: all that follows the tower and the adapters.
+    """Find what must stay in floating point: the resize before the tower, and all that follows tower and adapters.
 
-    That begins where hidden vectors are brought to unit length. What leads back into a layer normalisation belongs to
-    the tower, which with ``residual_norm`` has lengths of its own.
+    The tower begins with the convolution over the patches. It ends where hidden vectors are brought to unit length;
+    what leads from there back into a layer normalisation belongs to the tower, whose variant ``residual_norm`` divides
+    by lengths, too.
 
     Args:
         graph: Exported model.
 
     Returns:
-        Names of the nodes: unit length, similarities with text and bank, softmax, fusion, thresholds.
+        Names of the nodes: resize; unit length, similarities with text and bank, softmax, fusion, thresholds.
     """
     nodes = graph.get_ordered_ops()
-    before_norm: set[str] = set()
+    patches = next(node for node in nodes if node.get_type_name() == "Convolution")
+    before_patches = _leading_to([patches], nodes) - {patches.get_friendly_name()}
+    before_norm = _leading_to([node for node in nodes if node.get_type_name() == "MVN"], nodes)
+    behind_norm = {node.get_friendly_name() for node in nodes} - before_norm
+    return sorted(_following("Parameter", nodes, before_patches) | _following("ReduceL2", nodes, behind_norm))
+
+
+def _leading_to(targets: Sequence[Any], nodes: Sequence[Any]) -> set[str]:
+    """Return the names of given nodes and of all that a path connects with one of them."""
+    leading = {node.get_friendly_name() for node in targets}
     for node in reversed(nodes):
-        if node.get_type_name() == "MVN" or any(reader.get_friendly_name() in before_norm for reader in _readers(node)):
-            before_norm.add(node.get_friendly_name())
-    sensitive: set[str] = set()
+        readers = {value.get_node().get_friendly_name() for out in node.outputs() for value in out.get_target_inputs()}
+        if readers & leading:
+            leading.add(node.get_friendly_name())
+    return leading
+
+
+def _following(kind: str, nodes: Sequence[Any], region: set[str]) -> set[str]:
+    """Return the names of the nodes of a region that have a type, or that a path within it reaches from such nodes."""
+    following: set[str] = set()
     for node in nodes:
         name = node.get_friendly_name()
         sources = {value.get_source_output().get_node().get_friendly_name() for value in node.inputs()}
-        if name not in before_norm and (node.get_type_name() == "ReduceL2" or sources & sensitive):
-            sensitive.add(name)
-    return sorted(sensitive)
-
-
-def _readers(node: Any) -> list[Any]:  # noqa: ANN401 - a node of OpenVINO
-    return [value.get_node() for output in node.outputs() for value in output.get_target_inputs()]
+        if name in region and (node.get_type_name() == kind or sources & following):
+            following.add(name)
+    return following
 
 
 def compress(
@@ -74,11 +88,11 @@ def compress(
     """Compress an exported model.
 
     Args:
-        graph: Exported model with a dynamic batch and a static size.
+        graph: Exported model.
         kind: ``INT8`` stores weights in eight bits and computes in floating point; ``INT8_PTQ`` computes in eight
-            bits, too; ``INT8_ACQ`` takes layers back until the metric drops by no more than ``max_drop``.
-        datamodule: For the last two: its validation part, or where it has none its training part, calibrates. The test
-            part is not looked at.
+            bits, too; ``INT8_ACQ`` restores layers until the metric drops by no more than ``max_drop``.
+        datamodule: For the last two, which calibrate on its validation part, or on its training part where it has no
+            other. The test part is not used.
         metric: For ``INT8_ACQ``, larger is better. Defaults to F1 of the images.
         max_drop: For ``INT8_ACQ``: greatest loss of the metric.
 
@@ -86,7 +100,7 @@ def compress(
         The compressed model.
 
     Raises:
-        ValueError: If images to calibrate with lack, or the kind is unknown.
+        ValueError: If there are no images to calibrate with, or the kind is unknown.
     """
     import nncf  # slow to import, and only needed here
 
@@ -97,8 +111,7 @@ def compress(
         msg = f"Unknown compression {kind}. Give one of {', '.join(each.name for each in CompressionType)}."
         raise ValueError(msg)
     data = _calibration_data(datamodule, CompressionType(kind))
-    size = tuple(graph.input(0).get_partial_shape()[axis].get_length() for axis in (2, 3))
-    resize = EightBitResize((size[0], size[1]))
+    resize = EightBitResize(image_size(graph))
 
     def image(index: int) -> np.ndarray[Any, Any]:
         pixels: Tensor = resize(torch.as_tensor(data[index].image).as_subclass(Tensor))
@@ -128,7 +141,7 @@ def compress(
 
 
 def _calibration_data(datamodule: AnomalibDataModule | None, kind: CompressionType) -> Any:  # noqa: ANN401 - a data set
-    """Give the validation part, else (to calibrate alone) the training part."""
+    """Return the validation part, else (to calibrate alone) the training part."""
     if datamodule is None:
         msg = (
             f"{kind.name} needs images to calibrate with: those that the model was trained with, such as "
@@ -142,8 +155,8 @@ def _calibration_data(datamodule: AnomalibDataModule | None, kind: CompressionTy
         return validation
     if kind == CompressionType.INT8_ACQ:
         msg = (
-            "INT8_ACQ measures the loss on validation images, but the data have none. Set val_split_mode of the "
-            "datamodule, or take INT8_PTQ."
+            "INT8_ACQ measures the drop of the metric on validation images, but the data have none. Set val_split_mode "
+            "of the datamodule, or choose INT8_PTQ."
         )
         raise ValueError(msg)
     training = getattr(datamodule, "train_data", None)
@@ -164,7 +177,7 @@ def _judged(
     image: np.ndarray[Any, Any],
     item: Any,  # noqa: ANN401 - an item of any data set
 ) -> ImageBatch:
-    """Predict an image and put the truth beside it."""
+    """Predict an image and add its ground truth."""
     outputs = {next(iter(port.get_names())): torch.from_numpy(np.array(value)) for port, value in model(image).items()}
     height, width = outputs["anomaly_map"].shape[-2:]
     mask = item.gt_mask
