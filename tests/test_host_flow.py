@@ -112,8 +112,7 @@ def test_exports_from_a_checkpoint_run(engine, root, checkpoint, kind, monkeypat
     monkeypatch.setenv("TRUST_REMOTE_CODE", "1")  # anomalib asks for it, as its torch files are pickles
     path = engine().export(MVFA(backbone="tiny"), kind, export_root=root / "exported", ckpt_path=checkpoint)
     assert Path(path).is_file()
-    image = root / "scratch.png"  # at the size that the graph reads, which an OpenVINO inferencer does not bring it to
-    Image.open(root / "set" / CATEGORY / "test" / "scratch" / "000.png").resize((112, 112)).save(image)
+    image = root / "set" / CATEGORY / "test" / "scratch" / "000.png"
     mvfa = MVFA.load_from_checkpoint(checkpoint).eval()
     with torch.no_grad():
         pixels = torch.from_numpy(np.array(Image.open(image))).permute(2, 0, 1)[None] / 255
