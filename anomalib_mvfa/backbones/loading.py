@@ -13,13 +13,20 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 from typing import Any
 
 import open_clip
 import torch
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.factory import HF_HUB_PREFIX
 from open_clip.model import CLIP, CustomTextCLIP, convert_to_custom_text_state_dict, resize_pos_embed
-from open_clip.pretrained import download_pretrained, download_pretrained_from_hf, get_pretrained_cfg
+from open_clip.pretrained import (
+    download_pretrained,
+    download_pretrained_from_hf,
+    get_pretrained_cfg,
+    list_pretrained_tags_by_model,
+)
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -32,6 +39,7 @@ logger = logging.getLogger(__name__)
 PUBLISHED_BACKBONE = "ViT-L-14-336"
 PUBLISHED_IMAGE_SIZE = 240
 """240 is not a multiple of the patch size 14: as in the released code, the last two rows and columns are not read."""
+OPENAI = "openai"
 RANDOM_WEIGHTS = "random"
 
 
@@ -44,12 +52,29 @@ class BackboneConfig:
         model: open_clip's model configuration.
         image_size: Height and width of the input.
         weights: Weights as the user named them, or the default of this backbone.
+        quick_gelu: Whether both towers run QuickGELU instead of the exact GELU.
+        mean: Mean of the images that the weights were trained with, a number a channel.
+        std: Their standard deviation.
     """
 
     name: str
     model: dict[str, Any]
     image_size: tuple[int, int]
     weights: str | None
+    quick_gelu: bool = False
+    mean: tuple[float, ...] = OPENAI_DATASET_MEAN
+    std: tuple[float, ...] = OPENAI_DATASET_STD
+
+    @property
+    def is_published(self) -> bool:
+        """Whether this is the tower of the published method, OpenAI's ViT-L/14 at 336 pixels.
+
+        The released code runs the exact GELU in it, although it was trained with QuickGELU. Files count as OpenAI's
+        weights, as do random ones; other tags do not.
+        """
+        if self.name != PUBLISHED_BACKBONE or self.weights is None:
+            return False
+        return self.weights in {OPENAI, RANDOM_WEIGHTS} or Path(self.weights).is_file()
 
 
 def resolve_backbone(
@@ -66,8 +91,8 @@ def resolve_backbone(
         pretrained: A tag of open_clip (``"openai"``), a local file, or ``"random"`` for seeded random weights, which
             serve tests and benchmarks. ``None`` takes the backbone's own, or ``"openai"``.
         image_size: Input size; ``None`` takes 240 for the published backbone, otherwise the backbone's own.
-        quick_gelu: Run QuickGELU, which OpenAI's weights were trained with, in both towers. The released MVFA runs
-            the exact GELU.
+        quick_gelu: Whether both towers run QuickGELU. ``None`` takes what the weights were trained with: the
+            configuration's or the tag's own setting; OpenAI's weights, by tag or as a TorchScript archive, need it.
 
     Returns:
         The resolved configuration.
@@ -75,7 +100,8 @@ def resolve_backbone(
     Raises:
         ValueError: If the backbone is unknown, is no plain vision transformer, or the image size does not fit it.
     """
-    model = _model_config(backbone)
+    config = _read_config(backbone)
+    model = config["model_cfg"]
     vision = model["vision_cfg"]
     if not isinstance(vision.get("layers"), int) or "timm_model_name" in vision or vision.get("attentional_pool"):
         msg = (
@@ -85,10 +111,43 @@ def resolve_backbone(
         raise ValueError(msg)
     if image_size is None:
         image_size = PUBLISHED_IMAGE_SIZE if backbone == PUBLISHED_BACKBONE else vision.get("image_size", 224)
+    size = _check_image_size(backbone, image_size, vision.get("patch_size", 16))
+    vision.update(image_size=size, patch_dropout=0.0)
+    weights = pretrained
+    if pretrained is None and backbone != TINY:
+        weights = backbone if backbone.startswith(HF_HUB_PREFIX) else OPENAI
+    tag = _facts_of_weights(backbone, weights or "")
+    own_activation = model.pop("quick_gelu", False) or tag["quick_gelu"]
+    images = {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD, **tag, **config.get("preprocess_cfg", {})}
+    return BackboneConfig(
+        backbone,
+        model,
+        size,
+        weights,
+        own_activation if quick_gelu is None else quick_gelu,
+        tuple(images["mean"]),
+        tuple(images["std"]),
+    )
+
+
+def _facts_of_weights(backbone: str, weights: str) -> dict[str, Any]:
+    """Return what open_clip's table says of a tag: mean, standard deviation, activation.
+
+    Of weights that are no tag it returns what all tags of the backbone have in common.
+    """
+    weights = OPENAI if _is_torchscript(Path(weights)) else weights
+    facts: dict[str, Any] = get_pretrained_cfg(backbone, weights)
+    if not facts:
+        first, *others = [get_pretrained_cfg(backbone, tag) for tag in list_pretrained_tags_by_model(backbone)] or [{}]
+        facts = {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}
+    return {**facts, "quick_gelu": weights == OPENAI or facts.get("quick_gelu", False)}
+
+
+def _check_image_size(backbone: str, image_size: int | tuple[int, int], patch: int) -> tuple[int, int]:
+    """Return height and width if whole patches fill them, or at the published size."""
     height, width = (
         (image_size, image_size) if isinstance(image_size, int) else (int(image_size[0]), int(image_size[1]))
     )
-    patch = vision.get("patch_size", 16)
     published = (height, width, patch) == (PUBLISHED_IMAGE_SIZE, PUBLISHED_IMAGE_SIZE, 14)
     if not published and (height < patch or width < patch or height % patch or width % patch):
         near = sorted({max(1, height // patch) * patch, (height // patch + 1) * patch})
@@ -97,31 +156,21 @@ def resolve_backbone(
             f"Use for instance {' or '.join(map(str, near))}."
         )
         raise ValueError(msg)
-    vision.update(image_size=(height, width), patch_dropout=0.0)
-    if quick_gelu is not None:
-        model["quick_gelu"] = quick_gelu
-    weights = pretrained
-    if pretrained is None and backbone != TINY:
-        weights = backbone if backbone.startswith(HF_HUB_PREFIX) else "openai"
-    return BackboneConfig(backbone, model, (height, width), weights)
+    return height, width
 
 
-def _model_config(backbone: str) -> dict[str, Any]:
-    """Give a fresh copy of open_clip's configuration for a backbone."""
-    if backbone == TINY:
-        return deepcopy(TINY_CONFIG)
+def _read_config(backbone: str) -> dict[str, Any]:
+    """Read open_clip's configuration: ``model_cfg`` and, in files and on the hub, ``preprocess_cfg``."""
     if backbone.endswith(".json"):
         path = Path(backbone)
         if not path.is_file():
             msg = f"No backbone configuration at {path}. Give the path of an open_clip model configuration in JSON."
             raise ValueError(msg)
-        loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        loaded = loaded.get("model_cfg", loaded)
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     elif backbone.startswith(HF_HUB_PREFIX):
-        path = _from_hub(backbone, "open_clip_config.json")
-        loaded = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
+        config = json.loads(_from_hub(backbone, "open_clip_config.json").read_text(encoding="utf-8"))
     else:
-        known = open_clip.get_model_config(backbone)
+        known = deepcopy(TINY_CONFIG) if backbone == TINY else open_clip.get_model_config(backbone)
         if known is None:
             near = difflib.get_close_matches(backbone, [TINY, *open_clip.list_models()], n=3, cutoff=0.4)
             hint = f" Did you mean {' or '.join(near)}?" if near else ""
@@ -131,12 +180,13 @@ def _model_config(backbone: str) -> dict[str, Any]:
                 "demonstration model inside this package."
             )
             raise ValueError(msg)
-        loaded = known
-    missing = {"embed_dim", "vision_cfg", "text_cfg"} - loaded.keys()
+        config = known
+    config = config if "model_cfg" in config else {"model_cfg": config}
+    missing = {"embed_dim", "vision_cfg", "text_cfg"} - config["model_cfg"].keys()
     if missing:
         msg = f"The configuration of backbone '{backbone}' lacks {', '.join(sorted(missing))}."
         raise ValueError(msg)
-    return loaded
+    return config
 
 
 def load_clip(config: BackboneConfig) -> tuple[CLIP | CustomTextCLIP, Callable[[list[str]], Tensor]]:
@@ -152,7 +202,7 @@ def load_clip(config: BackboneConfig) -> tuple[CLIP | CustomTextCLIP, Callable[[
         FileNotFoundError: If the weights are neither a file nor a known tag, or cannot be downloaded.
         ValueError: If the file holds weights of another model.
     """
-    arguments = deepcopy(config.model)
+    arguments = deepcopy(config.model) | {"quick_gelu": config.quick_gelu}
     custom_text = arguments.pop("custom_text", False) or "hf_model_name" in arguments["text_cfg"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -202,7 +252,7 @@ def _weights_path(config: BackboneConfig) -> Path:
         return _from_hub(weights, None)
     known = {} if config.name.endswith(".json") else get_pretrained_cfg(config.name, weights)
     if not known:
-        tags = open_clip.list_pretrained_tags_by_model(config.name)
+        tags = list_pretrained_tags_by_model(config.name)
         msg = (
             f"No weights '{weights}' for backbone '{config.name}': there is no such file, and its tags are "
             f"{', '.join(tags) or '(none)'}. Give one of them or the path of a file with --model.pretrained."
@@ -277,15 +327,12 @@ def _is_torchscript(path: Path) -> bool:
         return any(PurePosixPath(name).name == "constants.pkl" for name in archive.namelist())
 
 
-class _ScriptObject:
-    """Stands for an object of a TorchScript archive; only its attributes are kept."""
+class _ArchiveUnpickler(pickle.Unpickler):
+    """Reads the object tree of a TorchScript archive; nothing but tensors, containers and plain objects can be made.
 
-    def __setstate__(self, state: object) -> None:
-        self.__dict__.update(state if isinstance(state, dict) else {})
-
-
-class _TensorUnpickler(pickle.Unpickler):
-    """Reads the object tree of a TorchScript archive; nothing but tensors and containers can be made."""
+    ``torch.jit.load`` is not used because it runs code of the archive: the ``__setstate__`` of a scripted class, which
+    may write files through ``torch.save``.
+    """
 
     def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
         super().__init__(archive.open(f"{root}/data.pkl"))
@@ -294,48 +341,36 @@ class _TensorUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401
         if module.startswith("__torch__"):
-            return type(name, (_ScriptObject,), {})
-        if module == "torch._utils" and name in {"_rebuild_tensor_v2", "_rebuild_parameter"}:
-            return self._rebuild_parameter if name == "_rebuild_parameter" else self._rebuild_tensor
+            return type(name, (SimpleNamespace,), {})
         if module == "torch" and name.endswith("Storage"):
-            return getattr(torch, name)
-        if module == "collections" and name == "OrderedDict":
+            return getattr(torch, name).dtype
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda storage, offset, size, stride, *_: torch.as_strided(storage, size, stride, offset).clone()
+        if module == "torch.jit._pickle" and name.startswith("build_"):  # lists of numbers
+            return list
+        if (module, name) == ("collections", "OrderedDict"):
             return dict
-        if module == "torch.jit._pickle":
-            return list if name.startswith("build_") else _ScriptObject
         msg = f"refused {module}.{name}"
         raise pickle.UnpicklingError(msg)
 
     def persistent_load(self, pid: Any) -> Tensor:  # noqa: ANN401
-        _, storage, key, _, count = pid
-        buffer = bytearray(self.archive.read(f"{self.root}/data/{key}"))
-        if not count:
-            return torch.empty(0, dtype=storage.dtype)
-        return torch.frombuffer(buffer, dtype=storage.dtype, count=count)
-
-    @staticmethod
-    def _rebuild_tensor(
-        storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object
-    ) -> Tensor:
-        return torch.as_strided(storage, size, stride, offset)
-
-    @staticmethod
-    def _rebuild_parameter(data: Tensor, *_: object) -> Tensor:
-        return data
+        _, dtype, key, _, count = pid
+        data = bytearray(self.archive.read(f"{self.root}/data/{key}"))
+        return torch.frombuffer(data, dtype=dtype, count=count) if count else torch.empty(0, dtype=dtype)
 
 
 def _read_torchscript(path: Path) -> dict[str, Tensor]:
     """Collect the tensors of a TorchScript archive under their attribute paths."""
     with zipfile.ZipFile(path) as archive:
         root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("/data.pkl")
-        tree = _TensorUnpickler(archive, root).load()
+        tree = _ArchiveUnpickler(archive, root).load()
     tensors: dict[str, Tensor] = {}
 
-    def collect(node: object, prefix: str) -> None:
+    def collect(node: SimpleNamespace, prefix: str) -> None:
         for name, value in vars(node).items():
             if isinstance(value, Tensor):
-                tensors[prefix + name] = value.clone()
-            elif isinstance(value, _ScriptObject):
+                tensors[prefix + name] = value
+            elif isinstance(value, SimpleNamespace):
                 collect(value, f"{prefix}{name}.")
 
     collect(tree, "")
@@ -343,7 +378,7 @@ def _read_torchscript(path: Path) -> dict[str, Tensor]:
 
 
 def fingerprint(tower: nn.Module) -> str:
-    """Digest the weights of a tower, to tell backbones apart.
+    """Compute a digest of a tower's weights, which identifies the backbone.
 
     The position grid is left out: its values depend on the image size.
 

@@ -129,6 +129,8 @@ class MVFAModel(nn.Module):
             clip.visual,
             resolve_levels(levels, len(clip.visual.transformer.resblocks)),
             self.variant.normalize_input,
+            self.backbone.mean,
+            self.backbone.std,
         )
         self.levels = self.tower.levels
         width, text_width = self.tower.width, self.tower.text_width

@@ -4,24 +4,22 @@
 """A frozen CLIP image tower seen as stages of transformer blocks.
 
 MVFA reads the tokens after a few *levels* (blocks 6, 12, 18 and 24 of ViT-L/14) and changes them on their way to the
-next stage. The tower therefore offers its three parts separately: :meth:`FrozenTower.embed` makes tokens out of images,
-:meth:`FrozenTower.run_stage` runs the blocks between two levels, :meth:`FrozenTower.pool` makes CLIP's image embedding.
+next stage. The tower therefore offers its parts separately: :meth:`FrozenTower.embed` computes tokens from images,
+:meth:`FrozenTower.run_stage` runs the blocks between two levels.
 """
 
 from collections.abc import Sequence
 
 import torch
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 __all__ = ["FrozenTower", "quarter_levels", "resolve_levels"]
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
 
 def quarter_levels(depth: int) -> tuple[int, ...]:
-    """Give the blocks that end each quarter of a transformer.
+    """Return the blocks that end each quarter of a transformer.
 
     Args:
         depth: Number of blocks.
@@ -40,18 +38,18 @@ def quarter_levels(depth: int) -> tuple[int, ...]:
 
 
 def resolve_levels(levels: Sequence[int] | str | None, depth: int) -> tuple[int, ...]:
-    """Give the blocks that are read.
+    """Return the blocks that are read.
 
     Args:
         levels: One-based block numbers; ``None`` for the ends of the quarters; ``"half"`` for the first two of them and
-            ``"middle"`` for the second alone: no block behind it is run, which halves the cost.
+            ``"middle"`` for the second alone: no block behind it runs, which halves the cost.
         depth: Number of blocks.
 
     Returns:
         One-based block numbers.
 
     Raises:
-        ValueError: If the word is unknown.
+        ValueError: If the preset is unknown.
 
     Example:
         >>> resolve_levels("half", 24), resolve_levels("middle", 24)
@@ -75,8 +73,9 @@ class FrozenTower(nn.Module):
     Args:
         visual: Vision transformer of open_clip. Its parameters are frozen in place.
         levels: One-based numbers of the blocks after which tokens are read, ascending.
-        normalize_input: Whether to apply CLIP's own mean and standard deviation to the images. The released MVFA
-            does not.
+        normalize_input: Whether to apply mean and standard deviation to the images. The released MVFA does not.
+        mean: Mean of the images that the weights were trained with, a number a channel. Defaults to OpenAI's.
+        std: Their standard deviation. Defaults to OpenAI's.
 
     Attributes:
         grid_size: Patch rows and columns ``(h, w)``.
@@ -87,7 +86,14 @@ class FrozenTower(nn.Module):
         ValueError: If the levels are not ascending block numbers of this tower.
     """
 
-    def __init__(self, visual: VisionTransformer, levels: Sequence[int], normalize_input: bool = False) -> None:
+    def __init__(
+        self,
+        visual: VisionTransformer,
+        levels: Sequence[int],
+        normalize_input: bool = False,
+        mean: Sequence[float] = OPENAI_DATASET_MEAN,
+        std: Sequence[float] = OPENAI_DATASET_STD,
+    ) -> None:
         super().__init__()
         depth = len(visual.transformer.resblocks)
         if not levels or list(levels) != sorted(set(levels)) or levels[0] < 1 or levels[-1] > depth:
@@ -105,12 +111,10 @@ class FrozenTower(nn.Module):
         self.positional_embedding = visual.positional_embedding
         self.ln_pre = visual.ln_pre
         self.blocks = nn.ModuleList(visual.transformer.resblocks[: levels[-1]])
-        self.ln_post = visual.ln_post
-        self.proj = visual.proj
 
         self.normalize_input = normalize_input
-        self.register_buffer("mean", torch.tensor(CLIP_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(CLIP_STD).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.mean: Tensor
         self.std: Tensor
 
@@ -165,17 +169,3 @@ class FrozenTower(nn.Module):
             batch_first = block.attn.batch_first  # type: ignore[union-attr]
             tokens = block(tokens) if batch_first else block(tokens.transpose(0, 1)).transpose(0, 1)
         return tokens
-
-    def pool(self, tokens: Tensor) -> Tensor:
-        """Give CLIP's image embedding of tokens that left the last block.
-
-        MVFA itself does not use it.
-
-        Args:
-            tokens: Tokens ``(B, L, D)`` after the whole tower.
-
-        Returns:
-            Embeddings ``(B, E)``, not normalised.
-        """
-        pooled: Tensor = self.ln_post(tokens[:, 0]) @ self.proj
-        return pooled

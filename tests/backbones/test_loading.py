@@ -4,7 +4,9 @@
 """Where the frozen CLIP comes from: file formats, sizes, and what is refused."""
 
 import json
+import pickle
 import warnings
+import zipfile
 from pathlib import Path
 
 import open_clip
@@ -15,6 +17,7 @@ from torch import nn
 
 from anomalib_mvfa.backbones import loading
 from anomalib_mvfa.backbones.loading import fingerprint, load_clip, read_state_dict, resolve_backbone
+from anomalib_mvfa.model.tower import FrozenTower
 
 CONFIG = {
     "embed_dim": 16,
@@ -124,6 +127,65 @@ def test_image_size_that_is_no_multiple_suggests_near_ones(size, near):
         resolve_backbone("ViT-B-16", image_size=size)
 
 
+def activations(config):
+    clip, _ = load_clip(config)
+    return {type(module).__name__ for module in clip.modules() if "GELU" in type(module).__name__}
+
+
+def test_activation_is_what_the_weights_were_trained_with(tmp_path, config_file, clip):
+    plain, archive = str(save(clip, tmp_path, "plain")), tmp_path / "archive"
+    archive.mkdir()
+    cases = {
+        ("ViT-B-16", "openai"): True,
+        ("ViT-B-16", None): True,
+        ("ViT-B-16", "laion2b_s34b_b88k"): False,
+        ("ViT-B-32-quickgelu", "laion400m_e32"): True,
+        ("tiny", None): False,
+        (config_file, plain): False,
+        # The same weights by tag and as the file of OpenAI that the tag stands for.
+        ("ViT-B-16", str(save(clip, archive, "torchscript"))): True,
+    }
+    for (backbone, weights), expected in cases.items():
+        assert resolve_backbone(backbone, weights).quick_gelu is expected, (backbone, weights)
+        assert resolve_backbone(backbone, weights, quick_gelu=not expected).quick_gelu is not expected
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps({**CONFIG, "quick_gelu": True}), encoding="utf-8")
+    assert activations(resolve_backbone(str(own), plain)) == {"QuickGELU"}
+    assert activations(resolve_backbone(str(own), plain, quick_gelu=False)) == {"GELU"}
+    assert activations(resolve_backbone(config_file, plain)) == {"GELU"}
+
+
+def test_published_tower_is_known_by_name_and_weights(tmp_path, clip):
+    file = str(save(clip, tmp_path, "plain"))
+    for weights in (None, "openai", "random", file):
+        assert resolve_backbone("ViT-L-14-336", weights).is_published
+        assert not resolve_backbone("ViT-L-14", weights).is_published
+    assert not resolve_backbone("ViT-L-14-336", "laion400m_e32").is_published
+    assert not resolve_backbone("tiny").is_published
+
+
+def test_mean_and_deviation_are_those_of_the_weights(tmp_path, clip):
+    openai, half = open_clip.constants.OPENAI_DATASET_MEAN, (0.5, 0.5, 0.5)
+    assert resolve_backbone("ViT-L-14", "openai").mean == openai
+    assert resolve_backbone("ViT-L-14", "laion2b_s32b_b82k").mean == half
+    file = str(save(clip, tmp_path, "plain"))
+    assert resolve_backbone("ViT-L-14", file).mean == openai  # its tags differ
+    assert resolve_backbone("ViT-L-14-CLIPA", file).mean == open_clip.constants.IMAGENET_MEAN  # its tags agree
+    own = tmp_path / "own.json"
+    own.write_text(
+        json.dumps({"model_cfg": CONFIG, "preprocess_cfg": {"mean": [0.1, 0.2, 0.3], "std": [1, 2, 4]}}),
+        encoding="utf-8",
+    )
+    config = resolve_backbone(str(own), file)
+    assert (config.mean, config.std) == ((0.1, 0.2, 0.3), (1, 2, 4))
+    tower = FrozenTower(load_clip(config)[0].visual, (1, 2), True, config.mean, config.std)
+    bare = FrozenTower(load_clip(config)[0].visual, (1, 2))
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    normalised = (image - torch.tensor(config.mean).view(3, 1, 1)) / torch.tensor(config.std).view(3, 1, 1)
+    assert torch.equal(tower.embed(image), bare.embed(normalised))
+    assert not torch.equal(tower.embed(image), bare.embed(image))
+
+
 def refuse_download(*_, **__):
     msg = "no network"
     raise OSError(msg)
@@ -176,6 +238,52 @@ def test_code_in_a_weights_file_is_not_executed(tmp_path):
     torch.save({"state_dict": Intruder(tmp_path / "executed")}, tmp_path / "a.pt")
     with pytest.raises(ValueError, match="could not be read as weights"):
         read_state_dict(tmp_path / "a.pt")
+    assert not (tmp_path / "executed").exists()
+
+
+class Writer(nn.Module):
+    """Scripted, its ``__setstate__`` runs while ``torch.jit.load`` reads it."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+        self.weight = torch.ones(2)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return image * self.weight
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[str, bool]:
+        return self.path, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, bool]) -> None:
+        self.path, self.training = state
+        self.weight = torch.zeros(2)
+        torch.save(self.weight, self.path)
+
+
+def test_code_in_a_scripted_archive_is_not_executed(tmp_path):
+    executed, path = tmp_path / "executed", tmp_path / "a.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(Writer(str(executed))), path)
+        torch.jit.load(path)
+    assert executed.exists()  # the archive does what it was made for
+    executed.unlink()
+    with pytest.raises(ValueError, match="could not be read as weights"):
+        read_state_dict(path)
+    assert not executed.exists()
+
+
+def test_global_of_python_in_a_scripted_archive_is_refused(tmp_path, clip):
+    path, changed = save(clip, tmp_path, "torchscript"), tmp_path / "changed.pt"
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(changed, "w") as target:
+        for name in source.namelist():
+            tree = pickle.dumps(Intruder(tmp_path / "executed"), protocol=2)
+            target.writestr(name, tree if name.endswith("/data.pkl") else source.read(name))
+    with pytest.raises(ValueError, match="could not be read as weights"):
+        read_state_dict(changed)
     assert not (tmp_path / "executed").exists()
 
 
