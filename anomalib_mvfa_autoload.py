@@ -3,8 +3,8 @@
 
 """Makes the stock ``anomalib`` command know MVFA.
 
-``import torch`` calls :func:`install` through the entry point group ``torch.backends``. It only puts an import hook in
-place; the package itself is imported when anomalib's models are. Programs without anomalib pay nothing, and a failure
+``import torch`` calls :func:`install` through the entry point group ``torch.backends``. It only installs an import
+hook; the package itself is imported when anomalib's models are. Programs without anomalib pay nothing, and a failure
 here becomes a warning.
 """
 
@@ -17,13 +17,13 @@ from types import ModuleType
 
 __all__ = ["install"]
 
-# All that our classes build on is there once the first was executed; torch is always imported before either.
+# All that our classes build on is imported once the first was executed; torch is always imported before either.
 MODELS = "anomalib.models.image"
 BENCHMARK = "anomalib.pipelines.benchmark.pipeline"
 
 
 class _RegisterAfterImport(importlib.abc.MetaPathFinder):
-    """Finds two of anomalib's modules as usual and adds what is ours once they were executed."""
+    """Finds two of anomalib's modules as usual and registers our classes once these modules were executed."""
 
     def find_spec(
         self,
@@ -33,9 +33,20 @@ class _RegisterAfterImport(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname not in (MODELS, BENCHMARK):
             return None
-        for finder in sys.meta_path:
-            if finder is self:
-                continue
+        try:
+            return self._find_spec(fullname, path, target)
+        except Exception as error:  # without a spec of ours the import goes on as if this finder was not there
+            _warn(error)
+            return None
+
+    def _find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None,
+        target: ModuleType | None,
+    ) -> importlib.machinery.ModuleSpec | None:
+        others = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
+        for finder in others:
             spec = finder.find_spec(fullname, path, target)
             if spec is not None:
                 if spec.loader is not None:
@@ -64,10 +75,14 @@ def _register(module: ModuleType) -> None:
 
             extend_benchmark(module.Benchmark)
     except Exception as error:
-        warnings.warn(f"anomalib-mvfa could not be registered with anomalib: {error!r}", stacklevel=2)
+        _warn(error)
+
+
+def _warn(error: Exception) -> None:
+    warnings.warn(f"anomalib-mvfa could not be registered with anomalib: {error!r}", stacklevel=3)
 
 
 def install() -> None:
-    """Put the import hook in place, once."""
+    """Install the import hook, once."""
     if not any(isinstance(finder, _RegisterAfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _RegisterAfterImport())

@@ -1,11 +1,11 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""What compression costs: AUROC on a folder of images, and the size of the file.
+"""The cost of compression: AUROC on a folder of images, and the size of the file.
 
     python -m benchmarks.openvino --root DIR --draws 5 --epochs 10
 
-``DIR`` holds ``normal``, ``abnormal`` and ``masks``. What compression gains is measured by ``benchmarks.inference``.
+``DIR`` holds ``normal``, ``abnormal`` and ``masks``. Its gain in speed is measured by ``benchmarks.inference``.
 """
 
 import argparse
@@ -35,12 +35,12 @@ KINDS = {"FP32": None, "FP16": CompressionType.FP16, "INT8": CompressionType.INT
 
 
 def size_of(model: Path) -> float:
-    """Give the size of an OpenVINO model in MB."""
+    """Return the size of an OpenVINO model in MB."""
     return sum(model.with_suffix(suffix).stat().st_size for suffix in (".xml", ".bin")) / 1e6
 
 
 def test_part(mvfa: MVFA, data: FewShot) -> tuple[Tensor, Tensor, Tensor]:
-    """Give the test images as the model reads them, labels and masks."""
+    """Return the test images as the model reads them, labels and masks."""
     items = [data.test_data[index] for index in range(len(data.test_data))]
     resize = EightBitResize(mvfa.model.image_size)
     images = torch.stack([resize(torch.as_tensor(item.image).as_subclass(Tensor)) for item in items])
@@ -63,7 +63,7 @@ def auroc(path: Path, images: Tensor, labels: Tensor, masks: Tensor) -> dict[str
 
 
 def quantise_plainly(path: Path, images: Tensor) -> Path:
-    """Quantise all of a model as NNCF does unless told otherwise, for comparison."""
+    """Quantise all of a model, as NNCF does by default, for comparison."""
     model = nncf.quantize(openvino.Core().read_model(path), nncf.Dataset(list(images.split(1)), Tensor.numpy))
     plain = path.with_name("plain.xml")
     openvino.save_model(model, plain, compress_to_fp16=False)
@@ -113,7 +113,7 @@ def print_table(rows: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def main() -> None:
-    """Measure, write the figures, print a table."""
+    """Measure, write the results, print a table."""
     parser = make_parser(__doc__, epochs=10)
     parser.add_argument("--output", type=Path, default=Path("results/openvino"))
     options = parser.parse_args()

@@ -60,6 +60,54 @@ def test_names_are_known_whatever_is_imported_first(first, tmp_path):
     assert done.stdout.split() == ["known"]
 
 
+OTHER_FINDERS = """
+import sys
+
+class WithoutFindSpec:  # as before Python 3.4; up to 3.11 they are asked by their old method
+    def find_module(self, name, path=None): return None
+
+class Loader:
+    __slots__ = ("inner",)
+    def __init__(self, inner): self.inner = inner
+    def create_module(self, spec): return self.inner.create_module(spec)
+    def exec_module(self, module): self.inner.exec_module(module)
+
+class Wrapping:  # its loaders take no attributes
+    def find_spec(self, name, path, target=None):
+        if name != "anomalib.models.image":
+            return None
+        later = sys.meta_path[sys.meta_path.index(self) + 1:]
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in later)))
+        spec.loader = Loader(spec.loader)
+        return spec
+
+class Refusing:
+    def find_spec(self, name, path, target=None):
+        if name == "anomalib.models.image":
+            raise ImportError("refused by a policy")
+"""
+
+
+def test_finders_without_find_spec_are_skipped(tmp_path):
+    done = python(f"{OTHER_FINDERS}\nsys.meta_path.insert(0, WithoutFindSpec())\nimport torch\n{KNOWN}", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["known"]
+
+
+@pytest.mark.parametrize(
+    ("finder", "imported", "reason"), [("Wrapping", "True", "AttributeError"), ("Refusing", "False", "ImportError")]
+)
+def test_other_finders_decide_as_without_the_plug_in(tmp_path, finder, imported, reason):
+    # anomalib.models turns the failed import of its models into a warning of its own.
+    code = "try:\n    import anomalib.models.image\nexcept ImportError as error:\n    print(error)\n"
+    loaded = "print('anomalib.models.image' in sys.modules, 'anomalib_mvfa' in sys.modules)"
+    done = python(f"{OTHER_FINDERS}\nsys.meta_path.insert(0, {finder}())\nimport torch\n{code}{loaded}", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].split() == [imported, "False"]
+    assert ("refused by a policy" in done.stdout) == (finder == "Refusing")
+    assert f"anomalib-mvfa could not be registered with anomalib: {reason}(" in done.stderr
+
+
 def test_broken_package_becomes_a_warning(tmp_path):
     package = tmp_path / "anomalib_mvfa"
     package.mkdir()

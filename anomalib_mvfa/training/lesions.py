@@ -5,8 +5,8 @@
 
 A lesion is an irregular, soft-edged outline placed inside the body, and a change of the image within it. There are four
 kinds of change: ``intensity`` (a brighter or darker blob, sometimes a ring), ``cutpaste`` (a piece of another normal
-image), ``texture`` (added grain, blur or sharpening) and ``deformation`` (tissue pushed outwards or drawn inwards). The
-mask follows the change that can be seen, not the outline that was drawn.
+image), ``texture`` (added grain, blur or sharpening) and ``deformation`` (tissue pushed outwards or pulled inwards).
+The mask covers the visible change, not the whole outline.
 
 The idea of training on such lesions is MediCLIP's (arXiv 2405.11315); local warps go back to foreign patch
 interpolation and its successors, pasted patches to CutPaste (arXiv 2104.04015).
@@ -14,6 +14,7 @@ interpolation and its successors, pasted patches to CutPaste (arXiv 2104.04015).
 
 import math
 from collections.abc import Callable, Sequence
+from hashlib import blake2b
 from typing import Any, NamedTuple
 
 import cv2
@@ -53,16 +54,16 @@ class Outline(NamedTuple):
 def estimate_body(image: Tensor) -> Tensor:
     """Separate the body (or tissue) from a flat background and from padding.
 
-    Otsu's threshold on the square root of the smoothed brightness, which keeps dark tissue; the side that the image's
-    corners lie on is the background. Small components are dropped and holes filled. Evenly black or white areas at the
+    Otsu's threshold on the square root of the smoothed brightness, which keeps dark tissue; the side with the image's
+    corners is the background. Small components are dropped and holes filled. Evenly black or white areas at the
     border, as a straightened retinal scan has them, are padding.
 
     Args:
         image: ``(3, H, W)`` in [0, 1], on the CPU.
 
     Returns:
-        Boolean ``(H, W)``. True everywhere if no flat background can be told from the body, or if what was found
-        covers less than 5 % of the image.
+        Boolean ``(H, W)``. True everywhere if there is no flat background, or if the body would cover less than 5 %
+        of the image.
     """
     foreground, content = _foreground(image), ~_padding(image)
     for body in (foreground & content, content):  # the foreground may be the padding
@@ -84,7 +85,7 @@ def _padding(image: Tensor) -> Tensor:
 
 
 def _foreground(image: Tensor) -> Tensor:
-    """Tell bright from dark and take the side that does not hold the corners; boolean ``(H, W)``."""
+    """Separate bright from dark and return the side without the corners; boolean ``(H, W)``."""
     brightness = image.mean(0).float().clamp(0, 1).sqrt().numpy()
     height, width = brightness.shape
     everywhere = torch.ones(height, width, dtype=torch.bool)
@@ -107,7 +108,7 @@ def _foreground(image: Tensor) -> Tensor:
 
 
 class LesionSynthesizer:
-    """Draw one lesion into a normal image and say where it is.
+    """Adds a synthetic lesion to a normal image and returns its mask.
 
     Args:
         kinds: The kinds to choose from, each equally likely. Defaults to ``LESION_KINDS``, all four.
@@ -150,10 +151,10 @@ class LesionSynthesizer:
         self.softness_range = softness_range
 
     def __call__(self, image: Tensor, generator: Generator, donor: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Draw a lesion of a random kind.
+        """Add a lesion of a random kind.
 
-        A lesion too faint or too small to be seen is drawn again, larger and stronger each time. Where a kind cannot be
-        seen at all (a warp of a flat image), an intensity lesion takes its place after a few tries.
+        A lesion too faint or too small to be visible is replaced by a larger and stronger one. Where a kind is never
+        visible (a warp of a flat image), an intensity lesion takes its place after a few tries.
 
         Args:
             image: ``(3, H, W)`` in [0, 1], on the CPU. It is not changed.
@@ -163,7 +164,7 @@ class LesionSynthesizer:
 
         Returns:
             The image with the lesion, float32 ``(3, H, W)`` in [0, 1], and its boolean mask ``(H, W)``, never empty.
-            Outside the mask the image is what it was. A grey image stays grey.
+            Outside the mask the image is unchanged. A grey image stays grey.
 
         Raises:
             ValueError: If the image or the donor is not ``(3, H, W)`` floating point in [0, 1].
@@ -200,29 +201,40 @@ class LesionSynthesizer:
                 kind, attempt = "intensity", 0
 
     def draw_on_half(self, images: Tensor, epoch: int, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw lesions on every second image of a batch, on the others in the next epoch.
+        """Add a lesion to every second image of a batch, and in the next epoch to the others.
+
+        The lesion of an image depends on the global seed (``seed_everything``), the epoch and the image alone, so that
+        it is the same after resuming and in any process. The piece for ``cutpaste`` comes from a neighbour in the batch
+        that has no lesion.
 
         Args:
-            images: Normal images ``(B, 3, H, W)`` in [0, 1]; they stay as they are.
+            images: Normal images ``(B, 3, H, W)`` in [0, 1]. They are not changed.
             epoch: Number of the epoch.
-            number: Number of the batch in the epoch. The same epoch and number give the same lesions.
+            number: Number of the batch in the epoch.
 
         Returns:
             Images, masks ``(B, H, W)`` and labels ``(B,)``, all on the device of the images.
         """
-        drawn = torch.as_tensor(images).as_subclass(Tensor).cpu().clone()
-        masks = torch.zeros(len(drawn), *drawn.shape[-2:], dtype=torch.bool)
-        labels = torch.zeros(len(drawn), dtype=torch.bool)
-        generator = Generator().manual_seed(hash((epoch, number)) % 2**63)
-        for index in range((epoch + number) % 2, len(drawn), 2):
-            donor = drawn[(index + 1) % len(drawn)]
-            drawn[index], masks[index] = self(drawn[index], generator, donor)
+        lesioned = torch.as_tensor(images).as_subclass(Tensor).cpu().clone()
+        masks = torch.zeros(len(lesioned), *lesioned.shape[-2:], dtype=torch.bool)
+        labels = torch.zeros(len(lesioned), dtype=torch.bool)
+        for index in range((epoch + number) % 2, len(lesioned), 2):
+            neighbour = index + 1 if index + 1 < len(lesioned) else index - 1
+            donor = lesioned[neighbour] if neighbour >= 0 else None
+            lesioned[index], masks[index] = self(lesioned[index], _generator(lesioned[index], epoch), donor)
             labels[index] = True
-        return drawn.to(images.device), masks.to(images.device), labels.to(images.device)
+        return lesioned.to(images.device), masks.to(images.device), labels.to(images.device)
+
+
+def _generator(image: Tensor, epoch: int) -> Generator:
+    """Make a generator that depends on the global seed, the epoch and the pixels of an image."""
+    digest = blake2b(f"{torch.initial_seed()} {epoch}".encode(), digest_size=8)
+    digest.update(image.float().contiguous().numpy().data)
+    return Generator().manual_seed(int.from_bytes(digest.digest(), "little", signed=True))
 
 
 def _intensity(image: Tensor, outline: Outline, contrast: float, donor: Tensor, generator: Generator) -> Tensor:
-    """Make the tissue brighter or darker, unevenly and with some of its texture lost; now and then only a ring."""
+    """Make the tissue brighter or darker, unevenly and with some of its texture lost; sometimes as a ring."""
     del donor
     profile = outline.alpha * (1 + 0.25 * _noise(image, outline.radius / 2, generator))
     if _uniform(0, 1, generator) < RING_PROBABILITY:
@@ -267,7 +279,7 @@ def _texture(image: Tensor, outline: Outline, contrast: float, donor: Tensor, ge
 
 
 def _deformation(image: Tensor, outline: Outline, contrast: float, donor: Tensor, generator: Generator) -> Tensor:
-    """Push the tissue away from the centre or draw it towards it."""
+    """Push the tissue away from the centre or pull it towards it."""
     del contrast, donor
     strength = _uniform(0.5, 0.9, generator) * (1 if _integer(2, generator) else -1)
     rows, columns = _offsets(image, outline.centre)
@@ -291,7 +303,7 @@ def _checked(image: Tensor, name: str) -> Tensor:
         raise ValueError(msg)
     low, high = image.aminmax()
     if not (low >= -GREY_LEVEL and high <= 1 + GREY_LEVEL):
-        msg = f"{name} must lie in [0, 1] without NaN; scale it before lesions are drawn."
+        msg = f"{name} must lie in [0, 1] without NaN; scale it before lesions are added."
         raise ValueError(msg)
     return image.float().clamp(0, 1)
 
@@ -342,7 +354,7 @@ def _depth(body: Tensor) -> Tensor:
 
 
 def _centre(depth: Tensor, radius: float, generator: Generator) -> tuple[int, int]:
-    """Draw a pixel that lies about a lesion radius inside the body, as far as the body is that thick."""
+    """Choose a pixel about a lesion radius inside the body, or as deep as the body allows."""
     deepest = float(depth.max())
     candidates = (depth >= min(radius + 0.1 * deepest, 0.7 * deepest)).nonzero()
     row, column = candidates[_integer(len(candidates), generator)].tolist()

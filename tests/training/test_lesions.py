@@ -1,12 +1,13 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Synthetic lesions: where they lie, what they change, and that the mask tells the truth."""
+"""Synthetic lesions: where they lie, what they change, that the mask is exact, and that the seed decides."""
 
 import math
 
 import pytest
 import torch
+from lightning import seed_everything
 from torch import Generator, Tensor
 
 from anomalib_mvfa.training.lesions import LESION_KINDS, LesionSynthesizer, estimate_body
@@ -142,14 +143,16 @@ def test_lesions_are_visible_at_56_pixels():
         assert 9 <= mask.sum() < 200
 
 
-def test_all_kinds_are_drawn_about_equally_often(monkeypatch):
-    drawn = []
-    for kind, draw in LESION_KINDS.items():
-        monkeypatch.setitem(LESION_KINDS, kind, lambda *args, kind=kind, draw=draw: drawn.append(kind) or draw(*args))
+def test_all_kinds_are_about_equally_frequent(monkeypatch):
+    chosen = []
+    for kind, alter in LESION_KINDS.items():
+        monkeypatch.setitem(
+            LESION_KINDS, kind, lambda *args, kind=kind, alter=alter: chosen.append(kind) or alter(*args)
+        )
     image, finished = slice_like(), []
     for seed in range(120):
         LesionSynthesizer()(image, seeded(seed))
-        finished.append(drawn[-1])
+        finished.append(chosen[-1])
     assert set(finished) == set(KINDS) == set(LESION_KINDS)
     assert all(finished.count(kind) >= 15 for kind in KINDS)
 
@@ -315,15 +318,66 @@ def test_interpolation_overshoot_is_clamped():
     assert image.max() - 1 == pytest.approx(0.001, rel=0.01)
 
 
-def test_every_second_image_of_a_batch_gets_a_lesion_and_the_others_in_the_next_epoch():
-    images = torch.rand(5, 3, 56, 56, generator=torch.Generator().manual_seed(5))
-    before = images.clone()
+@pytest.fixture
+def normals():
+    torch.manual_seed(11)
+    return torch.stack([slice_like(seed=seed) for seed in range(5)])
+
+
+def test_every_second_image_of_a_batch_gets_a_lesion_and_the_others_in_the_next_epoch(normals):
+    before = normals.clone()
     lesions = LesionSynthesizer()
-    drawn, masks, labels = lesions.draw_on_half(images, epoch=0, number=0)
+    lesioned, masks, labels = lesions.draw_on_half(normals, epoch=0, number=0)
     assert labels.tolist() == [True, False, True, False, True]
     assert masks.flatten(1).any(dim=1).tolist() == labels.tolist()
-    assert torch.equal(drawn[~labels], images[~labels])
-    assert all(not torch.equal(drawn[index], images[index]) for index in (0, 2, 4))
-    assert torch.equal(images, before)
-    assert lesions.draw_on_half(images, epoch=1, number=0)[2].tolist() == (~labels).tolist()
-    assert all(map(torch.equal, lesions.draw_on_half(images, epoch=0, number=0), (drawn, masks, labels)))
+    assert torch.equal(lesioned[~labels], normals[~labels])
+    assert all(not torch.equal(lesioned[index], normals[index]) for index in (0, 2, 4))
+    assert torch.equal(normals, before)
+    assert lesions.draw_on_half(normals, epoch=1, number=0)[2].tolist() == (~labels).tolist()
+    assert lesions.draw_on_half(normals, epoch=0, number=1)[2].tolist() == (~labels).tolist()
+
+
+def test_lesions_follow_the_global_seed(normals):
+    def lesioned(epoch=0):
+        return LesionSynthesizer().draw_on_half(normals, epoch, number=0)[0]
+
+    seed_everything(3)
+    first, in_epoch_2 = lesioned(), lesioned(2)
+    torch.rand(7)  # what else is drawn in a training has no influence
+    assert torch.equal(lesioned(), first)
+    assert not torch.equal(in_epoch_2, first)
+    state = torch.get_rng_state()
+    seed_everything(4)
+    other = lesioned()
+    assert all(not torch.equal(first[index], other[index]) for index in (0, 2, 4))
+    torch.set_rng_state(state)  # as a resumed training does
+    assert torch.equal(lesioned(), first)
+
+
+def test_lesion_of_an_image_does_not_depend_on_how_processes_share_the_images(normals):
+    lesions = LesionSynthesizer(["intensity", "texture", "deformation"])
+    whole, masks, _ = lesions.draw_on_half(normals, 0, number=0)
+    for index in (0, 2, 4):
+        alone, mask, _ = lesions.draw_on_half(normals[index : index + 1], 0, number=2 * index)
+        assert torch.equal(alone[0], whole[index])
+        assert torch.equal(mask[0], masks[index])
+
+
+def test_two_images_get_different_lesions(normals):
+    normals[2] = normals[0]
+    normals[2, :, 48, 48] += 0.01
+    _, masks, _ = LesionSynthesizer(["intensity"]).draw_on_half(normals, 0, number=0)
+    assert (masks[0] != masks[2]).sum() > 0.2 * masks[0].sum()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_pieces_come_from_images_without_a_lesion(normals, size, epoch, monkeypatch):
+    donors = []
+    cutpaste = LESION_KINDS["cutpaste"]
+    monkeypatch.setitem(LESION_KINDS, "cutpaste", lambda *args: donors.append(args[3]) or cutpaste(*args))
+    _, _, labels = LesionSynthesizer(["cutpaste"]).draw_on_half(normals[:size], epoch, number=0)
+    clean = normals[:size][~labels] if size > 1 else normals[:1]
+    assert bool(donors) == bool(labels.any())
+    for donor in donors:
+        assert any(torch.equal(donor, image) for image in clean)

@@ -241,7 +241,7 @@ def test_repository_is_named_by_owner_and_name(hub, mvfa, name):
         mvfa.push_to_hub(name, licence="mit")
 
 
-def test_model_card_tells_use_data_figures_and_limits(hub, mvfa):
+def test_model_card_states_use_data_results_and_limits(hub, mvfa):
     mvfa.history["training"] = {
         "data": "mri",
         "classes": ["Brain"],
@@ -259,18 +259,28 @@ def test_model_card_tells_use_data_figures_and_limits(hub, mvfa):
     mvfa.push_to_hub("me/brain", licence="cc-by-nc-sa-4.0")
     header, _, text = (hub / "me/brain/README.md").read_text(encoding="utf-8").removeprefix("---\n").partition("---\n")
     assert yaml.safe_load(header)["license"] == "cc-by-nc-sa-4.0"
-    for section in ("Intended use", "How to use", "Facts", "Figures", "Limits", "Not for clinical use"):
-        assert section in text
-    assert "--model.adapters hf-hub:me/brain" in text
-    assert "| Training set | mri |" in text
-    assert "| image_AUROC | 0.7123 |" in text
-    assert mvfa.model.fingerprint in text
+    for section in ("Intended use", "How to use", "Facts", "Results", "Limits"):
+        assert f"\n\n## {section}\n\n" in text
+    for line in (
+        "    anomalib test --model MVFA --model.adapters hf-hub:me/brain --data FewShot ...",
+        "| Training set | mri |",
+        "| Supports | 4 normal, as many abnormal unless lesions were synthetic |",
+        "| Synthetic lesions | no |",
+        "| Epochs, learning rate | 50, 0.001 |",
+        "Test part of mri, 144 images; nothing of the test set was used before.",
+        "| image_AUROC | 0.7123 |",
+    ):
+        assert line in text.splitlines(), text
+    assert f"(fingerprint {mvfa.model.fingerprint})" in text
+    assert "`residual=[0.8, 0.1, 0.1]`, " in text
+    assert "**Not for clinical use.**" in text
 
 
 def test_model_card_without_training_facts_says_unknown(hub, mvfa):
     mvfa.push_to_hub("me/brain", licence="mit")
     text = (hub / "me/brain/README.md").read_text(encoding="utf-8")
-    assert "| Training set | unknown |" in text
+    for name in ("Training set", "Supports", "Synthetic lesions", "Epochs, learning rate"):
+        assert f"| {name} | unknown |" in text
     assert "None were measured" in text
 
 
