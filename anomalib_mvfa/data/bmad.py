@@ -20,13 +20,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from anomalib.data import BMAD, AnomalibDataset
+from anomalib.data import BMAD
 from anomalib.data.utils import LabelName, Split, ValSplitMode
 from pandas import DataFrame
 
 from anomalib_mvfa.model.prompts import prompt_name, published_class_names
 
-from .checks import check_images, check_masks, enumerate_some
+from .checks import CheckedDataModule, check_masks, enumerate_some
+from .medical_dataset import MedicalDataset
 
 __all__ = ["BMADLayout", "MedicalBMAD", "available_sets", "find_layout", "read_samples"]
 
@@ -145,7 +146,7 @@ def read_samples(layout: BMADLayout) -> DataFrame:
     return samples
 
 
-class MedicalBMAD(BMAD):
+class MedicalBMAD(CheckedDataModule, BMAD):
     """BMAD datamodule that reads the published sets, and sets laid out like them, in every layout.
 
     The arguments are those of :class:`anomalib.data.BMAD`. ``root`` is the folder that holds the sets, or the folder of
@@ -214,15 +215,10 @@ class MedicalBMAD(BMAD):
                 )
                 raise FileNotFoundError(msg)
             self.val_data = _dataset(valid)
-        if _stage is not None:  # before training or testing; FewShot checks what it uses
-            parts = (getattr(self, f"{part}_data", None) for part in ("train", "val", "test"))
-            check_images(*filter(None, parts), num_workers=self.num_workers)
 
 
-def _dataset(samples: DataFrame) -> AnomalibDataset:
-    dataset = AnomalibDataset()
-    dataset.samples = samples
-    return dataset
+def _dataset(samples: DataFrame) -> MedicalDataset:
+    return MedicalDataset(samples.sort_values("image_path"))
 
 
 def _set_name(folder_name: str) -> str:

@@ -61,6 +61,7 @@ __all__ = [
     "read_pixels",
     "read_volume",
     "same_grid",
+    "series_key",
     "volume_slice",
     "write_volume",
 ]
@@ -227,3 +228,8 @@ def has_burned_in_text(path: str | Path) -> bool:
     BurnedInAnnotation decides where it is given; without it ultrasound images and secondary captures are suspected.
     """
     return is_dicom(path) and dicom_header(ImageRef(Path(path))).burned_in
+
+
+def series_key(path: str | Path) -> str | None:
+    """Return the SeriesInstanceUID of a DICOM file; ``None`` for one without, and for other files."""
+    return (dicom_header(ImageRef(Path(path))).series or None) if is_dicom(path) else None
