@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-__all__ = ["ReportedBatch", "ReportingDataset", "prepare_processes", "report_and_read_ahead"]
+__all__ = ["ReportedBatch", "ReportingDataset", "prepare_processes", "read_ahead"]
 
 logger = logging.getLogger(__name__)
 
@@ -95,20 +95,29 @@ class ReportingDataset(Dataset[ImageItem]):
         """Read one image, or report why it cannot be read."""
         path = Path(self.source.image_filenames[index])
         try:
-            with Image.open(path) as image:
-                wide = image.mode in {"I", "F"} or image.mode.startswith("I;")
-            item = None if wide else self.source[index]
+            _refuse_wide(path)
+            item = self.source[index]
         except Exception as error:  # Pillow raises many kinds on damaged files
             reason = _why_unreadable(path, error)
-        else:
-            reason = "has more than 8 bits a pixel; --data MedicalFolder --data.path FOLDER reads it" if wide else ""
-        if item is None or reason:
             return ImageItem(image=torch.zeros(3, 1, 1), image_path=str(path), explanation=reason)
         item.explanation = ""
         return item
 
 
+class _WideImageError(ValueError):
+    """An image of more than 8 bits, which anomalib would clip to white."""
+
+
+def _refuse_wide(path: Path) -> None:
+    with Image.open(path) as image:
+        if image.mode in {"I", "F"} or image.mode.startswith("I;"):
+            msg = "has more than 8 bits a pixel; --data MedicalFolder --data.path FOLDER reads it"
+            raise _WideImageError(msg)
+
+
 def _why_unreadable(path: Path, error: Exception) -> str:
+    if isinstance(error, _WideImageError):
+        return str(error)
     if isinstance(error, PermissionError):
         return "permission denied"
     if not path.is_file():
@@ -118,7 +127,7 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     return "truncated, damaged or not an image"
 
 
-def report_and_read_ahead(loader: Any) -> Any:  # noqa: ANN401 - any loader
+def read_ahead(loader: Any) -> Any:  # noqa: ANN401 - any loader
     """Report unreadable images of a plain folder, and let other processes read while the model computes.
 
     anomalib's loader for them reads one after the other. Other loaders are returned as they are; none reads ahead where
@@ -181,7 +190,7 @@ def _process_loader(trainer: Trainer, process: Callable[[object], object], loade
                 raise ValueError(msg)
             sampler.total_size = count
             sampler.num_samples = len(range(sampler.rank, count, sampler.num_replicas))
-    return process(report_and_read_ahead(loader) if trainer.predicting else loader)
+    return process(read_ahead(loader) if trainer.predicting else loader)
 
 
 def _share_folder(trainer: Trainer) -> None:

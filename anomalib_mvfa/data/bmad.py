@@ -28,6 +28,7 @@ from anomalib_mvfa.model.prompts import prompt_name, published_class_names
 
 from .checks import CheckedDataModule, check_masks, enumerate_some
 from .medical_dataset import MedicalDataset
+from .readers import ImageRef
 
 __all__ = ["BMADLayout", "MedicalBMAD", "available_sets", "find_layout", "read_samples"]
 
@@ -205,8 +206,8 @@ class MedicalBMAD(CheckedDataModule, BMAD):
             )
             raise FileNotFoundError(msg)
         self.support_pool = valid
-        self.train_data = _dataset(train)
-        self.test_data = _dataset(samples[samples["split"] == Split.TEST.value])
+        self.train_data = read_set(train, layout)
+        self.test_data = read_set(samples[samples["split"] == Split.TEST.value], layout)
         if self.val_split_mode == ValSplitMode.FROM_DIR:
             if valid.empty:
                 msg = (
@@ -214,11 +215,12 @@ class MedicalBMAD(CheckedDataModule, BMAD):
                     f"{_contents(layout.folder)} Add the split, or pass another val_split_mode, such as 'from_test'."
                 )
                 raise FileNotFoundError(msg)
-            self.val_data = _dataset(valid)
+            self.val_data = read_set(valid, layout)
 
 
-def _dataset(samples: DataFrame) -> MedicalDataset:
-    return MedicalDataset(samples.sort_values("image_path"))
+def read_set(samples: DataFrame, layout: BMADLayout) -> MedicalDataset:
+    """Return the data set of some samples of a set, in the order of their paths."""
+    return MedicalDataset(samples.sort_values("image_path"), like=ImageRef(layout.folder, root=layout.folder))
 
 
 def _set_name(folder_name: str) -> str:

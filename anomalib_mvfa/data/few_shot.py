@@ -5,6 +5,7 @@
 
 import copy
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -304,13 +305,14 @@ class FewShot(CheckedDataModule):
             where = getattr(source, "root", None)
             msg = f"{type(source).__name__}{f' at {where}' if where else ''} could not be read: {error}"
             raise ValueError(msg) from error
-        val = getattr(source, "val_data", None)
-        train, test = read_by_us(source.train_data), read_by_us(source.test_data)
-        parts = (train, None if val is None else read_by_us(val), test)
-        for part in parts if self.group_by else ():
+        found = [getattr(source, f"{name}_data", None) for name in ("train", "val", "test")]
+        files = [path for part in found if part is not None for path in part.samples["image_path"]]
+        root = Path(os.path.commonpath([Path(path).parent for path in files]) if files else "")
+        train, val, test = (None if part is None else read_by_us(part, root) for part in found)
+        for part in (train, val, test) if self.group_by else ():
             if part is not None:
                 part._samples = self._grouped(part.samples)
-        return parts
+        return train, val, test  # type: ignore[return-value]  # every source has a training and a test part
 
     def _grouped(self, samples: pd.DataFrame) -> pd.DataFrame:
         """Return samples with the groups that the pattern of file names defines."""

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from anomalib_mvfa.model.prompts import prompt_name
 
-from .bmad import available_sets, find_layout, read_samples
+from .bmad import available_sets, find_layout, read_samples, read_set
 from .checks import CheckedDataModule
 from .duplicates import drop_copies
 from .groups import parse_pattern, pattern_groups, split_groups
@@ -194,11 +194,12 @@ class LeaveOneOut(CheckedDataModule):
         return others
 
     def _setup(self, _stage: str | None = None) -> None:
-        target = read_samples(find_layout(self.root, self.target))
+        layout = find_layout(self.root, self.target)
+        target = self._grouped(self.target, read_samples(layout))
         pool = pd.concat([self._pool_of(name) for name in self._training_sets()], ignore_index=True)
         pool = pool.iloc[drop_copies(pool, target, "training", f"images of {self.target}")]
         test = target[target["split"] == Split.TEST.value]
-        self.test_data = MedicalDataset(test.sort_values("image_path"))
+        self.test_data = read_set(test, layout)
         if self.val_split_mode == ValSplitMode.FROM_TRAIN:
             parts = pd.concat([self._hold_out(rows) for _, rows in pool.groupby("set")])
             held_out = parts.reindex(pool.index) == Split.VAL.value
@@ -207,7 +208,7 @@ class LeaveOneOut(CheckedDataModule):
         elif self.val_split_mode != ValSplitMode.NONE:
             from_dir = self.val_split_mode == ValSplitMode.FROM_DIR
             rows = target[target["split"] == Split.VAL.value] if from_dir else test
-            self.val_data = MedicalDataset(rows.sort_values("image_path"))
+            self.val_data = read_set(rows, layout)
         self.train_data = SetsDataset(pool)
         counts = pool.groupby("set").size()
         logger.info(
@@ -231,14 +232,16 @@ class LeaveOneOut(CheckedDataModule):
                 "training needs. Add them, or leave the set out with sets."
             )
             raise ValueError(msg)
+        samples = self._grouped(name, samples)
+        return samples.assign(set=name, class_name=prompt_name(name), has_mask=layout.mask_folder is not None)
+
+    def _grouped(self, name: str, samples: pd.DataFrame) -> pd.DataFrame:
+        """Return the samples of a set with a column ``group``, by default a group for each image."""
         pattern = self.group_by if isinstance(self.group_by, str) else (self.group_by or {}).get(name)
         groups = pattern_groups(samples["image_path"], pattern) if pattern else samples["image_path"]
-        return samples.assign(
-            set=name,
-            class_name=prompt_name(name),
-            has_mask=layout.mask_folder is not None,
-            group=[f"{name}/{group}" for group in groups],
-        )
+        grouped = samples.assign(group=[f"{name}/{group}" for group in groups])
+        grouped.attrs = samples.attrs
+        return grouped
 
     def _hold_out(self, samples: pd.DataFrame) -> pd.Series:
         """Return the part of each training image of a set."""

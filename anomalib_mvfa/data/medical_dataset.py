@@ -152,14 +152,14 @@ class MedicalDataset(AnomalibDataset):
         return self.ref(image_path).name
 
 
-def read_by_us(dataset: AnomalibDataset) -> AnomalibDataset:
+def read_by_us(dataset: AnomalibDataset, root: Path) -> AnomalibDataset:
     """Return a data set that reads images in anomalib's default way, such as ``Folder``'s, with our readers instead.
 
     These read 8-bit files alike, files of more bits by their percentiles, and JPEG masks without their blurred edges.
-    Data sets with a way of reading of their own are returned as they are.
+    Data sets with a way of reading of their own are returned as they are. Names of outputs are relative to ``root``.
     """
     if type(dataset).__getitem__ is not AnomalibDataset.__getitem__:
         return dataset
-    own = MedicalDataset(dataset.samples)
+    own = MedicalDataset(dataset.samples, like=ImageRef(root, root=root))
     own.augmentations = dataset.augmentations
     return own

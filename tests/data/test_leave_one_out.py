@@ -127,7 +127,7 @@ def test_slices_of_one_patient_are_held_out_together(root):
         ]
         assert not patients[0] & patients[1]
         assert len(patients[1]) == 1  # a fifth of five
-    with pytest.raises(ValueError, match=r"does not match the names of 20 of 20 images: .*Chest"):
+    with pytest.raises(ValueError, match=r"does not match the names of 32 of 32 images: .*Brain"):
         leave_out(root, group_by=r"(?P<patient>\d+)_\d+")
 
 

@@ -638,6 +638,81 @@ def test_rows_outside_the_folder_write_nothing_outside_the_results(tmp_path, pre
     assert names >= {"in.png", "out.png", "v_slice000.png", "v_anomaly.nii.gz", "predictions.csv"}
 
 
+def read_table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_prediction_summarises_each_series_and_each_volume(predicted):
+    _, folder, scans = predicted
+    table = {path: row["group"] for path, row in rows(folder).items()}
+    volume = {table[f"{scans}/b/volume.nii.gz#{index}"] for index in range(4)}
+    series = {table[str(scans / f"series/{name}.dcm")] for name in "xyz"}
+    assert len(volume) == len(series) == 1
+    assert len(set(table.values())) == 5 + 2
+    summary = {row["group"]: row for row in read_table(folder / "predictions_by_group.csv")}
+    assert list(next(iter(summary.values()))) == [
+        "group", "score", "mean_of_highest_3", "label", "abnormal_images", "images", "unreadable_images"
+    ]  # fmt: skip
+    for group, row in summary.items():
+        scores = sorted(float(image["score"]) for image in rows(folder).values() if image["group"] == group)[::-1]
+        assert int(row["images"]) == len(scores)
+        assert float(row["score"]) == pytest.approx(scores[0], rel=1e-6)
+        assert float(row["mean_of_highest_3"]) == pytest.approx(np.mean(scores[:3]), rel=1e-6)
+        assert row["label"] == row["abnormal_images"] == ""  # an untrained model has no threshold
+
+
+def test_groups_with_unreadable_images_say_so(tmp_path, predict, trained):
+    _, checkpoint = trained
+    for index in range(3):
+        write_dicom(tmp_path / f"scans/a/{index}.dcm", body(index, lesion=index > 0))
+    write_dicom(tmp_path / "scans/b/0.dcm", body(5))
+    cut = tmp_path / "scans/a/1.dcm"
+    cut.write_bytes(cut.read_bytes()[:-500])
+    cut = write_dicom(tmp_path / "scans/c/0.dcm", body(6))
+    cut.write_bytes(cut.read_bytes()[:-500])
+    model = MVFA.load_from_checkpoint(checkpoint)
+    _, folder = predict(MedicalFolder(tmp_path / "scans", num_workers=0, group_by="folder"), model)
+    table = rows(folder)
+    first, _, third = read_table(folder / "predictions_by_group.csv")
+    assert (first["images"], first["unreadable_images"]) == ("3", "1")
+    labels = [row["label"] for path, row in table.items() if "/a/" in path]
+    assert labels.count("") == 1
+    assert int(first["abnormal_images"]) == sum(label == "1" for label in labels)
+    assert first["label"] == max(labels)
+    assert [third[name] for name in ("score", "label", "abnormal_images", "unreadable_images")] == ["", "", "", "1"]
+
+
+def test_images_without_groups_have_neither_column_nor_summary(tmp_path, predict):
+    for index in range(3):
+        write_picture(tmp_path / f"scans/{index}.png", body(index))
+    _, folder = predict(MedicalFolder(tmp_path / "scans", num_workers=0))
+    assert "group" not in next(iter(rows(folder).values()))
+    assert not (folder / "predictions_by_group.csv").exists()
+
+
+def test_test_measures_patients_besides_images(trained, patients, tmp_path):
+    from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
+
+    _, checkpoint = trained
+    engine = Engine(accelerator="cpu", default_root_dir=tmp_path / "results", logger=False, enable_progress_bar=False)
+    datamodule = MedicalFolder(patients, group_by="patient", intensity="soft_tissue", **FOLDERS)
+    (metrics,) = engine.test(MVFA.load_from_checkpoint(checkpoint), datamodule=datamodule)
+    folder = Path(engine.trainer.default_root_dir) / "images"
+    summary = read_table(folder / "predictions_by_group.csv")
+    assert len(summary) == len(set(datamodule.test_data.samples["group"])) == 6
+    truths = [int(row["true_label"]) for row in summary]
+    assert sum(truths) == 4
+    scores, labels = [float(row["score"]) for row in summary], [int(row["label"]) for row in summary]
+    assert metrics["group_AUROC"] == pytest.approx(roc_auc_score(truths, scores))
+    assert metrics["group_AUPR"] == pytest.approx(average_precision_score(truths, scores))
+    assert metrics["group_F1Score"] == pytest.approx(f1_score(truths, labels))
+    for row in summary:
+        images = [image for image in rows(folder).values() if image["group"] == row["group"]]
+        assert row["true_label"] == max(image["true_label"] for image in images)
+        assert int(row["abnormal_images"]) == sum(image["label"] == "1" for image in images)
+
+
 def test_name_of_the_data_is_never_that_of_a_folder(tmp_path):
     assert MedicalFolder(tmp_path / "Zuckerkandl_Emil").name == "Prediction"
     assert MedicalFolder(tmp_path / "Zuckerkandl_Emil", "normal").name == "MedicalFolder"

@@ -97,7 +97,7 @@ def _header(path: Path, stamp: tuple[int, int], max_pixels: int) -> Header:
     with suppress(UnreadableImageError), unreadable(path, "geometry"):
         place = _place(header, header)
     frames = tuple(range(count))
-    with suppress(UnreadableImageError), unreadable(path, "geometry of the frames"):
+    with suppress(UnreadableImageError), unreadable(path, "geometry"):
         places = [
             _place(_group(header, frame, "PlaneOrientationSequence"), _group(header, frame, "PlanePositionSequence"))
             for frame in frames

@@ -33,7 +33,6 @@ from .intensity import IntensityRule, limits, refuse_dicom_rule, scale
 # A slice of a volume is empty when nothing in it rises above this fraction of the foreground level (99.5th percentile).
 _EMPTY_FRACTION = 0.01
 _GRID_TOLERANCE = 0.25  # of the smallest edge of a voxel
-_DAMAGED = "truncated or damaged volume, or one without an orientation"
 
 Affine = NDArray[np.float64]
 
@@ -73,7 +72,7 @@ def _load(
 ) -> tuple[NDArray[np.float32], Affine]:
     del stamp
     nibabel = optional("nibabel")
-    with unreadable(path, _DAMAGED):
+    with unreadable(path, "truncated or damaged volume, or one without an orientation"):
         shape, affine, load = _open(path)
         count = math.prod(shape[3:])
         if count != 1 and volume is None:
@@ -266,7 +265,7 @@ def _grid(path: Path) -> tuple[tuple[int, ...], Affine]:
     """Return the shape ``(X, Y, Z)`` and the affine that :func:`read_volume` would return."""
     nibabel = optional("nibabel")
     file_kind(path)
-    with unreadable(path, _DAMAGED):
+    with unreadable(path, "truncated or damaged volume, or one without an orientation"):
         shape, affine, _ = _open(path)
         orientation = nibabel.io_orientation(affine)
         canonical = affine @ nibabel.orientations.inv_ornt_aff(orientation, shape[:3])
