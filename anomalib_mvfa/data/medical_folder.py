@@ -136,9 +136,9 @@ class MedicalFolder(CheckedDataModule):
     def __init__(
         self,
         path: str | Path,
-        normal_dir: str | None = None,
-        abnormal_dir: str | None = None,
-        mask_dir: str | None = None,
+        normal_dir: str | Path | None = None,
+        abnormal_dir: str | Path | None = None,
+        mask_dir: str | Path | None = None,
         image_list: str | Path | None = None,
         group_by: str | None = None,
         train_abnormal: bool = False,

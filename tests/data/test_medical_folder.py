@@ -6,6 +6,7 @@
 import csv
 import logging
 import sys
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -717,6 +718,25 @@ def test_name_of_the_data_is_never_that_of_a_folder(tmp_path):
     assert MedicalFolder(tmp_path / "Zuckerkandl_Emil").name == "Prediction"
     assert MedicalFolder(tmp_path / "Zuckerkandl_Emil", "normal").name == "MedicalFolder"
     assert MedicalFolder(tmp_path / "Zuckerkandl_Emil", name="heads").name == "heads"
+
+
+def test_folders_named_after_patients_reach_no_file_of_a_training(tmp_path, patients):
+    root = patients.rename(tmp_path / "Zuckerkandl_Emil")
+    names = {"normal_dir": "Semmelweis_Ignaz", "abnormal_dir": "Billroth_T", "mask_dir": "Rokitansky_K"}
+    for name, folder in names.items():
+        (root / FOLDERS[name]).rename(root / folder)
+    source = MedicalFolder(root, group_by="patient", num_workers=0, **names)
+    model, _ = fitted(FewShot(source, k_shot=1), tmp_path)
+    model.save_adapters(tmp_path / "results" / "a.safetensors")
+    files = [path for path in (tmp_path / "results").rglob("*") if path.is_file()]
+    assert {"run.json", "model.ckpt", "a.safetensors"} <= {path.name for path in files}
+    for path in files:
+        said = str(path.relative_to(tmp_path)) + path.read_bytes().decode("latin-1")
+        if path.suffix == ".ckpt":
+            with zipfile.ZipFile(path) as archive:
+                said += "".join(archive.read(name).decode("latin-1") for name in archive.namelist())
+        for name in ("Zuckerkandl_Emil", *names.values()):
+            assert name not in said, path
 
 
 def test_burned_in_text_brings_one_warning_and_can_be_blacked_out(tmp_path, predict, caplog):
