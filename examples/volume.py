@@ -18,7 +18,7 @@ from anomalib_mvfa.demo.phantoms import draw_phantom
 
 
 def write_volume(path: Path, lesion: str | None, seed: int) -> None:
-    """Stack drawn slices into a volume with voxels of 1 x 1 x 3 mm."""
+    """Stack generated slices into a volume with voxels of 1 x 1 x 3 mm."""
     slices = [draw_phantom("brain_mri", 112, lesion, np.random.default_rng((seed, z))).image[..., 0] for z in range(4)]
     path.parent.mkdir(parents=True, exist_ok=True)
     nibabel.save(nibabel.Nifti1Image(np.stack(slices, axis=-1).astype(np.float32), np.diag([1, 1, 3, 1])), path)
@@ -29,7 +29,7 @@ for number in range(4):
     write_volume(root / "normal" / f"{number}.nii.gz", None, number)
 write_volume(root / "new" / "case.nii.gz", "random", 9)
 
-# No abnormal image: lesions are drawn on half of what is shown in training. Volumes are never torn apart.
+# No abnormal image: half of what is shown in training gets a synthetic lesion. Volumes are never split.
 training = MedicalFolder(root, normal_dir="normal", num_workers=0, eval_batch_size=4, train_batch_size=4, seed=0)
 model = MVFA(backbone="tiny", class_name="brain MRI", threshold="fpr", target_fpr=0.1)
 engine = Engine(max_epochs=2, check_val_every_n_epoch=2, enable_progress_bar=False)

@@ -23,7 +23,15 @@ from PIL import Image
 
 from anomalib_mvfa import MVFA
 from anomalib_mvfa.data import MedicalFolder
-from anomalib_mvfa.data.readers import ImageRef, IntensityRule, UnreadableImageError, read_image, read_mask
+from anomalib_mvfa.data.readers import (
+    ImageRef,
+    IntensityRule,
+    UnreadableImageError,
+    list_images,
+    read_image,
+    read_mask,
+    read_volume,
+)
 from anomalib_mvfa.data.support_lists import read_support_list, write_support_list
 from anomalib_mvfa.model.fusion import Fusion
 from anomalib_mvfa.model.prompts import class_prompts, prompt_name
@@ -32,6 +40,7 @@ from anomalib_mvfa.weights.adapter_files import load_adapters
 nibabel = pytest.importorskip("nibabel")
 pydicom = pytest.importorskip("pydicom")
 SIDE = 24
+EXAMPLES = 60
 
 
 def raster(suffix: str, mode: str = "L", **options: object) -> bytes:
@@ -203,6 +212,170 @@ def test_training_lists_what_cannot_be_used_in_one_error(folder, engine, small_b
     for name in ("huge.nii", "text.png", "all_nan.nii", "dicom_no_pixels.dcm", "cut_00000_png.png"):
         assert f"{name}: " in message
     assert "mode_RGB.png" not in message
+
+
+# Generated files, against values computed here from the definitions
+
+
+@st.composite
+def dicom_cases(draw):
+    """Draw attributes and pixels of a grey DICOM image of one or more frames."""
+    allocated = draw(st.sampled_from([8, 16, 32]))
+    stored = draw(st.integers(2, allocated))
+    signed = draw(st.booleans())
+    low, high = (-(2 ** (stored - 1)), 2 ** (stored - 1) - 1) if signed else (0, 2**stored - 1)
+    shape = (draw(st.integers(1, 3)), draw(st.integers(2, 7)), draw(st.integers(2, 7)))
+    dtype = np.dtype(f"{'i' if signed else 'u'}{allocated // 8}")
+    pixels = draw(arrays.arrays(dtype, shape, elements=st.integers(low, high)))
+    syntaxes = ["ImplicitVRLittleEndian", "ExplicitVRLittleEndian", "DeflatedExplicitVRLittleEndian"]
+    if allocated - 8 < stored <= 16:  # pydicom encodes too few segments otherwise
+        syntaxes.append("RLELossless")
+    return {
+        "pixels": pixels,
+        "stored": stored,
+        "rescale": draw(st.sampled_from([None, (1, -1024), (2, 0), (0.5, 10)])),
+        "window": draw(st.sampled_from([None, (40, 80), (30.5, 1), (-600, 1500), (2**15, 2**16)])),
+        "function": draw(st.sampled_from([None, "LINEAR", "LINEAR_EXACT", "SIGMOID"])),
+        "inverted": draw(st.booleans()),
+        "padding": draw(st.sampled_from([None, int(pixels.flat[0])])) if allocated == 16 else None,
+        "syntax": draw(st.sampled_from(syntaxes)),
+    }
+
+
+def write_case(path: Path, case: dict) -> None:
+    pixels = case["pixels"]
+    dataset = pydicom.Dataset()
+    dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    compress = case["syntax"] == "RLELossless"
+    syntax = "ExplicitVRLittleEndian" if compress else case["syntax"]
+    dataset.file_meta.TransferSyntaxUID = getattr(pydicom.uid, syntax)
+    dataset.SOPClassUID, dataset.SOPInstanceUID = pydicom.uid.CTImageStorage, "1.2.3"
+    dataset.NumberOfFrames, dataset.Rows, dataset.Columns = pixels.shape
+    dataset.BitsAllocated, dataset.BitsStored = 8 * pixels.itemsize, case["stored"]
+    dataset.HighBit = case["stored"] - 1
+    dataset.SamplesPerPixel, dataset.PixelRepresentation = 1, int(pixels.dtype.kind == "i")
+    dataset.PhotometricInterpretation = "MONOCHROME1" if case["inverted"] else "MONOCHROME2"
+    if case["rescale"]:
+        dataset.RescaleSlope, dataset.RescaleIntercept = case["rescale"]
+    if case["window"]:
+        dataset.WindowCenter, dataset.WindowWidth = case["window"]
+    if case["function"]:
+        dataset.VOILUTFunction = case["function"]
+    if case["padding"] is not None:  # as US whatever the sign of the pixels, as some scanners do
+        dataset.add_new("PixelPaddingValue", "US", case["padding"] % 2**16)
+    data = pixels.tobytes()
+    dataset.PixelData = data + b"\0" * (len(data) % 2)
+    dataset["PixelData"].VR = "OB" if pixels.itemsize == 1 else "OW"
+    if compress:
+        dataset.compress(pydicom.uid.RLELossless, generate_instance_uid=False)
+    pydicom.dcmwrite(path, dataset, enforce_file_format=True)
+
+
+def expected_image(case: dict, frame: int) -> np.ndarray:
+    slope, intercept = case["rescale"] or (1, 0)
+    values = case["pixels"].astype(np.float64) * slope + intercept
+    shown = np.ones(values.shape, bool) if case["padding"] is None else case["pixels"] != case["padding"]
+    if case["window"]:
+        centre, width = case["window"]
+        if case["function"] == "SIGMOID":
+            grey = 1 / (1 + np.exp(np.clip(-4 * (values - centre) / width, -100, 100)))
+        else:
+            if case["function"] != "LINEAR_EXACT" and width > 1:
+                centre, width = centre - 0.5, width - 1
+            grey = ((values - centre) / width + 0.5).clip(0, 1)
+    elif case["pixels"].dtype == np.uint8 and case["rescale"] is None:
+        grey = values / (2 ** case["stored"] - 1)
+    else:
+        kept = values[shown] if shown.any() else values
+        low, high = np.percentile(kept, (0.5, 99.5))
+        low, high = (low, high) if low < high else (kept.min(), kept.max())
+        grey = ((values - low) / (high - low)).clip(0, 1) if low < high else np.zeros(values.shape)
+    return np.where(shown, 1 - grey if case["inverted"] else grey, 0)[frame]
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+@given(case=dicom_cases())
+def test_generated_dicom_images_have_the_pixels_of_the_standard(tmp_path, case):
+    path = tmp_path / "a.dcm"
+    path.unlink(missing_ok=True)
+    write_case(path, case)
+    refs = list_images(path)
+    assert len(refs) == len(case["pixels"])
+    for frame, ref in enumerate(refs):
+        image = read_image(ref)
+        np.testing.assert_allclose(image[0], expected_image(case, frame), atol=2e-5)
+        assert torch.equal(image[0], image[2])
+
+
+@st.composite
+def volume_cases(draw):
+    dtype = draw(st.sampled_from(["u1", "i1", "u2", "i2", "i4", "u4", "f4", "f8", "<i2", ">i2", ">f4"]))
+    shape = tuple(draw(st.integers(1, 5)) for _ in range(draw(st.sampled_from([2, 3, 3, 4]))))
+    data = draw(arrays.arrays(np.dtype(dtype), shape, elements=st.integers(-100 if dtype[-2] in "if" else 0, 100)))
+    flips = draw(st.permutations(range(3)))
+    signs = draw(st.tuples(*[st.sampled_from([-1, 1])] * 3))
+    return (
+        data,
+        flips,
+        signs,
+        draw(st.sampled_from([(1, 0), (2.5, -7)])),
+        draw(st.sampled_from(["nii", "nii.gz", "hdr"])),
+    )
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+@given(case=volume_cases())
+def test_generated_volumes_have_the_voxels_that_nibabel_reads(tmp_path, case):
+    data, axes, signs, (slope, intercept), suffix = case
+    affine = np.eye(4)
+    affine[:3, :3] = (np.diag(signs) * [1.5, 2, 3])[:, list(axes)]
+    image = nibabel.Nifti1Pair(data, affine) if suffix == "hdr" else nibabel.Nifti1Image(data, affine)
+    if slope != 1:
+        image.header.set_slope_inter(slope, intercept)
+    path = tmp_path / f"a.{suffix}"
+    nibabel.save(image, path)
+    count = int(np.prod(data.shape[3:]))
+    if count > 1:
+        with pytest.raises(UnreadableImageError, match=f"holds {count} volumes"):
+            read_volume(path)
+    read = nibabel.load(path).get_fdata().reshape(*data.shape[:3], *(1,) * (3 - data.ndim), -1)
+    for number in range(count):
+        whole = nibabel.as_closest_canonical(nibabel.Nifti1Image(read[..., number], affine))
+        voxels, to_mm = read_volume(path, volume=number)
+        np.testing.assert_allclose(voxels, whole.get_fdata(), rtol=1e-6)
+        np.testing.assert_allclose(to_mm, whole.affine, atol=1e-5)
+        centre = ImageRef(path, voxels.shape[1] // 2, axis=1, volume=number)
+        shown = read_image(centre, [0, 200])[0]
+        np.testing.assert_allclose(
+            shown, ((voxels[:, centre.frame, :].T[::-1, ::-1] + 100) / 200).clip(0, 1), atol=1e-5
+        )
+
+
+def shipped_files() -> list[Path]:
+    """The files that pydicom and nibabel test themselves with."""
+    folders = [Path(pydicom.__file__).parent / "data" / "test_files", Path(nibabel.__file__).parent / "tests" / "data"]
+    return [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".py"]
+
+
+def test_the_libraries_own_test_files_are_images_or_named_errors():
+    read = refused = 0
+    for path in shipped_files():
+        try:
+            refs = list_images(path)
+        except ValueError as error:
+            assert str(path) in str(error)  # noqa: PT017
+            continue
+        for ref in refs[:3]:
+            try:
+                image = read_image(ref)
+            except UnreadableImageError as error:
+                assert error.path == path  # noqa: PT017
+                refused += 1
+            else:
+                assert 0 <= float(image.min()) <= float(image.max()) <= 1
+                read += 1
+    assert read > 90
+    assert refused > 10
 
 
 # Properties

@@ -40,7 +40,7 @@ def messages(tree: ast.Module) -> Iterator[str]:
             ):
                 yield from template(value)
             case (
-                ast.Call(func=ast.Name(id="UnreadableImageError" | "_unreadable"), args=[_, value])
+                ast.Call(func=ast.Name(id="UnreadableImageError" | "unreadable"), args=[_, value])
                 | ast.Call(func=ast.Attribute(attr="warning" | "error" | "_tell"), args=[value, *_])
             ):
                 yield from template(value)

@@ -1,46 +1,102 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""How images are read: with the grey levels of the training, ahead of the model, past files that cannot be read."""
+"""How images are loaded: ahead of the model, past files that cannot be read, and shared among processes."""
 
 import logging
 import multiprocessing
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from anomalib.data import ImageBatch, ImageItem, PredictDataset
+from anomalib.data.utils import LabelName
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
-from torch.utils.data import DataLoader, DistributedSampler
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-__all__ = ["ReportingDataset", "prepare_processes", "read_ahead", "withhold"]
+__all__ = ["ReportedBatch", "ReportingDataset", "prepare_processes", "read_ahead"]
 
 logger = logging.getLogger(__name__)
 
 MAX_READERS = 4
 
 
-class ReportingDataset(PredictDataset):
-    """anomalib's dataset of a folder, in which a file that cannot be read does not end the prediction.
+@dataclass
+class ReportedBatch(ImageBatch):
+    """A batch whose images with an ``explanation`` could not be read, and have no prediction, whoever sets one.
 
-    Such a file becomes a black image whose ``explanation`` is the reason; the other explanations are empty.
+    Their scores and maps are NaN, their labels ``LabelName.UNKNOWN`` (-1, so that ``pred_label`` is of integers where
+    there is such an image), their masks empty. Their items have ``None`` for label and mask.
     """
 
-    @classmethod
-    def adopt(cls, dataset: Any) -> None:  # noqa: ANN401 - any dataset
-        """Turn a dataset of anomalib into one of these; leave others alone."""
-        if type(dataset) is PredictDataset:
-            dataset.__class__ = cls
+    item_class = ImageItem
+
+    def _withhold(self, values: Tensor | None, fill: float) -> Tensor | None:
+        unread = torch.tensor([bool(reason) for reason in self.__dict__.get("explanation") or ()], dtype=torch.bool)
+        if values is None or not unread.any():
+            return values
+        return values.masked_fill(unread.to(values.device).view(-1, *(1,) * (values.ndim - 1)), fill)
+
+    def validate_pred_score(self, pred_score: Tensor | None) -> Tensor | None:  # type: ignore[override]
+        """Validate scores ``(B,)``, and set those of unreadable images to NaN."""
+        return self._withhold(ImageBatch.validate_pred_score(pred_score), torch.nan)
+
+    def validate_anomaly_map(self, anomaly_map: Tensor | None) -> Tensor | None:  # type: ignore[override]
+        """Validate maps ``(B, H, W)``, and set those of unreadable images to NaN."""
+        return self._withhold(ImageBatch.validate_anomaly_map(anomaly_map), torch.nan)
+
+    def validate_pred_label(self, pred_label: Tensor | None) -> Tensor | None:  # type: ignore[override]
+        """Validate labels ``(B,)``, and set those of unreadable images to -1."""
+        labels: Tensor | None = ImageBatch.validate_pred_label(pred_label)
+        if labels is None or not any(self.__dict__.get("explanation") or ()):
+            return labels
+        return self._withhold(labels.to(torch.int8), LabelName.UNKNOWN.value)
+
+    @property
+    def items(self) -> list[ImageItem]:
+        """The items; those of unreadable images have neither label nor mask."""
+        items: list[ImageItem] = super().items
+        for item in items:
+            if item.explanation:
+                item.pred_label = item.pred_mask = None
+        return items
+
+
+class ReportingDataset(Dataset[ImageItem]):
+    """anomalib's data set of a folder, in which a file that cannot be read does not end the prediction.
+
+    Such a file becomes a black image whose ``explanation`` is the reason; the other explanations are empty.
+
+    Args:
+        source: The data set of anomalib.
+    """
+
+    collate_fn = staticmethod(ReportedBatch.collate)
+
+    def __init__(self, source: PredictDataset) -> None:
+        self.source = source
+
+    @property
+    def image_paths(self) -> list[str]:
+        """The ``image_path`` of every item."""
+        return [str(path) for path in self.source.image_filenames]
+
+    def __len__(self) -> int:
+        return len(self.source)
 
     def __getitem__(self, index: int) -> ImageItem:
         """Read one image, or report why it cannot be read."""
-        path = Path(self.image_filenames[index])
+        path = Path(self.source.image_filenames[index])
         try:
-            item = super().__getitem__(index)
+            _refuse_wide(path)
+            item = self.source[index]
         except Exception as error:  # Pillow raises many kinds on damaged files
             reason = _why_unreadable(path, error)
             return ImageItem(image=torch.zeros(3, 1, 1), image_path=str(path), explanation=reason)
@@ -48,7 +104,20 @@ class ReportingDataset(PredictDataset):
         return item
 
 
+class _WideImageError(ValueError):
+    """An image of more than 8 bits, which anomalib would clip to white."""
+
+
+def _refuse_wide(path: Path) -> None:
+    with Image.open(path) as image:
+        if image.mode in {"I", "F"} or image.mode.startswith("I;"):
+            msg = "has more than 8 bits a pixel; --data MedicalFolder --data.path FOLDER reads it"
+            raise _WideImageError(msg)
+
+
 def _why_unreadable(path: Path, error: Exception) -> str:
+    if isinstance(error, _WideImageError):
+        return str(error)
     if isinstance(error, PermissionError):
         return "permission denied"
     if not path.is_file():
@@ -58,26 +127,11 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     return "truncated, damaged or not an image"
 
 
-def withhold(batch: ImageBatch) -> None:
-    """Replace the predictions of images that could not be read by NaN, in place.
-
-    Args:
-        batch: Predictions. Images with an ``explanation`` are those that could not be read.
-    """
-    unread = torch.tensor([bool(reason) for reason in batch.explanation or [""] * len(batch)])
-    for name in ("pred_score", "anomaly_map"):
-        values = getattr(batch, name)
-        if values is not None and unread.any():
-            values = values.clone()
-            values[unread.to(values.device)] = torch.nan
-            setattr(batch, name, values)
-
-
 def read_ahead(loader: Any) -> Any:  # noqa: ANN401 - any loader
-    """Let other processes read the images of a plain folder while the model computes.
+    """Report unreadable images of a plain folder, and let other processes read while the model computes.
 
-    anomalib's loader for them reads one after the other. Loaders that have readers, and other data sets, stay as they
-    are; so do all where starting a process would import everything anew.
+    anomalib's loader for them reads one after the other. Other loaders are returned as they are; none reads ahead where
+    starting a process would import everything anew.
 
     Args:
         loader: Any loader.
@@ -85,16 +139,17 @@ def read_ahead(loader: Any) -> Any:  # noqa: ANN401 - any loader
     Returns:
         A loader of the same batches.
     """
-    if type(loader) is not DataLoader or not isinstance(loader.dataset, PredictDataset) or loader.num_workers:
+    if type(loader) is not DataLoader or type(loader.dataset) is not PredictDataset:
         return loader
     readers = min(MAX_READERS, (os.cpu_count() or 1) - 1, len(loader.dataset))
-    if multiprocessing.get_start_method() != "fork" or readers < 1:
-        return loader
+    if multiprocessing.get_start_method() != "fork":
+        readers = 0
+    dataset = ReportingDataset(loader.dataset)
     return DataLoader(
-        loader.dataset,
+        dataset,
         batch_sampler=loader.batch_sampler,  # numbers the images, for Lightning
-        collate_fn=loader.collate_fn,
-        num_workers=readers,
+        collate_fn=dataset.collate_fn,
+        num_workers=loader.num_workers or readers,
         pin_memory=loader.pin_memory,
     )
 
@@ -120,10 +175,7 @@ def prepare_processes(trainer: Trainer) -> None:
 
 
 def _process_loader(trainer: Trainer, process: Callable[[object], object], loader: object) -> object:
-    """Deal the images of an evaluation out without repeating any, and start a resumed training in its epoch's order.
-
-    Images of a plain folder are read ahead, and those that cannot be read are reported.
-    """
+    """Share the images of an evaluation without repeating any, and start a resumed training in its epoch's order."""
     sampler = getattr(loader, "sampler", None)
     if isinstance(sampler, DistributedSampler):
         if sampler.shuffle or trainer.training:
@@ -138,10 +190,7 @@ def _process_loader(trainer: Trainer, process: Callable[[object], object], loade
                 raise ValueError(msg)
             sampler.total_size = count
             sampler.num_samples = len(range(sampler.rank, count, sampler.num_replicas))
-    if trainer.predicting:
-        ReportingDataset.adopt(getattr(loader, "dataset", None))
-        loader = read_ahead(loader)
-    return process(loader)
+    return process(read_ahead(loader) if trainer.predicting else loader)
 
 
 def _share_folder(trainer: Trainer) -> None:

@@ -20,13 +20,15 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from anomalib.data import BMAD, AnomalibDataset
+from anomalib.data import BMAD
 from anomalib.data.utils import LabelName, Split, ValSplitMode
 from pandas import DataFrame
 
 from anomalib_mvfa.model.prompts import prompt_name, published_class_names
 
-from .checks import check_images, check_masks, enumerate_some
+from .checks import CheckedDataModule, check_masks, enumerate_some
+from .medical_dataset import MedicalDataset
+from .readers import ImageRef
 
 __all__ = ["BMADLayout", "MedicalBMAD", "available_sets", "find_layout", "read_samples"]
 
@@ -145,7 +147,7 @@ def read_samples(layout: BMADLayout) -> DataFrame:
     return samples
 
 
-class MedicalBMAD(BMAD):
+class MedicalBMAD(CheckedDataModule, BMAD):
     """BMAD datamodule that reads the published sets, and sets laid out like them, in every layout.
 
     The arguments are those of :class:`anomalib.data.BMAD`. ``root`` is the folder that holds the sets, or the folder of
@@ -204,8 +206,8 @@ class MedicalBMAD(BMAD):
             )
             raise FileNotFoundError(msg)
         self.support_pool = valid
-        self.train_data = _dataset(train)
-        self.test_data = _dataset(samples[samples["split"] == Split.TEST.value])
+        self.train_data = read_set(train, layout)
+        self.test_data = read_set(samples[samples["split"] == Split.TEST.value], layout)
         if self.val_split_mode == ValSplitMode.FROM_DIR:
             if valid.empty:
                 msg = (
@@ -213,16 +215,12 @@ class MedicalBMAD(BMAD):
                     f"{_contents(layout.folder)} Add the split, or pass another val_split_mode, such as 'from_test'."
                 )
                 raise FileNotFoundError(msg)
-            self.val_data = _dataset(valid)
-        if _stage is not None:  # before training or testing; FewShot checks what it uses
-            parts = (getattr(self, f"{part}_data", None) for part in ("train", "val", "test"))
-            check_images(*filter(None, parts), num_workers=self.num_workers)
+            self.val_data = read_set(valid, layout)
 
 
-def _dataset(samples: DataFrame) -> AnomalibDataset:
-    dataset = AnomalibDataset()
-    dataset.samples = samples
-    return dataset
+def read_set(samples: DataFrame, layout: BMADLayout) -> MedicalDataset:
+    """Return the data set of some samples of a set, in the order of their paths."""
+    return MedicalDataset(samples.sort_values("image_path"), like=ImageRef(layout.folder, root=layout.folder))
 
 
 def _set_name(folder_name: str) -> str:

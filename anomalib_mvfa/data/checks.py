@@ -4,24 +4,57 @@
 """Checks of data sets that come before any training."""
 
 import copy
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from anomalib.data import AnomalibDataset
+from anomalib.data import AnomalibDataModule, AnomalibDataset
 from anomalib.data.utils import LabelName
+from lightning.pytorch.trainer.states import TrainerFn
 from pandas import DataFrame
 from PIL import Image
 from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
-from .readers import UnreadableImageError, is_volume, read_image, read_mask
+from .readers import JPEG_SUFFIXES, UnreadableImageError, is_volume, read_image, read_mask
 
-__all__ = ["check_images", "check_masks", "enumerate_some"]
+__all__ = ["CheckedDataModule", "check_images", "check_masks", "enumerate_some"]
 
+logger = logging.getLogger(__name__)
+
+CHECKED_PARTS = {
+    TrainerFn.FITTING: ("train", "val", "test"),  # a damaged test image is not to be found after hours of training
+    TrainerFn.VALIDATING: ("val",),
+    TrainerFn.TESTING: ("test",),
+}
 PROGRESS_FROM = 200  # files; fewer are read before a bar could be followed
 _READABLE: set[tuple[object, ...]] = set()  # what this process has found in order, by the files' time and size
+
+
+class CheckedDataModule(AnomalibDataModule):
+    """A datamodule that reads every image of a stage once before it begins, each time one begins."""
+
+    def setup(self, stage: str | None = None) -> None:
+        """List the images; before training, validation and testing also read each that will be used once.
+
+        Args:
+            stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``; ``None`` lists only.
+
+        Raises:
+            FileNotFoundError: If a file or folder does not exist.
+            ValueError: If images cannot be used or do not suffice.
+            ImportError: If the reader of a format that is there is not installed.
+        """
+        super().setup(stage)
+        names = next((names for fn, names in CHECKED_PARTS.items() if stage == fn), ())
+        parts = (self._checked_part(name) for name in names)
+        check_images(*(part for part in parts if part is not None), num_workers=self.num_workers)
+
+    def _checked_part(self, name: str) -> AnomalibDataset | None:
+        """Return the data set of a part, ``None`` if there is none."""
+        return getattr(self, f"{name}_data", None)
 
 
 def check_images(*parts: AnomalibDataset, num_workers: int = 0) -> None:
@@ -40,6 +73,13 @@ def check_images(*parts: AnomalibDataset, num_workers: int = 0) -> None:
             lacks a mask in a set that has masks. The message lists every file with its reason.
     """
     units = [unit for part in parts for unit in _units(part)]
+    paths = {path for part in parts for path in part.samples.get("mask_path", ()) if isinstance(path, str)}
+    masks = [path for path in paths if path.lower().endswith(JPEG_SUFFIXES)]
+    if masks:
+        logger.warning(
+            "%d masks are JPEG files, whose edges are blurred: values above half count as lesion. Save masks as PNG.",
+            len(masks),
+        )
     loader: DataLoader[list[str]] = DataLoader(
         _Reading(units),
         batch_size=None,
@@ -73,7 +113,8 @@ def _units(part: AnomalibDataset) -> list[_Unit]:
         files.setdefault(paths, []).append(position)
     units = []
     for paths, positions in files.items():
-        key = (type(part), str(getattr(part, "rule", "")), part.samples.attrs.get("task"), *map(_stamp, paths))
+        how = [str(getattr(part, name, "")) for name in ("rule", "like")]
+        key = (type(part), *how, part.samples.attrs.get("task"), *map(_stamp, paths))
         if key not in _READABLE:
             units.append((reading, positions[:1] if is_volume(paths[0]) else positions, key))
     return units
@@ -102,7 +143,7 @@ class _Reading(Dataset[list[str]]):
 
 
 def _problem(part: AnomalibDataset, position: int) -> str | None:
-    """Read one image with its mask and tell what is wrong, or return ``None``."""
+    """Read one image with its mask and return what is wrong, or ``None``."""
     row = part.samples.iloc[position]
     image_path, mask_path = row["image_path"], row.get("mask_path") or ""
     abnormal = row["label_index"] == LabelName.ABNORMAL.value
@@ -118,7 +159,7 @@ def _problem(part: AnomalibDataset, position: int) -> str | None:
 
 
 def _reason(image_path: str, mask_path: str | None) -> str | None:
-    """Find out with the readers of this package why an image or its mask cannot be read."""
+    """Return why an image or its mask cannot be read, according to the readers of this package."""
     try:
         read_image(image_path)
         if mask_path == "":
@@ -133,7 +174,7 @@ def _reason(image_path: str, mask_path: str | None) -> str | None:
 
 
 def size_difference(mask: Sequence[int], image: Sequence[int]) -> str:
-    """Word that a mask ``(..., H, W)`` has another size than its image ``(..., H, W)``."""
+    """Return a message that a mask ``(..., H, W)`` has another size than its image ``(..., H, W)``."""
     return (
         f"this mask is {mask[-1]}x{mask[-2]} (width x height), its image {image[-1]}x{image[-2]}; "
         "resample it onto the image, nearest neighbour"
@@ -181,6 +222,6 @@ def check_masks(samples: DataFrame) -> None:
 
 
 def enumerate_some(items: Sequence[str], limit: int) -> str:
-    """Name the first items and count the others."""
+    """Return the first items, and the number of the others."""
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(items[:limit]) + more

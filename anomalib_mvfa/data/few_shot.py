@@ -5,6 +5,7 @@
 
 import copy
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ from anomalib_mvfa.model.prompts import prompt_name
 from anomalib_mvfa.training.lesions import LesionSynthesizer
 
 from .augmentation import NUM_VERSIONS, support_version, support_versions
-from .checks import check_images
+from .checks import CheckedDataModule
 from .duplicates import drop_copies
+from .groups import parse_pattern, pattern_groups
+from .medical_dataset import read_by_us
 from .sampling import EpochSampler
 from .support_lists import find_support, read_support_list
 
@@ -41,7 +44,7 @@ class SupportDataset(AnomalibDataset):
 
     Args:
         normal: Rows of the normal supports, in their order.
-        abnormal: Rows of the abnormal supports, in their order. Without any, lesions are drawn on the normal ones.
+        abnormal: Rows of the abnormal supports, in their order. Without any, the normal ones get synthetic lesions.
         task: ``"segmentation"`` when the supports have masks, otherwise ``"classification"``.
         seed: Seed of the synthetic lesions.
         source: Data set that reads the images in its own way. Defaults to anomalib's.
@@ -80,7 +83,7 @@ class SupportDataset(AnomalibDataset):
 
     @property
     def has_anomalous(self) -> bool:
-        """Always: real ones or normal supports with a lesion drawn in."""
+        """Always: real ones or normal supports with a synthetic lesion."""
         return True
 
     @property
@@ -89,17 +92,17 @@ class SupportDataset(AnomalibDataset):
         return "Support"
 
     def __len__(self) -> int:
-        """Count eleven versions of each, half of them abnormal when lesions are drawn."""
+        """Return eleven times the number of supports, half of them abnormal when lesions are synthetic."""
         return NUM_VERSIONS * ((self.num_abnormal or self.num_normal) + self.num_normal)
 
     def support(self, index: int) -> ImageItem:
-        """Give a support unchanged, abnormal ones first."""
+        """Return a support unchanged, abnormal ones first."""
         if index not in self._cache:
             self._cache[index] = self.images[index]  # type: ignore[assignment]
         return self._cache[index]
 
     def __getitem__(self, index: int) -> ImageItem:
-        """Give one version: all versions of the abnormal block, then of the normal block."""
+        """Return one version: all versions of the abnormal block, then of the normal block."""
         block = self.num_abnormal or self.num_normal
         abnormal = index < NUM_VERSIONS * block
         if abnormal:
@@ -125,14 +128,15 @@ class SupportDataset(AnomalibDataset):
         )
 
 
-class FewShot(AnomalibDataModule):
-    """Keeps k normal and k abnormal supports of any anomalib datamodule for training.
+class FewShot(CheckedDataModule):
+    r"""Keeps k normal and k abnormal supports of any anomalib datamodule for training.
 
-    Training batches are the eleven versions of each support. Supports, files with the same content, and other images of
-    their groups where the samples of the source have a column ``group``, are taken out of validation and test. What is
-    used is read once before, and all files that cannot be used are listed in one error. Normal supports come from the
-    training images; abnormal ones from the validation part (of the sets of BMAD: from their ``valid`` split), or from
-    the test part when that is all there is, which then is said in the log.
+    Training batches are the eleven versions of each support. Supports, images with the same pixels, and other images of
+    their groups where groups are known, are taken out of validation and test. Supports come from different groups as
+    far as there are enough. Data sets that are read in anomalib's default way, such as ``Folder``'s, are read by our
+    readers. Before training, validation and testing what is used is read once, and all files that cannot be used are
+    listed in one error. Normal supports come from the training images; abnormal ones from the validation part (of the
+    sets of BMAD: from their ``valid`` split), or, with a warning, from the test part where that is all there is.
 
     Args:
         source: The datamodule to draw from, or its ``class_path`` and ``init_args`` as a mapping. Its splits get the
@@ -143,9 +147,11 @@ class FewShot(AnomalibDataModule):
             ``valid`` split; ``k_shot`` and ``seed`` are then not used.
         draw: Which draw of the file.
         abnormal_source: ``"auto"`` as described above, ``"validation"``, ``"test"``, or ``"synthetic"``: no abnormal
-            image is used, lesions are drawn on the normal supports.
+            image is used, the normal supports get synthetic lesions.
+        group_by: Regular expression whose first group is the part of a file name that all images of a patient share,
+            such as ``"(?P<patient>\d+)_\d+"``. By default the groups are those of the source, if it has any.
         shuffle: Whether to shuffle the training images in each epoch. The order depends on seed and epoch alone.
-        train_batch_size: Images a training step; the released code can only do one.
+        train_batch_size: Images per training step; the released code can only do one.
 
     Raises:
         ValueError: In ``setup``, if there are fewer images than shots, or the source cannot be read.
@@ -165,6 +171,7 @@ class FewShot(AnomalibDataModule):
         support_list: str | Path | None = None,
         draw: int = 0,
         abnormal_source: str = "auto",
+        group_by: str | None = None,
         shuffle: bool = True,
         train_batch_size: int = 1,
     ) -> None:
@@ -179,6 +186,8 @@ class FewShot(AnomalibDataModule):
         if abnormal_source not in ABNORMAL_SOURCES:
             msg = f"abnormal_source must be one of {', '.join(ABNORMAL_SOURCES)}, got '{abnormal_source}'."
             raise ValueError(msg)
+        if group_by is not None:
+            parse_pattern(group_by)
         super().__init__(
             train_batch_size=train_batch_size,
             eval_batch_size=source.eval_batch_size,
@@ -194,6 +203,7 @@ class FewShot(AnomalibDataModule):
         self.support_list = support_list
         self.draw = draw
         self.abnormal_source = abnormal_source
+        self.group_by = group_by
         self.shuffle = shuffle
 
     @property
@@ -217,14 +227,14 @@ class FewShot(AnomalibDataModule):
         return own or (prompt_name(self.category) if self.category else None)
 
     def episodes(self, count: int) -> list["FewShot"]:
-        """Make several draws of supports from the same source, for a mean and its spread.
+        """Return several draws of supports from the same source, for a mean and its spread.
 
         Args:
             count: Number of draws. Their seeds count up from ``seed``; with a support list, the draws of the file
                 count up from ``draw``.
 
         Returns:
-            One datamodule a draw. They share the source, whose splits are the same for all.
+            One datamodule per draw. They share the source, whose splits are the same for all.
         """
         listed = self.support_list is not None
         return [
@@ -235,6 +245,7 @@ class FewShot(AnomalibDataModule):
                 support_list=self.support_list,
                 draw=self.draw + (number if listed else 0),
                 abnormal_source=self.abnormal_source,
+                group_by=self.group_by,
                 shuffle=self.shuffle,
                 train_batch_size=self.train_batch_size,
             )
@@ -270,22 +281,21 @@ class FewShot(AnomalibDataModule):
         synthetic = abnormal.empty
         task = "segmentation" if synthetic else str(test.samples.attrs["task"])
         self.train_data = SupportDataset(normal, abnormal, task, seed=self.seed or 0, source=train)
-        used = (part for part in (self.train_data.images, val, test) if part is not None)
-        check_images(*used, num_workers=self.num_workers)
-        self.test_data = test.subsample(drop_copies(test.samples, supports, "test", "supports"))
+        like = getattr(test, "like", None)
+        self.test_data = test.subsample(drop_copies(test.samples, supports, "test", "supports", like))
         if val is not None:
-            keep = drop_copies(val.samples, supports, "validation", "supports")
+            keep = drop_copies(val.samples, supports, "validation", "supports", like)
             self.val_data = val.subsample(keep)
         logger.info(
             "Supports: %d normal, %s; %d validation and %d test images remain.",
             len(normal),
-            "lesions are drawn on them" if synthetic else f"{len(abnormal)} abnormal",
+            "with synthetic lesions" if synthetic else f"{len(abnormal)} abnormal",
             0 if val is None else len(self.val_data),
             len(self.test_data),
         )
 
     def _source_parts(self) -> tuple[AnomalibDataset, AnomalibDataset | None, AnomalibDataset]:
-        """Set the source up and give its train, validation and test parts."""
+        """Set up the source and return its train, validation and test parts."""
         source = self.source
         if source.seed is None:
             source.seed = 0
@@ -295,7 +305,24 @@ class FewShot(AnomalibDataModule):
             where = getattr(source, "root", None)
             msg = f"{type(source).__name__}{f' at {where}' if where else ''} could not be read: {error}"
             raise ValueError(msg) from error
-        return source.train_data, getattr(source, "val_data", None), source.test_data
+        found = [getattr(source, f"{name}_data", None) for name in ("train", "val", "test")]
+        files = [path for part in found if part is not None for path in part.samples["image_path"]]
+        root = Path(os.path.commonpath([Path(path).parent for path in files]) if files else "")
+        train, val, test = (None if part is None else read_by_us(part, root) for part in found)
+        for part in (train, val, test) if self.group_by else ():
+            if part is not None:
+                part._samples = self._grouped(part.samples)
+        return train, val, test  # type: ignore[return-value]  # every source has a training and a test part
+
+    def _grouped(self, samples: pd.DataFrame) -> pd.DataFrame:
+        """Return samples with the groups that the pattern of file names defines."""
+        grouped = samples.assign(group=pattern_groups(samples["image_path"], str(self.group_by)))
+        grouped.attrs = samples.attrs
+        return grouped
+
+    def _checked_part(self, name: str) -> AnomalibDataset | None:
+        part = super()._checked_part(name)
+        return part.images if isinstance(part, SupportDataset) else part
 
     def _create_test_split(self) -> None:
         """The source has split already."""
@@ -313,6 +340,8 @@ class FewShot(AnomalibDataModule):
         parts = [part.samples for part in (val, train, test) if part is not None]
         # Sets that keep a split for supports and validation are asked for it: the validation part may be another one.
         support_pool: pd.DataFrame | None = getattr(self.source, "support_pool", None)
+        if support_pool is not None and self.group_by:
+            support_pool = self._grouped(support_pool)
         if self.support_list is not None:
             pool = pd.concat(parts).drop_duplicates("image_path", ignore_index=True)
             return self._listed_supports(pool if support_pool is None else support_pool)
@@ -348,7 +377,17 @@ class FewShot(AnomalibDataModule):
             msg += ", or set abnormal_source to 'test' or 'synthetic'." if kind == "abnormal" else ", or add images."
             raise ValueError(msg)
         order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(self.seed or 0))
-        return candidates.iloc[order[: self.k_shot].tolist()]
+        drawn = candidates.iloc[order.tolist()]
+        if "group" in drawn:  # one of each group before a second of any
+            drawn = drawn.iloc[drawn.groupby("group").cumcount().argsort(kind="stable")]
+            if drawn["group"].nunique() < self.k_shot:
+                logger.warning(
+                    "The %d %s supports come from %d groups (patients, series or files) alone: there are no more.",
+                    self.k_shot,
+                    kind,
+                    drawn["group"].nunique(),
+                )
+        return drawn.iloc[: self.k_shot]
 
     def _listed_supports(self, pool: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Find the supports that a list names."""
@@ -361,7 +400,7 @@ class FewShot(AnomalibDataModule):
         return found[0], found[1]
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Give the training images: in this process, since the decoded supports are kept."""
+        """Return the training images, read in this process, which keeps the decoded supports."""
         replicas, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         sampler = EpochSampler(
             self.train_data,
@@ -378,7 +417,7 @@ class FewShot(AnomalibDataModule):
         )
 
     def val_dataloader(self) -> EVAL_DATALOADERS:
-        """Give the validation images without the supports; nothing if the source has no validation part."""
+        """Return the validation images without the supports; nothing if the source has no validation part."""
         return super().val_dataloader() if hasattr(self, "val_data") and len(self.val_data) else []
 
 

@@ -12,18 +12,19 @@ from typing import Any
 
 import pandas as pd
 import torch
-from anomalib.data import AnomalibDataModule, AnomalibDataset, ImageBatch, ImageItem
-from anomalib.data.utils import LabelName, Split, TestSplitMode, ValSplitMode, read_image, read_mask
+from anomalib.data import ImageBatch, ImageItem
+from anomalib.data.utils import LabelName, Split, TestSplitMode, ValSplitMode
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchvision.tv_tensors import Mask
 
 from anomalib_mvfa.model.prompts import prompt_name
 
-from .bmad import available_sets, find_layout, read_samples
-from .checks import check_images
+from .bmad import available_sets, find_layout, read_samples, read_set
+from .checks import CheckedDataModule
 from .duplicates import drop_copies
+from .groups import parse_pattern, pattern_groups, split_groups
+from .medical_dataset import MedicalDataset
 from .sampling import BalancedSampler, EpochSampler
 
 __all__ = ["LeaveOneOut", "SetBatch", "SetItem"]
@@ -61,7 +62,7 @@ class SetBatch(ImageBatch):
     has_mask: Tensor | None = None
 
 
-class SetsDataset(AnomalibDataset):
+class SetsDataset(MedicalDataset):
     """Images of several sets, those of sets without masks with an empty one.
 
     Args:
@@ -71,8 +72,7 @@ class SetsDataset(AnomalibDataset):
     epoch = 0
 
     def __init__(self, samples: pd.DataFrame) -> None:
-        super().__init__()
-        self.samples = samples
+        super().__init__(samples.sort_values("image_path"))
         self.samples.attrs["task"] = "segmentation" if samples["has_mask"].any() else "classification"
 
     @property
@@ -81,32 +81,18 @@ class SetsDataset(AnomalibDataset):
         return SetBatch.collate
 
     def __getitem__(self, index: int) -> SetItem:
-        """Read one image, at the size that the model reads once the trainer has told it."""
+        """Read one image, with the prompts' name and whether its set has masks."""
         row = self.samples.iloc[index]
-        image = read_image(row["image_path"], as_tensor=True)
-        mask = None
-        if self.samples.attrs["task"] == "segmentation":
-            empty = Mask(torch.zeros(image.shape[-2:], dtype=torch.uint8))
-            mask = read_mask(row["mask_path"], as_tensor=True) if row["mask_path"] else empty
-        if self.augmentations:
-            image, mask = self.augmentations(image, mask)
-        return SetItem(
-            image=image,
-            gt_mask=mask,
-            gt_label=torch.tensor(row["label_index"]),
-            image_path=row["image_path"],
-            mask_path=row["mask_path"],
-            class_name=row["class_name"],
-            has_mask=torch.tensor(bool(row["has_mask"])),
-        )
+        item = super().__getitem__(index)
+        return SetItem(**vars(item), class_name=row["class_name"], has_mask=torch.tensor(bool(row["has_mask"])))
 
 
-class LeaveOneOut(AnomalibDataModule):
-    """Zero-shot across sets: the adapters learn from all sets but the target.
+class LeaveOneOut(CheckedDataModule):
+    r"""Zero-shot across sets: the adapters learn from all sets but the target.
 
     The sets lie under ``root`` in any of the layouts that :mod:`~anomalib_mvfa.data.bmad` reads. Batches mix sets; each
     image meets the prompts of its own set, and images of sets without masks train the detection adapters only. No image
-    of the target, and no file with the same content, is in training; this is checked. Every image is read once before,
+    of the target, and none with the same pixels, is in training; this is checked. Every image is read once before,
     and all files that cannot be used are listed in one error.
 
     Args:
@@ -118,9 +104,13 @@ class LeaveOneOut(AnomalibDataModule):
         val_split_mode: Where thresholds come from. ``"from_train"`` (default) holds a part of the training images
             out, so that nothing of the target is used; ``"from_dir"`` takes the target's ``valid`` split,
             ``"same_as_test"`` its test split, as in the published choice of the epoch; ``"none"`` goes without.
-        val_split_ratio: Share of each class of each training set that ``"from_train"`` holds out.
+        val_split_ratio: Share of the groups of each training set, with and without abnormal images, that
+            ``"from_train"`` holds out.
+        group_by: Regular expression whose first group is the part of a file name that all images of a patient share,
+            such as ``"(?P<patient>\d+)_\d+"``, or one for each set that has such names. Images of one patient are
+            held out together. By default each image stands for itself.
         balanced: Whether to draw every set equally often; otherwise every image once an epoch.
-        train_batch_size: Images a training step; published with 1.
+        train_batch_size: Images per training step; published with 1.
         eval_batch_size: Images in one step of evaluation.
         num_workers: Processes that decode images ahead of the model.
         seed: Seed of the held-out part and of the order.
@@ -142,6 +132,7 @@ class LeaveOneOut(AnomalibDataModule):
         train_split: str = "valid",
         val_split_mode: ValSplitMode | str = ValSplitMode.FROM_TRAIN,
         val_split_ratio: float = 0.2,
+        group_by: str | dict[str, str] | None = None,
         balanced: bool = False,
         train_batch_size: int = 1,
         eval_batch_size: int = 16,
@@ -158,6 +149,8 @@ class LeaveOneOut(AnomalibDataModule):
         if not 0 < val_split_ratio < 1:
             msg = f"val_split_ratio is a share between 0 and 1, got {val_split_ratio}."
             raise ValueError(msg)
+        for pattern in [group_by] if isinstance(group_by, str) else (group_by or {}).values():
+            parse_pattern(pattern)
         super().__init__(
             train_batch_size=train_batch_size,
             eval_batch_size=eval_batch_size,
@@ -171,6 +164,7 @@ class LeaveOneOut(AnomalibDataModule):
         self.root = Path(root)
         self.sets = sets
         self.train_split = train_split
+        self.group_by = group_by
         self.balanced = balanced
         self._category = target
 
@@ -200,23 +194,22 @@ class LeaveOneOut(AnomalibDataModule):
         return others
 
     def _setup(self, _stage: str | None = None) -> None:
-        target = read_samples(find_layout(self.root, self.target))
+        layout = find_layout(self.root, self.target)
+        target = self._grouped(self.target, read_samples(layout))
         pool = pd.concat([self._pool_of(name) for name in self._training_sets()], ignore_index=True)
         pool = pool.iloc[drop_copies(pool, target, "training", f"images of {self.target}")]
         test = target[target["split"] == Split.TEST.value]
-        self.test_data = AnomalibDataset()
-        self.test_data.samples = test
+        self.test_data = read_set(test, layout)
         if self.val_split_mode == ValSplitMode.FROM_TRAIN:
-            held_out = pool.groupby(["set", "label_index"]).sample(frac=self.val_split_ratio, random_state=self.seed)
-            pool = pool.drop(held_out.index)
-            self.val_data = SetsDataset(held_out)
+            parts = pd.concat([self._hold_out(rows) for _, rows in pool.groupby("set")])
+            held_out = parts.reindex(pool.index) == Split.VAL.value
+            self.val_data = SetsDataset(pool[held_out])
+            pool = pool[~held_out]
         elif self.val_split_mode != ValSplitMode.NONE:
             from_dir = self.val_split_mode == ValSplitMode.FROM_DIR
-            self.val_data = AnomalibDataset()
-            self.val_data.samples = target[target["split"] == Split.VAL.value] if from_dir else test
+            rows = target[target["split"] == Split.VAL.value] if from_dir else test
+            self.val_data = read_set(rows, layout)
         self.train_data = SetsDataset(pool)
-        parts = [self.train_data, self.test_data, *([self.val_data] if hasattr(self, "val_data") else [])]
-        check_images(*parts, num_workers=self.num_workers)
         counts = pool.groupby("set").size()
         logger.info(
             "Training on the %s splits of %s; %d validation images; testing on %d images of %s.",
@@ -239,7 +232,23 @@ class LeaveOneOut(AnomalibDataModule):
                 "training needs. Add them, or leave the set out with sets."
             )
             raise ValueError(msg)
+        samples = self._grouped(name, samples)
         return samples.assign(set=name, class_name=prompt_name(name), has_mask=layout.mask_folder is not None)
+
+    def _grouped(self, name: str, samples: pd.DataFrame) -> pd.DataFrame:
+        """Return the samples of a set with a column ``group``, by default a group for each image."""
+        pattern = self.group_by if isinstance(self.group_by, str) else (self.group_by or {}).get(name)
+        groups = pattern_groups(samples["image_path"], pattern) if pattern else samples["image_path"]
+        grouped = samples.assign(group=[f"{name}/{group}" for group in groups])
+        grouped.attrs = samples.attrs
+        return grouped
+
+    def _hold_out(self, samples: pd.DataFrame) -> pd.Series:
+        """Return the part of each training image of a set."""
+        shares = {Split.VAL: self.val_split_ratio, Split.TRAIN: 1 - self.val_split_ratio}
+        remedy = f"Add some to {samples['set'].iloc[0]}, leave it out with sets, or choose another val_split_mode."
+        parts = split_groups(samples, shares, self.seed or 0, train_abnormal=True, remedy=remedy)
+        return pd.Series(parts, index=samples.index)
 
     def _create_test_split(self) -> None:
         """The target has its own test split."""
@@ -248,7 +257,7 @@ class LeaveOneOut(AnomalibDataModule):
         """Done with the training part."""
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Give the training images of all other sets."""
+        """Return the training images of all other sets."""
         replicas, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         groups = self.train_data.samples["set"].tolist() if self.balanced else None
         kind = EpochSampler if groups is None else partial(BalancedSampler, groups=groups)
@@ -262,5 +271,5 @@ class LeaveOneOut(AnomalibDataModule):
         )
 
     def val_dataloader(self) -> EVAL_DATALOADERS:
-        """Give the validation images; nothing without a validation part."""
+        """Return the validation images; nothing without a validation part."""
         return super().val_dataloader() if hasattr(self, "val_data") else []

@@ -8,49 +8,41 @@ No header value of a DICOM file gets beyond this module: images are named by the
 
 import logging
 import secrets
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
-import torch
 from anomalib import TaskType
-from anomalib.data import AnomalibDataModule, AnomalibDataset, ImageItem
 from anomalib.data.utils import LabelName, Split, ValSplitMode
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
-from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn import functional
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Transform
-from torchvision.tv_tensors import Image, Mask
 
-from anomalib_mvfa.processes import gather_objects
-from anomalib_mvfa.visualization import claim_name, loaded_dataset, results_dir
-
-from .checks import check_images, enumerate_some, size_difference
+from .anomaly_volumes import AnomalyVolumes
+from .checks import CheckedDataModule, enumerate_some
+from .duplicates import drop_copies
+from .groups import parse_pattern, pattern_groups, split_groups
+from .medical_dataset import WHOLE_FILE, MedicalDataset
 from .readers import (
+    MAX_PIXELS,
     ImageRef,
     IntensityRule,
     UnreadableImageError,
+    has_burned_in_text,
     is_dicom,
     is_volume,
     list_images,
     patient_key,
-    read_image,
     read_mask,
-    read_volume,
     same_grid,
-    volume_slice,
-    write_volume,
+    series_key,
 )
 
-__all__ = ["AnomalyVolumes", "MedicalDataset", "MedicalFolder"]
+__all__ = ["MedicalFolder"]
 
 logger = logging.getLogger(__name__)
 
@@ -65,191 +57,6 @@ LABELS = {
     "1": LabelName.ABNORMAL,
 }
 SPLITS = {"train": Split.TRAIN, "val": Split.VAL, "valid": Split.VAL, "validation": Split.VAL, "test": Split.TEST}
-WHOLE_FILE = -1  # stands for "no frame" in the table, whose column then is of integers
-
-
-class MedicalDataset(AnomalibDataset):
-    """Images in any readable format, with what is known about them.
-
-    An item's ``image_path`` is the file, and for a slice or frame the file, ``#`` and its number.
-
-    Args:
-        samples: One row an image: ``image_path`` (the file), ``frame`` (-1 for a file that is one image),
-            ``label_index``, ``mask_path`` (``""`` for none), ``split``, ``group`` (a number), ``problem`` (why the
-            image cannot be used, found before reading; ``""`` for none). The order is kept.
-        rule: How stored values become grey levels.
-        axis: Axis along which volumes are cut.
-        root: Folder that names of outputs are relative to.
-        report: Whether an unreadable image becomes a black one whose ``explanation`` is the reason, not an error.
-    """
-
-    def __init__(
-        self,
-        samples: pd.DataFrame,
-        rule: IntensityRule,
-        axis: int = 2,
-        root: Path | None = None,
-        report: bool = False,
-    ) -> None:
-        super().__init__()
-        self.samples = samples
-        self.rule = rule
-        self.axis = axis
-        self.root = root
-        self.report = report
-
-    @property
-    def samples(self) -> pd.DataFrame:
-        """The table; anomalib's own setter would sort slices by the name of their volume, which they share."""
-        return super().samples
-
-    @samples.setter
-    def samples(self, samples: pd.DataFrame) -> None:
-        self._samples = samples.reset_index(drop=True)
-
-    def __getitem__(self, index: int) -> ImageItem:
-        """Read one image and its mask.
-
-        Raises:
-            UnreadableImageError: If the image or its mask gives none, or the mask has another size, unless such images
-                are reported.
-        """
-        row = self.samples.iloc[index]
-        frame = None if row.frame == WHOLE_FILE else int(row.frame)
-        label = LabelName(row.label_index)
-        mask, reason = None, ""
-        try:
-            image, mask = self._read(row, frame, label)
-        except UnreadableImageError as error:
-            if not self.report:
-                raise
-            image, reason = Image(torch.zeros(3, 1, 1)), error.reason
-            if self.task == TaskType.SEGMENTATION:
-                mask = Mask(torch.zeros(1, 1, dtype=torch.uint8))
-        if self.augmentations is not None:
-            image, mask = (self.augmentations(image), None) if mask is None else self.augmentations(image, mask)
-        return ImageItem(
-            image=image,
-            gt_mask=mask,
-            gt_label=None if label == LabelName.UNKNOWN else torch.tensor(label.value),
-            image_path=row.image_path if frame is None else f"{row.image_path}#{frame}",
-            mask_path=row.mask_path,
-            explanation=reason if self.report else None,
-        )
-
-    def _read(self, row: Any, frame: int | None, label: LabelName) -> tuple[Tensor, Mask | None]:  # noqa: ANN401
-        path, mask_path = Path(row.image_path), Path(row.mask_path)
-        if row.problem:
-            raise UnreadableImageError(path, row.problem)
-        try:
-            image = read_image(ImageRef(path, frame, self.axis), self.rule)
-            if self.task == TaskType.CLASSIFICATION:
-                return image, None
-            if label == LabelName.NORMAL:
-                return image, Mask(torch.zeros(image.shape[-2:], dtype=torch.uint8))
-            mask = read_mask(ImageRef(mask_path, frame, self.axis))
-        except FileNotFoundError as error:
-            raise UnreadableImageError(error.filename, "no such file") from None
-        except UnreadableImageError:
-            raise
-        except ValueError as error:  # a mask file with fewer frames than its image
-            raise UnreadableImageError(mask_path, f"does not fit {path.name}: {error}") from None
-        if mask.shape != image.shape[-2:]:
-            raise UnreadableImageError(mask_path, size_difference(mask.shape, image.shape))
-        return image, Mask(mask.to(torch.uint8))
-
-    def ref(self, image_path: str) -> ImageRef:
-        """Give what an item's ``image_path`` stands for."""
-        path, frame = Path(image_path), None
-        file, mark, number = image_path.rpartition("#")
-        if mark and not path.is_file():
-            path, frame = Path(file), int(number)
-        root = self.root if self.root is not None and path.is_relative_to(self.root) else None
-        return ImageRef(path, frame, self.axis, root)
-
-    @property
-    def image_paths(self) -> list[str]:
-        """The ``image_path`` of every item."""
-        rows = zip(self.samples["image_path"], self.samples["frame"], strict=True)
-        return [path if frame == WHOLE_FILE else f"{path}#{frame}" for path, frame in rows]
-
-    def original(self, image_path: str) -> Tensor:
-        """Read the image of an item again, at its own size: ``(3, H, W)`` in [0, 1]."""
-        return read_image(self.ref(image_path), self.rule)
-
-    def output_name(self, image_path: str) -> str:
-        """Name the results of an item, with its folders and without a suffix."""
-        return self.ref(image_path).name
-
-
-class AnomalyVolumes(Callback):
-    """Writes the anomaly map of each predicted NIfTI volume in the voxel grid of the volume.
-
-    ``<name>_anomaly.nii.gz`` lies beside the heatmaps. Its values are those of the maps, in [0, 1] with the threshold
-    at one half once a model is calibrated; slices that were left out are 0. Of several processes the first writes,
-    with the slices of all.
-    """
-
-    def __init__(self) -> None:
-        self._parts: dict[ImageRef, str] = {}  # files of this process's slices, where there are several processes
-        self._folder = tempfile.TemporaryDirectory(prefix="anomalib-mvfa-")
-        self._ref: ImageRef | None = None
-        self._scores: NDArray[np.float32] = np.zeros(0, dtype=np.float32)
-        self._names: dict[Path, str] = {}
-
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,  # noqa: ANN401 - an ImageBatch; Lightning says otherwise
-        *args: Any,  # noqa: ANN401
-        **kwargs: Any,  # noqa: ANN401
-    ) -> None:
-        """Fill the slices of a batch in; write a volume when the next file begins."""
-        del pl_module, args, kwargs
-        dataset = loaded_dataset(trainer)
-        if not isinstance(dataset, MedicalDataset) or outputs.anomaly_map is None:
-            return
-        for item in outputs:
-            ref = dataset.ref(item.image_path)
-            if self._ref is not None and ref.path != self._ref.path:
-                self._write(trainer)
-            if is_volume(ref.path) and not item.explanation:
-                if self._ref is None:
-                    self._ref, self._scores = ref, np.zeros_like(read_volume(ref.path)[0])
-                view = volume_slice(self._scores, ref.frame or 0, ref.axis)
-                anomaly_map = item.anomaly_map.detach().float().cpu()[None, None]
-                size = (view.shape[0], view.shape[1])
-                resized = functional.interpolate(anomaly_map, size, mode="bilinear", align_corners=False)
-                view[...] = resized[0, 0].numpy()
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the last volume, or bring together what several processes have."""
-        del pl_module
-        if self._ref is not None:
-            self._write(trainer)
-        volumes = {ref for refs in gather_objects(set(self._parts)) for ref in refs}
-        for ref in sorted(volumes, key=lambda ref: ref.path):
-            own = self._parts.pop(ref, None)
-            parts = gather_objects(None if own is None else np.load(own))
-            if trainer.is_global_zero:
-                self._save(trainer, ref, sum(part for part in parts if part is not None))
-
-    def _write(self, trainer: Trainer) -> None:
-        ref, self._ref = self._ref, None
-        if ref is None:
-            return
-        if trainer.world_size == 1:
-            self._save(trainer, ref, self._scores)
-            return
-        ref = replace(ref, frame=None)
-        self._parts[ref] = f"{self._folder.name}/{len(self._parts)}.npy"
-        np.save(self._parts[ref], self._scores)
-
-    def _save(self, trainer: Trainer, ref: ImageRef, scores: NDArray[np.float32]) -> None:
-        name = ImageRef(ref.path, root=ref.root).name
-        target = claim_name(results_dir(trainer) / f"{name}_anomaly.nii.gz", str(ref.path), self._names)
-        write_volume(target, scores, like=ref.path)
 
 
 class _Entry(NamedTuple):
@@ -258,39 +65,43 @@ class _Entry(NamedTuple):
     refs: list[ImageRef]
     label: LabelName
     mask: Path | None = None
-    group: str | None = None  # of the images; without one each file is its own
+    mask_folder: Path | None = None  # of a folder of slices: masks of the same names
+    group: str | None = None  # of all images; without one it follows from each file
     split: str = ""
 
 
-class MedicalFolder(AnomalibDataModule):
-    """Images in any readable format: PNG, JPEG, BMP, TIFF, WebP of 8, 16 or 32 bits, DICOM, NIfTI.
+class MedicalFolder(CheckedDataModule):
+    r"""Images in any readable format: PNG, JPEG, BMP, TIFF, WebP of 8, 16 or 32 bits, DICOM, NIfTI, MetaImage, NRRD.
 
     With ``path`` alone it serves prediction: every image of a file, or of a folder and its sub-folders. A file that
     cannot be read is reported in ``predictions.csv`` and the others are predicted.
 
     For training, ``normal_dir`` (and ``abnormal_dir``, ``mask_dir``) or ``image_list`` say what the images are. Before
-    the first step every file is read once, and all that cannot be used are listed in one error. The images are split
-    by groups, none of which is in two parts; a file with several slices is always one group at least. Shares count
-    groups. Normal groups go to all three parts; groups with an abnormal image to validation and test, in the
-    proportion of their shares, unless ``train_abnormal``.
+    training, validation or testing every file is read once, and all that cannot be used are listed in one error. The
+    images are split by groups, none of which is in two parts. Shares count groups. Normal groups go to all three parts;
+    groups with an abnormal image to validation and test, in the proportion of their shares, unless ``train_abnormal``.
+    Images with the same pixels as one of the training part are left out of validation and test.
 
-    Slices of an abnormal volume that has a mask are abnormal where the mask has a pixel; without a mask all are.
+    An abnormal image whose mask is empty, such as a slice beside the lesion, has label 0; without masks all images of
+    an abnormal file are abnormal.
 
     Args:
         path: File or folder.
         normal_dir: Folder of normal images, in ``path``.
         abnormal_dir: Folder of abnormal images, in ``path``.
-        mask_dir: Folder of masks with the names of the abnormal images, in any readable format; NIfTI masks for NIfTI
-            volumes.
+        mask_dir: Folder of masks with the names of the abnormal images, in any readable format; volumes for volumes.
         image_list: CSV file with the columns ``path`` and ``label`` (``normal``, ``good`` or 0; ``abnormal``,
             ``anomalous``, ``ungood`` or 1), and if wanted ``mask``, ``group`` and ``split`` (``train``, ``val``,
-            ``test``). Paths are relative to ``path``; a path may be a folder of slices.
-        group_by: What must not be torn apart. ``"patient"``: DICOM files of one PatientID; ``"folder"``: the files
-            below one sub-folder of ``normal_dir`` and ``abnormal_dir`` (of the same name in both), or in one folder for
-            ``image_list``; ``"csv"``: rows of one ``group``; ``None``: the column ``group`` where there is one, else
-            each file stands for itself.
+            ``test``). Paths are relative to ``path``; a path may be a folder of slices, which then is one group, and
+            its mask a folder of masks of the same names.
+        group_by: What must not be split. ``"patient"``: DICOM files of one PatientID; ``"folder"``: the files below
+            one sub-folder of ``normal_dir`` and ``abnormal_dir`` (of the same name in both), or in one folder for
+            ``image_list``; ``"csv"``: rows of one ``group``; a regular expression such as ``"(?P<patient>\d+)_\d+"``:
+            files whose names share the text of its first group; ``None``: the column ``group`` where there is one, else
+            each row that is a folder, each DICOM series and each other file.
         train_abnormal: Whether abnormal images are trained on. For ``FewShot``, which draws its abnormal supports
             from the validation part, it is not needed.
+        skip_empty_masks: Whether abnormal images with an empty mask are left out instead of labelled normal.
         val_split_ratio: Share of the groups to validate on.
         test_split_ratio: Share of the groups to test on.
         intensity: How stored values become grey levels: ``"auto"``, ``"dicom"``, ``"percentile"``, a CT window by name
@@ -298,10 +109,15 @@ class MedicalFolder(AnomalibDataModule):
             the checkpoint's rule in prediction, otherwise ``"auto"``.
         axis: Axis along which volumes are cut: 0 sagittal, 1 coronal, 2 axial.
         slices: Range ``[start, stop]`` of slices or frames to use of each volume or multi-frame file.
-        name: Name of the data, for the folder of results. Defaults to that of ``path``.
+        volume: Which volume of a file of four or more dimensions, from 0; without it such files are refused.
+        max_pixels: Largest number of voxels of a volume, or of pixels over all frames of a DICOM file, that is read.
+        blackout: Rectangles ``[left, top, width, height]`` in pixels that are set to black in every image, for text
+            that is burned into the pixels.
+        name: Name of the data, for the folder of results, run records and checkpoints. Defaults to ``"MedicalFolder"``,
+            without labels to ``"Prediction"``.
         class_name: What the images show, for the prompts.
-        train_batch_size: Images a training step.
-        eval_batch_size: Images a step of validation, test and prediction.
+        train_batch_size: Images per training step.
+        eval_batch_size: Images per step of validation, test and prediction.
         num_workers: Number of processes that read ahead of the model.
         train_augmentations: Augmentations of training images.
         val_augmentations: Augmentations of validation images.
@@ -320,17 +136,21 @@ class MedicalFolder(AnomalibDataModule):
     def __init__(
         self,
         path: str | Path,
-        normal_dir: str | None = None,
-        abnormal_dir: str | None = None,
-        mask_dir: str | None = None,
+        normal_dir: str | Path | None = None,
+        abnormal_dir: str | Path | None = None,
+        mask_dir: str | Path | None = None,
         image_list: str | Path | None = None,
         group_by: str | None = None,
         train_abnormal: bool = False,
+        skip_empty_masks: bool = False,
         val_split_ratio: float = 0.2,
         test_split_ratio: float = 0.2,
         intensity: str | Sequence[float] | Mapping[str, Sequence[float]] | None = None,
         axis: int = 2,
         slices: tuple[int, int] | None = None,
+        volume: int | None = None,
+        max_pixels: int = MAX_PIXELS,
+        blackout: Sequence[Sequence[int]] = (),
         name: str | None = None,
         class_name: str | None = None,
         train_batch_size: int = 32,
@@ -352,7 +172,13 @@ class MedicalFolder(AnomalibDataModule):
             msg = "mask_dir needs abnormal_dir: masks are of abnormal images."
             raise ValueError(msg)
         if group_by is not None and group_by not in GROUPINGS:
-            msg = f"group_by must be one of {', '.join(GROUPINGS)}, or nothing; got '{group_by}'."
+            if "(" not in group_by:
+                choices = ", ".join(GROUPINGS)
+                msg = f"group_by must be one of {choices}, or a pattern of file names with a group; got '{group_by}'."
+                raise ValueError(msg)
+            parse_pattern(group_by)
+        if any(len(box) != 4 or min(box) < 0 for box in blackout):
+            msg = f"blackout takes rectangles [left, top, width, height] in pixels, got {list(blackout)}."
             raise ValueError(msg)
         if group_by == "csv" and image_list is None:
             msg = "group_by='csv' takes the groups from the column 'group' of image_list: give that file."
@@ -384,10 +210,15 @@ class MedicalFolder(AnomalibDataModule):
         # The base class would take a share of 0 for one that was not given.
         self.val_split_ratio = val_split_ratio
         self.test_split_ratio = test_split_ratio
+        self.skip_empty_masks = skip_empty_masks
         self.axis = axis
         self.slices = slices
+        self.volume = volume
+        self.max_pixels = max_pixels
+        self.blackout = blackout
         self.class_name = class_name
-        self._name = name or ImageRef(self.path.resolve()).name
+        # Never that of a folder, which may be a patient's. anomalib's folders of training and prediction do not mix.
+        self._name = name or (type(self).__name__ if self.labelled else "Prediction")
         self._rule = None if intensity is None else IntensityRule.parse(intensity)
 
     @property
@@ -412,19 +243,29 @@ class MedicalFolder(AnomalibDataModule):
         """Whether it was said what the images are."""
         return self.image_list is not None or self.normal_dir is not None
 
+    @property
+    def _like(self) -> ImageRef:
+        """How images are read, and where their names begin."""
+        root = self.path if self.path.is_dir() else self.path.parent
+        return ImageRef(self.path, None, self.axis, root, self.volume, self.max_pixels)
+
     def setup(self, stage: str | None = None) -> None:
-        """List the images; before training and testing also read each once.
+        """List the images, check those of the stage, and warn of text burned into images whose heatmaps are written.
 
         Args:
             stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``; ``None`` lists only.
-
-        Raises:
-            FileNotFoundError: If a file or folder does not exist.
-            ValueError: If images cannot be used or do not suffice.
-            ImportError: If the reader of a format that is there is not installed.
         """
         super().setup(stage)
         trainer = self.trainer
+        if stage in {TrainerFn.PREDICTING, TrainerFn.TESTING} and not self.blackout:
+            data = self.predict_data if hasattr(self, "predict_data") else self.test_data
+            count = sum(has_burned_in_text(path) for path in data.samples["image_path"].unique())
+            if count:
+                logger.warning(
+                    "%d DICOM files may have text such as a patient's name burned into their pixels, which heatmaps "
+                    "then show. Look at them, and set blackout to the rectangles with text.",
+                    count,
+                )
         if stage == TrainerFn.PREDICTING and trainer is not None:
             callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning
             if not any(isinstance(callback, AnomalyVolumes) for callback in callbacks):
@@ -434,7 +275,11 @@ class MedicalFolder(AnomalibDataModule):
         if not self.labelled and _stage == TrainerFn.VALIDATING:  # which precedes the prediction by given adapters
             return
         if not self.labelled and _stage == TrainerFn.PREDICTING:
-            self.predict_data = self._unlabelled()
+            refs = list_images(
+                self.path, axis=self.axis, slices=self.slices, volume=self.volume, max_pixels=self.max_pixels
+            )
+            samples = self._table([_Entry(refs, LabelName.UNKNOWN, split=Split.TEST.value)])
+            self.predict_data = MedicalDataset(samples, None, self._like, report=True, blackout=self.blackout)
             return
         if not self.labelled:
             msg = (
@@ -442,19 +287,22 @@ class MedicalFolder(AnomalibDataModule):
                 "abnormal_dir, mask_dir), or with image_list; to get predictions alone use `anomalib predict`."
             )
             raise ValueError(msg)
-        samples = self._samples_of(list(self._listed() if self.image_list else self._in_folders()))
+        samples = self._split(self._table(list(self._listed() if self.image_list else self._in_folders())))
         parts = {split: samples[samples["split"] == split.value] for split in (Split.TRAIN, Split.VAL, Split.TEST)}
+        if _stage is not None:  # FewShot, which asks for no stage, looks for copies of its supports
+            for split, earlier in ((Split.TEST, (Split.TRAIN,)), (Split.VAL, (Split.TRAIN, Split.TEST))):
+                taken = pd.concat([parts[other] for other in earlier])
+                of = "images of other parts"
+                keep = drop_copies(parts[split], taken, split.value, of, self._like)
+                parts[split] = parts[split].iloc[keep]
         rule = IntensityRule.parse(self.intensity)
-        root = self.path if self.path.is_dir() else self.path.parent
-        datasets = {split: MedicalDataset(part, rule, self.axis, root) for split, part in parts.items()}
+        datasets = {
+            split: MedicalDataset(part, rule, self._like, blackout=self.blackout) for split, part in parts.items()
+        }
         self.train_data = datasets[Split.TRAIN]
         self.test_data: MedicalDataset = datasets[Split.TEST]
         if len(datasets[Split.VAL]):
             self.val_data = datasets[Split.VAL]
-        if _stage == TrainerFn.PREDICTING:
-            self.test_data.report = True
-        elif _stage is not None:
-            check_images(*datasets.values(), num_workers=self.num_workers)
 
     def _create_test_split(self) -> None:
         """The groups are split already."""
@@ -473,12 +321,13 @@ class MedicalFolder(AnomalibDataModule):
                 self._update_subset_augmentations(data, self.test_augmentations, transform)
 
     def val_dataloader(self) -> EVAL_DATALOADERS:
-        """Give the validation images; nothing if there are none."""
+        """Return the validation images; nothing if there are none."""
         return super().val_dataloader() if hasattr(self, "val_data") else []
 
     def predict_dataloader(self) -> EVAL_DATALOADERS:
-        """Give every image of ``path``, or the test images where labels were given."""
-        data: Any = self.test_data if self.labelled else self.predict_data
+        """Return every image of ``path``, or the test images where labels were given."""
+        data = self.test_data if self.labelled else self.predict_data
+        data.report = True
         data.rule = IntensityRule.parse(self.intensity)  # the checkpoint, and with it the rule, has been read by now
         return DataLoader(
             data,
@@ -487,55 +336,50 @@ class MedicalFolder(AnomalibDataModule):
             collate_fn=self.external_collate_fn or data.collate_fn,
         )
 
-    def _unlabelled(self) -> MedicalDataset:
-        refs = list_images(self.path, axis=self.axis, slices=self.slices)
-        samples = pd.DataFrame(
-            {
-                "image_path": [str(ref.path) for ref in refs],
-                "frame": [WHOLE_FILE if ref.frame is None else ref.frame for ref in refs],
-                "label_index": LabelName.UNKNOWN.value,
-                "mask_path": "",
-                "split": Split.TEST.value,
-                "problem": "",
-            }
-        )
-        samples.attrs["task"] = TaskType.CLASSIFICATION.value
-        return MedicalDataset(samples, IntensityRule(), self.axis, refs[0].root, report=True)
+    # Tables of images
 
-    # Labelled images
+    def _images_in(self, path: Path) -> list[ImageRef]:
+        """List the images of a file or folder; one that does not exist is listed, so that reading it reports it."""
+        if not path.exists():
+            return [replace(self._like, path=path)]
+        refs = list_images(path, axis=self.axis, slices=self.slices, volume=self.volume, max_pixels=self.max_pixels)
+        return [replace(ref, root=self._like.root) for ref in refs]
 
     def _in_folders(self) -> Iterator[_Entry]:
-        """Name the files of the folders."""
+        """Yield the files of the folders."""
         masks = {}
         if self.mask_dir:
-            folder = self.path / self.mask_dir
-            files = (file for file in sorted(folder.rglob("*")) if file.is_file() and not file.name.startswith("."))
-            masks = {ImageRef(file, root=folder).name: file for file in files}
+            masks = _masks_in(self.path / self.mask_dir)
             if not masks:
-                msg = f"No mask in {folder}. Put masks with the names of the abnormal images there, or omit mask_dir."
+                msg = (
+                    f"No mask in {self.path / self.mask_dir}. Put masks with the names of the abnormal images there, "
+                    "or omit mask_dir."
+                )
                 raise FileNotFoundError(msg)
         for name, label in ((self.normal_dir, LabelName.NORMAL), (self.abnormal_dir, LabelName.ABNORMAL)):
             if name is None:
                 continue
             folder = self.path / name
+            if not folder.exists():
+                list_images(folder)  # raises the error
             loose = []
             refs: dict[Path, list[ImageRef]] = {}
-            for ref in list_images(folder, axis=self.axis, slices=self.slices):
+            for ref in self._images_in(folder):
                 refs.setdefault(ref.path, []).append(ref)
             for file, images in refs.items():
                 inner = file.relative_to(folder).parts
                 loose += [str(file)] if len(inner) == 1 else []
                 mask = masks.get(ImageRef(file, root=folder).name) if label == LabelName.ABNORMAL else None
-                yield _Entry(images, label, mask, inner[0] if self.group_by == "folder" else None)
+                yield _Entry(images, label, mask, group=inner[0] if self.group_by == "folder" else None)
             if loose and self.group_by == "folder":
                 msg = (
-                    f"group_by='folder' needs one folder a patient in {folder}, but {len(loose)} images lie in it "
+                    f"group_by='folder' needs one folder per patient in {folder}, but {len(loose)} images lie in it "
                     f"directly: {enumerate_some(loose, 5)}. Move them into folders, or choose another group_by."
                 )
                 raise ValueError(msg)
 
     def _listed(self) -> Iterator[_Entry]:
-        """Name the files of the list."""
+        """Yield the files of the list."""
         path = Path(self.image_list or "")
         table = pd.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=True)
         columns = {"path", "label"} | ({"group"} if self.group_by == "csv" else set())
@@ -561,62 +405,87 @@ class MedicalFolder(AnomalibDataModule):
             raise ValueError(msg)
         for row in table.to_dict("records"):
             file = self.path / row["path"]
-            yield _Entry(
-                # one that does not exist is listed, so that reading it tells
-                list_images(file, axis=self.axis, slices=self.slices) if file.exists() else [ImageRef(file)],
-                LABELS[row["label"].strip().lower()],
-                self.path / row["mask"] if row.get("mask") else None,
-                str(file.parent) if self.group_by == "folder" else row.get("group"),
-                SPLITS[row["split"].strip().lower()].value if "split" in row else "",
-            )
+            mask = self.path / row["mask"] if row.get("mask") else None
+            group = row.get("group") or (str(file) if file.is_dir() else None)
+            if self.group_by == "folder":
+                group = str(file if file.is_dir() else file.parent)
+            folder = mask if mask is not None and mask.is_dir() else None
+            split = SPLITS[row["split"].strip().lower()].value if "split" in row else ""
+            yield _Entry(self._images_in(file), LABELS[row["label"].strip().lower()], mask, folder, group, split)
 
-    def _samples_of(self, entries: Sequence[_Entry]) -> pd.DataFrame:
-        """Make the table of all images."""
+    def _table(self, entries: Sequence[_Entry]) -> pd.DataFrame:
+        """Build the table of all images."""
         has_masks = any(entry.mask for entry in entries)
-        salt = secrets.token_bytes(16)
-        numbers: dict[str, int] = {}  # what a group is called is not kept
-        nameless = []
         rows = []
+        empty = 0
         for entry in entries:
+            masks = _masks_in(entry.mask_folder) if entry.mask_folder else {}
             for ref in entry.refs:
-                group = entry.group or str(ref.path)
-                if self.group_by == "patient":
-                    group = _patient(ref.path, salt) or ""
-                    nameless += [] if group else [str(ref.path)]
-                label, problem = _slice_label(entry, ref, has_masks)
+                mask = masks.get(ImageRef(ref.path).name) if entry.mask_folder else entry.mask
+                label, problem = _slice_label(entry.label, mask, ref, has_masks)
+                is_empty = label != entry.label
+                empty += is_empty
+                if is_empty and self.skip_empty_masks:
+                    continue
                 rows.append(
                     {
                         "image_path": str(ref.path),
                         "frame": WHOLE_FILE if ref.frame is None else ref.frame,
                         "label_index": label.value,
-                        "mask_path": str(entry.mask or "") if label == LabelName.ABNORMAL else "",
-                        "group": numbers.setdefault(group, len(numbers)),
+                        "abnormal": entry.label == LabelName.ABNORMAL,
+                        "mask_path": str(mask or "") if label == LabelName.ABNORMAL else "",
+                        "given_group": entry.group,
                         "split": entry.split,
                         "problem": problem,
                     }
                 )
-        if nameless:
-            msg = (
-                "group_by='patient' needs DICOM files with a PatientID; there is none in "
-                f"{enumerate_some(list(dict.fromkeys(nameless)), 5)}. "
-                "Group by 'folder', or give the groups in image_list with group_by='csv'."
-            )
-            raise ValueError(msg)
-        lone = self.group_by is None and all(entry.group is None for entry in entries)
-        if lone and any(is_dicom(ref.path) for entry in entries for ref in entry.refs):
-            logger.warning(
-                "The DICOM files are split file by file, so that images of one patient may be in several parts; "
-                "group_by='patient' keeps them together.",
-            )
+        if empty:
+            done = "left out" if self.skip_empty_masks else "labelled normal"
+            logger.info("%d images of abnormal files have an empty mask and are %s.", empty, done)
         samples = pd.DataFrame(rows)
+        samples["group"] = self._groups(samples)
         samples["label"] = samples["label_index"].map({0: "normal", 1: "abnormal"})
         samples.attrs["task"] = (TaskType.SEGMENTATION if has_masks else TaskType.CLASSIFICATION).value
-        return self._split(samples)
+        return samples.drop(columns="given_group")
+
+    def _groups(self, samples: pd.DataFrame) -> list[int]:
+        """Return a number for the group of each image; what a group is called is not kept."""
+        salt = secrets.token_bytes(16)
+        files = samples["image_path"].unique()
+        keys: dict[str, str | None] = dict.fromkeys(files)
+        if self.group_by == "patient":
+            keys = {file: _patient(Path(file), salt) for file in files}
+            nameless = [file for file, key in keys.items() if key is None]
+            if nameless and self.labelled:
+                msg = (
+                    "group_by='patient' needs DICOM files with a PatientID; there is none in "
+                    f"{enumerate_some(nameless, 5)}. "
+                    "Group by 'folder', or give the groups in image_list with group_by='csv'."
+                )
+                raise ValueError(msg)
+        elif self.group_by not in {None, *GROUPINGS}:
+            keys = dict(zip(files, pattern_groups(files, str(self.group_by)), strict=True))
+        elif self.group_by == "folder" and not self.labelled:
+            inner = {file: Path(file).relative_to(self._like.root or "").parts for file in files}
+            keys = {file: parts[0] if len(parts) > 1 else None for file, parts in inner.items()}
+        elif self.labelled and samples["given_group"].isna().all() and any(map(is_dicom, files)):
+            logger.warning(
+                "The DICOM files are split series by series, so that series of one patient may be in several parts; "
+                "group_by='patient' keeps them together.",
+            )
+        by_entry = self.group_by in {None, "folder", "csv"}
+        names = []
+        for file, given in zip(samples["image_path"], samples["given_group"], strict=True):
+            group = given if by_entry else None
+            series = None if keys[file] or group else series_key(file)
+            names.append(keys[file] or group or (f"{Path(file).parent}\0{series}" if series else file))
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+        return [numbers[name] for name in names]
 
     def _split(self, samples: pd.DataFrame) -> pd.DataFrame:
-        """Fill the column ``split`` in, group by group, or check the one that was given."""
-        groups = samples.groupby("group", sort=True)
+        """Fill in the column ``split``, group by group, or check the one that was given."""
         if (samples["split"] != "").any():
+            groups = samples.groupby("group", sort=True)
             torn = [str(part["image_path"].iloc[0]) for _, part in groups if len(set(part["split"])) > 1]
             if torn:
                 msg = (
@@ -625,60 +494,48 @@ class MedicalFolder(AnomalibDataModule):
                 )
                 raise ValueError(msg)
         else:
-            abnormal = groups["label_index"].max() == LabelName.ABNORMAL.value
-            generator = torch.Generator().manual_seed(self.seed or 0)
-            splits: dict[int, str] = {}
-            for with_abnormal in (False, True):
-                members = abnormal.index[abnormal == with_abnormal].to_numpy()
-                order = members[torch.randperm(len(members), generator=generator).numpy()]
-                counts = self._counts(len(order), train=self.train_abnormal or not with_abnormal)
-                names = np.repeat([split.value for split in counts], list(counts.values()))
-                splits.update(zip(order.tolist(), names.tolist(), strict=True))
-            samples["split"] = samples["group"].map(splits)
+            shares = {Split.VAL: self.val_split_ratio, Split.TEST: self.test_split_ratio}
+            samples["split"] = split_groups(
+                samples,
+                {**shares, Split.TRAIN: 1 - sum(shares.values())},
+                self.seed or 0,
+                train_abnormal=self.train_abnormal,
+                remedy="Add some, group more finely, or set val_split_ratio or test_split_ratio to 0.",
+            )
         training = samples[samples["split"] == Split.TRAIN.value]
         if not (training["label_index"] == LabelName.NORMAL.value).any():
             msg = (
-                f"No normal image is left to train on: {self.path} gives {groups.ngroups} groups, none of which comes "
-                "into the training part with normal images alone. Add images, or group more finely."
+                f"No normal image is left to train on: {self.path} has {samples['group'].nunique()} groups, none of "
+                "which comes into the training part with normal images alone. Add images, or group more finely."
             )
             raise ValueError(msg)
         return samples
 
-    def _counts(self, count: int, train: bool) -> dict[Split, int]:
-        """Share groups out: one at least for each part with a share, as long as there are enough."""
-        shares = {Split.VAL: self.val_split_ratio, Split.TEST: self.test_split_ratio}
-        if not train:
-            whole = sum(shares.values()) or 1.0
-            shares = {split: share / whole for split, share in shares.items()}
-        counts = {Split.TRAIN: 0, **{split: max(1, round(share * count)) for split, share in shares.items() if share}}
-        if train:
-            counts[Split.TRAIN] = min(count, max(1, count - sum(counts.values())))
-        counts[Split.VAL] = min(counts.get(Split.VAL, 0), count - counts[Split.TRAIN])
-        counts[Split.TEST] = count - counts[Split.VAL] - counts[Split.TRAIN]
-        return counts
+
+def _masks_in(folder: Path) -> dict[str, Path]:
+    """Return the files of a folder by their relative names without suffix."""
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and not file.name.startswith("."))
+    return {ImageRef(file, root=folder).name: file for file in files}
 
 
 def _patient(path: Path, salt: bytes) -> str | None:
-    """Give the key of a file's patient, or ``None`` for a file that tells none."""
+    """Return the key of a file's patient, or ``None`` for a file without one."""
     try:
         return patient_key(path, salt)
     except (UnreadableImageError, FileNotFoundError):
         return None
 
 
-def _slice_label(entry: _Entry, ref: ImageRef, has_masks: bool) -> tuple[LabelName, str]:
-    """Give the label of an image and what is wrong with it, as far as that can be told without reading it."""
-    label, mask = entry.label, entry.mask
-    if label == LabelName.NORMAL or not has_masks:
+def _slice_label(label: LabelName, mask: Path | None, ref: ImageRef, has_masks: bool) -> tuple[LabelName, str]:
+    """Return the label of an image, and what is wrong with it as far as that is known without reading the image."""
+    if label != LabelName.ABNORMAL or not has_masks:
         return label, ""
     if mask is None:
         return label, "abnormal, but without a mask of the same stem, while the set has masks"
-    if not is_volume(ref.path) or ref.frame is None:
-        return label, ""
     try:
-        if not is_volume(mask) or not same_grid(ref.path, mask):
-            return label, f"its mask {mask} is no NIfTI volume of the same voxel grid; resample it"
-        filled = read_mask(ImageRef(mask, ref.frame, ref.axis)).any()
-    except (UnreadableImageError, FileNotFoundError):
-        return label, ""  # reading it tells
+        if is_volume(ref.path) and ref.frame is not None and not (is_volume(mask) and same_grid(ref.path, mask)):
+            return label, f"its mask {mask} is no volume of the same voxel grid; resample it"
+        filled = read_mask(replace(ref, path=mask)).any()
+    except (ValueError, FileNotFoundError):
+        return label, ""  # reading it reports the reason
     return (LabelName.ABNORMAL if filled else LabelName.NORMAL), ""

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from anomalib_mvfa.backbones.loading import PUBLISHED_BACKBONE, resolve_backbone
 from anomalib_mvfa.callbacks.best_epoch import BestEpoch
 from anomalib_mvfa.callbacks.completion import CompleteTraining
-from anomalib_mvfa.callbacks.loading import prepare_processes, withhold
+from anomalib_mvfa.callbacks.loading import prepare_processes
 from anomalib_mvfa.callbacks.non_finite import NonFiniteLoss
 from anomalib_mvfa.callbacks.prediction_table import PredictionTable
 from anomalib_mvfa.callbacks.resuming import ResumePoint
@@ -437,21 +437,6 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
     def on_test_end(self) -> None:
         """Keep the metrics of the test, which go into an adapters file."""
         self.history["figures"] = evaluation_facts(self.trainer, self.option("fusion_scale"))
-
-    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:  # noqa: ANN401
-        """Predict a batch; images that could not be read get NaN.
-
-        Args:
-            batch: Images ``(B, 3, H, W)`` in [0, 1].
-            batch_idx: Number of the batch.
-            dataloader_idx: Number of the loader.
-
-        Returns:
-            The batch with scores and maps.
-        """
-        predictions = super().predict_step(batch, batch_idx, dataloader_idx)
-        withhold(batch)  # updated in place, as anomalib does
-        return predictions
 
     def pre_processed(self, image: Tensor) -> Tensor:
         """Bring an image ``(3, H, W)`` in [0, 1], or a batch, to the size that the model reads."""

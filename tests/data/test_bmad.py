@@ -148,6 +148,31 @@ def test_batches_pair_each_image_with_its_own_mask(bmad_root: tuple[str, Path]) 
     assert not train.gt_mask.any()
 
 
+def test_sixteen_bit_images_and_jpeg_masks_are_read_by_the_readers_of_this_package(tmp_path: Path) -> None:
+    folder = make_set(tmp_path / "Brain", "label")
+    pixels = np.linspace(0, 4095, SIZE[0] * SIZE[1]).astype(np.uint16).reshape(SIZE[::-1])
+    Image.fromarray(pixels).save(folder / "test/good/img/test_good_0.png")
+    mask = np.zeros(SIZE[::-1], np.uint8)
+    mask[3:7, 2:8] = 255
+    (folder / "test/Ungood/label/test_Ungood_0.png").unlink()
+    Image.fromarray(mask).save(folder / "test/Ungood/label/test_Ungood_0.jpg", quality=50)
+    datamodule = datamodule_for(tmp_path)
+    datamodule.setup("test")
+    items = {Path(item.image_path).name: item for item in datamodule.test_data}
+    low, high = np.percentile(pixels, (0.5, 99.5))
+    expected = np.clip((pixels - low) / (high - low), 0, 1)
+    np.testing.assert_allclose(items["test_good_0.png"].image[0], expected, atol=1e-6)
+    assert int(items["test_Ungood_0.png"].gt_mask.sum()) == 24
+
+
+def test_a_test_reads_nothing_of_the_train_split_beforehand(tmp_path: Path) -> None:
+    folder = make_set(tmp_path / "Brain", "label")
+    (folder / "train/good/train_good_0.png").write_bytes(b"words")
+    datamodule_for(tmp_path).setup("test")
+    with pytest.raises(ValueError, match=r"1 file cannot be used.*\n.*train_good_0\.png"):
+        datamodule_for(tmp_path).setup("fit")
+
+
 def test_sets_without_masks_yield_batches_without_masks(bmad_root: tuple[str, Path]) -> None:
     _, root = bmad_root
     datamodule = datamodule_for(root, "Retina_OCT2017", augmentations=Resize((6, 6)))

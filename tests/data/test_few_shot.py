@@ -5,10 +5,13 @@
 
 import hashlib
 import logging
+import re
 import shutil
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from anomalib.data import Folder
@@ -25,7 +28,7 @@ SEEDS = range(4)
 
 def few_shot(source, **options) -> FewShot:
     data = FewShot(source, **options)
-    data.setup()
+    data.setup("fit")
     return data
 
 
@@ -103,6 +106,89 @@ def test_copies_of_supports_are_in_neither_validation_nor_test(make_folder, capl
     left = [path for part in (data.val_data, data.test_data) for path in paths(part) if "normal_test" in path]
     assert len(left) == 12 - 3
     assert "copies of supports" in caplog.text
+
+
+def test_resaved_copies_of_supports_are_in_neither_validation_nor_test(make_folder):
+    source = make_folder(12, 12)
+    root = Path(source.root)
+    for folder in ("abnormal", "masks"):
+        for path in list((root / folder).iterdir()):
+            Image.open(path).convert("RGB").save(path.with_name(f"{path.stem}_again.bmp"))
+    data = few_shot(source, k_shot=3)
+    stems = {Path(path).stem.removesuffix("_again") for path in supports(data, 1)}
+    evaluated = {
+        Path(path).stem.removesuffix("_again")
+        for path in paths(data.val_data) | paths(data.test_data)
+        if "abnormal" in path
+    }
+    assert len(evaluated) == 12 - 3
+    assert not stems & evaluated
+
+
+def test_supports_come_from_different_patients_by_a_pattern_of_names(make_folder, caplog):
+    source = make_folder(24, 24)
+    root = Path(source.root)
+    for folder in ("normal", "abnormal", "masks"):  # 24 slices of 6 patients
+        for index, path in enumerate(sorted((root / folder).iterdir())):
+            path.rename(path.with_name(f"{folder[0].replace('m', 'a')}{index // 4}_{index % 4}.png"))
+    for seed in SEEDS:
+        data = few_shot(source, k_shot=2, seed=seed, group_by=r"(?P<patient>\w\d+)_\d+")
+        patients = [Path(path).stem[:2] for path in paths(data.train_data)]
+        assert len(set(patients)) == 4
+        assert not set(patients) & {Path(path).stem[:2] for path in paths(data.val_data) | paths(data.test_data)}
+    assert "supports come from" not in caplog.text
+    few_shot(source, k_shot=7, group_by=r"(\w\d+)_\d+", abnormal_source="synthetic")
+    assert re.search(r"The 7 normal supports come from [1-6] groups", caplog.text)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("[", "is no regular expression"),
+        (r"\d+", "needs one group in parentheses"),
+        (r"(x)_\d", r"does not match the names of \d+ of \d+ images: .*\.png. Correct the pattern"),
+    ],
+)
+def test_patterns_that_do_not_fit_are_refused(make_folder, pattern, message):
+    with pytest.raises(ValueError, match=message):
+        few_shot(make_folder(), k_shot=1, group_by=pattern)
+
+
+def test_sixteen_bit_images_and_jpeg_masks_of_folder_are_read_as_medical_folder_does(make_folder, caplog):
+    source = make_folder(8, 8)
+    root = Path(source.root)
+    ramp = np.linspace(0, 4095, 72 * 64).reshape(72, 64)
+    for index, path in enumerate(sorted((root / "normal").iterdir())):
+        Image.fromarray(np.roll(ramp, index, 0).astype(np.uint16)).save(path)
+    expected = {}
+    for path in list((root / "masks").iterdir()):
+        mask = Image.open(path)
+        expected[path.stem] = np.asarray(mask).astype(bool).sum()
+        mask.save(path.with_suffix(".jpg"), quality=60)
+        path.unlink()
+    data = few_shot(source, k_shot=2)
+    low, high = np.percentile(ramp.astype(np.uint16), (0.5, 99.5))
+    image = data.train_data.support(2).image[0].numpy()
+    assert np.sort(image.ravel()) == pytest.approx(
+        np.clip((np.sort(ramp.astype(np.uint16).ravel()) - low) / (high - low), 0, 1), abs=1e-6
+    )
+    for item in data.test_data:
+        if item.gt_label:
+            assert int(item.gt_mask.sum()) == expected[Path(item.image_path).stem]
+    assert re.search(r"masks are JPEG files, whose edges are blurred: values above half count as lesion", caplog.text)
+
+
+@pytest.mark.parametrize(
+    ("stage", "part", "refused"), [("test", "val", False), ("test", "test", True), ("fit", "test", True)]
+)
+def test_only_what_a_stage_reads_is_checked_before_it(make_folder, stage, part, refused):
+    source = make_folder(8, 8)
+    data = few_shot(source, k_shot=2)
+    again = FewShot(source, k_shot=2)
+    path = Path(getattr(data, f"{part}_data").samples.image_path[0])
+    path.write_bytes(b"words")
+    with pytest.raises(ValueError, match="1 file cannot be used") if refused else nullcontext():
+        again.setup(stage)
 
 
 def test_supports_of_fewer_shots_are_among_those_of_more(make_folder):

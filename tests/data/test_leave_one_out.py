@@ -45,7 +45,7 @@ def save(pixels: np.ndarray, path: Path) -> None:
 
 def leave_out(root: Path, target: str = "Brain", **options) -> LeaveOneOut:
     data = LeaveOneOut(target, root, num_workers=0, **options)
-    data.setup()
+    data.setup("fit")
     return data
 
 
@@ -103,6 +103,58 @@ def test_copies_of_target_images_are_not_trained_on(root, caplog):
     assert "2 images of the training part are copies of images of Brain" in caplog.text
     target = digests(root.glob("Brain_AD/*/*/img/*.png"))
     assert target.isdisjoint(digests(paths(data.train_data) | paths(data.val_data)))
+
+
+def test_resaved_copies_of_target_images_are_not_trained_on(root, caplog):
+    copied = root / "Brain_AD" / "test" / "good" / "img" / "0.png"
+    with Image.open(copied) as image:
+        image.convert("RGB").save(root / "Chest_AD" / "valid" / "good" / "img" / "other.tif", compression="tiff_lzw")
+    data = leave_out(root)
+    assert "1 images of the training part are copies of images of Brain" in caplog.text
+    assert not any(path.endswith("other.tif") for path in paths(data.train_data) | paths(data.val_data))
+
+
+def test_slices_of_one_patient_are_held_out_together(root):
+    for label in ("good", "Ungood"):
+        for folder in (root / "Liver_AD" / "valid" / label).iterdir():
+            for path in sorted(folder.iterdir(), key=lambda path: int(path.stem)):
+                path.rename(path.with_name(f"{int(path.stem) // 6:03}_{path.stem}.png"))
+    for seed in range(4):
+        data = leave_out(root, group_by={"Liver": r"(?P<patient>\d+)_\d+"}, seed=seed)
+        patients = [
+            {Path(path).stem[:3] for path in paths(part) if "Liver" in path}
+            for part in (data.train_data, data.val_data)
+        ]
+        assert not patients[0] & patients[1]
+        assert len(patients[1]) == 1  # a fifth of five
+    with pytest.raises(ValueError, match=r"does not match the names of 32 of 32 images: .*Brain"):
+        leave_out(root, group_by=r"(?P<patient>\d+)_\d+")
+
+
+def test_sixteen_bit_images_and_jpeg_masks_are_read(root, caplog):
+    wide = root / "Liver_AD" / "valid" / "good" / "img" / "0.png"
+    pixels = np.linspace(0, 4095, SIZE[0] * SIZE[1]).astype(np.uint16).reshape(SIZE[::-1])
+    Image.fromarray(pixels).save(wide)
+    folder = root / "Liver_AD" / "valid" / "Ungood" / "anomaly_mask"
+    Image.open(folder / "1.png").save(folder / "1.jpg", quality=50)
+    (folder / "1.png").unlink()
+    data = leave_out(root)
+    for item in (*data.train_data, *data.val_data):
+        if item.image_path == str(wide):
+            low, high = np.percentile(pixels, (0.5, 99.5))
+            np.testing.assert_allclose(item.image[0], np.clip((pixels - low) / (high - low), 0, 1), atol=1e-6)
+        if (item.mask_path or "").endswith(".jpg"):
+            assert int(item.gt_mask.sum()) == 2 * SIZE[0]
+    assert "1 masks are JPEG files" in caplog.text
+
+
+def test_too_few_images_to_hold_any_out_are_refused(root):
+    for path in sorted((root / "Chest_AD" / "valid" / "Ungood" / "img").iterdir())[1:]:
+        path.unlink()
+    with pytest.raises(
+        ValueError, match=r"1 abnormal group\(s\) .* cannot be split into val, train.*Add some to Chest"
+    ):
+        leave_out(root)
 
 
 def test_batches_mix_sets_and_each_image_carries_its_class_and_whether_it_has_a_mask(root):

@@ -6,6 +6,7 @@
 import csv
 import logging
 import sys
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -150,9 +151,9 @@ def write_patients(root: Path) -> Path:
     """Ten patients with three normal slices each, eight with an abnormal and a normal one; masks."""
     for number in range(10):
         for index in range(3):
-            write_dicom(root / f"normal/n{number}/{index}.dcm", body(index), f"N{number}", index)
+            write_dicom(root / f"normal/n{number}/{index}.dcm", body(10 * number + index), f"N{number}", index)
     for number in range(8):
-        write_dicom(root / f"normal/a{number}/0.dcm", body(number), f"A{number}")
+        write_dicom(root / f"normal/a{number}/0.dcm", body(200 + number), f"A{number}")
         write_dicom(root / f"abnormal/a{number}/1.dcm", body(number, lesion=True), f"A{number}")
         write_picture(root / f"masks/a{number}/1.png", body(number, lesion=True) > 0.9)
     return root
@@ -282,6 +283,9 @@ def test_unreadable_files_are_reported_and_the_others_predicted(scans, damaged, 
         assert bool(row["error"]) == (name in damaged) == (row["score"] == "")
         assert torch.isnan(item.pred_score) == (name in damaged)
         assert torch.isnan(item.anomaly_map).all() == (name in damaged)
+        if name in damaged:
+            assert item.pred_label is None
+            assert item.pred_mask is None
     assert not (folder / "bad").exists()
     with_score = [row for row in table.values() if row["score"]]
     assert len(with_score) == 12
@@ -478,10 +482,11 @@ def test_mask_volume_tells_which_slices_of_a_volume_are_abnormal(tmp_path):
 
 
 def test_mask_volume_of_another_grid_is_refused(tmp_path):
-    write_volume_file(tmp_path / "normal/a.nii.gz", [body(0)] * 3)
-    write_volume_file(tmp_path / "abnormal/sick.nii.gz", [body(1)] * 3)
+    for index in range(2):
+        write_volume_file(tmp_path / f"normal/{index}.nii.gz", [body(index)] * 3)
+    write_volume_file(tmp_path / "abnormal/sick.nii.gz", [body(7)] * 3)
     write_volume_file(tmp_path / "masks/sick.nii.gz", [body(1)] * 4)
-    with pytest.raises(ValueError, match=r"sick\.nii\.gz: its mask .* is no NIfTI volume of the same voxel grid"):
+    with pytest.raises(ValueError, match=r"sick\.nii\.gz: its mask .* is no volume of the same voxel grid"):
         MedicalFolder(tmp_path, val_split_ratio=0, **FOLDERS).setup("fit")
 
 
@@ -493,6 +498,278 @@ def test_slices_of_one_volume_stay_together_without_groups(tmp_path):
     volumes = [set(part.samples["image_path"]) for part in (datamodule.train_data, datamodule.val_data)]
     assert not volumes[0] & volumes[1]
     assert len(datamodule.train_data) == 3 * len(volumes[0])
+
+
+def series_with_masks(root: Path, suffix: str) -> dict[str, list[bool]]:
+    """Write normal series and two abnormal ones, whose masks are empty beside the lesion; return where lesions are."""
+    lesions = {"s0": [False, True, False], "s1": [True, False, False]}
+    for number in range(4):
+        for index in range(3):
+            write_slice(root / f"normal/n{number}/{index}{suffix}", body(10 * number + index))
+    for name, slices in lesions.items():
+        for index, lesion in enumerate(slices):
+            image = body(100 * (1 + int(name[1])) + index, lesion)
+            write_slice(root / f"abnormal/{name}/{index}{suffix}", image)
+            write_picture(root / f"masks/{name}/{index}.png", image > 0.9)
+    return lesions
+
+
+def write_slice(path: Path, image: np.ndarray) -> None:
+    if path.suffix == ".dcm":
+        write_dicom(path, image, path.parent.name)
+    else:
+        write_picture(path, image)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".dcm"])
+@pytest.mark.parametrize("listed", [False, True])
+def test_slices_with_an_empty_mask_are_normal_tissue_of_an_abnormal_patient(tmp_path, suffix, listed, caplog):
+    lesions = series_with_masks(tmp_path, suffix)
+    options = {"num_workers": 0, "group_by": "folder"}
+    if listed:
+        lines = ["path,label,mask", *(f"normal/n{number},normal," for number in range(4))]
+        lines += [f"abnormal/{name},abnormal,masks/{name}" for name in lesions]
+        options |= {"image_list": write_list(tmp_path / "images.csv", lines)}
+    else:
+        options = FOLDERS | options
+    with caplog.at_level(logging.INFO):
+        datamodule = MedicalFolder(tmp_path, **options)
+        datamodule.setup("fit")
+    assert "4 images of abnormal files have an empty mask and are labelled normal" in caplog.text
+    found = [
+        item for part in (datamodule.val_data, datamodule.test_data) for item in part if "abnormal" in item.image_path
+    ]
+    labels = {"/".join(Path(item.image_path).with_suffix("").parts[-2:]): int(item.gt_label) for item in found}
+    assert labels == {f"{name}/{i}": int(lesion) for name, slices in lesions.items() for i, lesion in enumerate(slices)}
+    assert not any("abnormal" in path for path in datamodule.train_data.samples["image_path"])
+    left = MedicalFolder(tmp_path, skip_empty_masks=True, **options)
+    left.setup("fit")
+    kept = [
+        path for part in (left.val_data, left.test_data) for path in part.samples["image_path"] if "abnormal" in path
+    ]
+    assert len(kept) == 2
+
+
+def test_listed_folders_are_groups_of_their_own(tmp_path):
+    lines = ["path,label"]
+    for number in range(16):
+        for index in range(4):
+            write_picture(tmp_path / f"p{number}/{index}.png", body(10 * number + index, lesion=number % 2 == 1))
+        lines.append(f"p{number},{number % 2}")
+    listed = write_list(tmp_path / "images.csv", lines)
+    for group_by in (None, "folder"):
+        split = parts(MedicalFolder(tmp_path, image_list=listed, group_by=group_by))
+        assert {name: len(folders) for name, folders in split.items()} == {"train": 4, "val": 6, "test": 6}
+        assert not split["train"] & split["val"] | split["train"] & split["test"] | split["val"] & split["test"]
+
+
+@pytest.mark.parametrize(
+    ("normal", "abnormal", "options", "message"),
+    [
+        (
+            2,
+            1,
+            {},
+            r"2 normal group\(s\) .* cannot be split into val, test, train: .* 1 more normal .* are missing. Add",
+        ),
+        (3, 1, {}, r"1 abnormal group\(s\) .* cannot be split into val, test: .* 1 more abnormal"),
+        (3, 2, {"train_abnormal": True}, r"2 abnormal group\(s\) .* cannot be split into val, test, train"),
+        (2, 1, {"val_split_ratio": 0}, None),
+        (3, 2, {}, None),
+    ],
+)
+def test_what_cannot_be_split_is_refused(tmp_path, normal, abnormal, options, message):
+    for number in range(normal + abnormal):
+        kind = "normal" if number < normal else "abnormal"
+        write_picture(tmp_path / f"{kind}/{number}.png", body(number, kind == "abnormal"))
+    datamodule = MedicalFolder(tmp_path, "normal", "abnormal", num_workers=0, **options)
+    if message:
+        with pytest.raises(ValueError, match=message):
+            datamodule.setup()
+        return
+    datamodule.setup()
+    for part in [datamodule.test_data, *([datamodule.val_data] if "val_split_ratio" not in options else [])]:
+        assert set(part.samples["label_index"]) == {0, 1}
+
+
+def test_images_equal_to_training_images_are_not_evaluated(tmp_path, caplog):
+    for number in range(20):
+        write_picture(tmp_path / f"normal/{number}.png", body(number))
+        if number < 8:
+            Image.open(tmp_path / f"normal/{number}.png").save(tmp_path / f"normal/{number}_again.tif")
+    for seed in range(3):
+        datamodule = MedicalFolder(tmp_path, "normal", num_workers=0, seed=seed)
+        datamodule.setup("fit")
+        stems = [
+            {Path(path).stem.removesuffix("_again") for path in part.samples["image_path"]}
+            for part in (datamodule.train_data, datamodule.val_data, datamodule.test_data)
+        ]
+        assert not stems[0] & stems[1] | stems[0] & stems[2] | stems[1] & stems[2]
+    assert "are copies of images of other parts and were left out" in caplog.text
+
+
+def test_files_are_grouped_by_a_pattern_of_their_names(tmp_path):
+    for patient in range(6):
+        for index in range(4):
+            write_picture(tmp_path / f"normal/{patient:03}_{index}.png", body(10 * patient + index))
+    datamodule = MedicalFolder(tmp_path, "normal", group_by=r"(?P<patient>\d+)_\d+", num_workers=0)
+    datamodule.setup()
+    split = [
+        {Path(path).name[:3] for path in part.samples["image_path"]}
+        for part in (datamodule.train_data, datamodule.val_data, datamodule.test_data)
+    ]
+    assert [len(patients) for patients in split] == [4, 1, 1]
+    assert len(set.union(*split)) == 6
+
+
+def test_rows_outside_the_folder_write_nothing_outside_the_results(tmp_path, predict):
+    for name in ("data/in.png", "outside/out.png"):
+        write_picture(tmp_path / name, body(len(name)))
+    for index in range(4):
+        write_picture(tmp_path / f"data/{index}.png", body(50 + index))
+    write_volume_file(tmp_path / "outside/v.nii.gz", [body(9)])
+    lines = ["path,label,split", "in.png,0,test", "../outside/out.png,0,test", "../outside/v.nii.gz,0,test"]
+    lines += [f"{index}.png,0,train" for index in range(4)]
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    listed = write_list(tmp_path / "images.csv", lines)
+    _, folder = predict(MedicalFolder(tmp_path / "data", image_list=listed, num_workers=0))
+    written = {path for path in tmp_path.rglob("*") if path.is_file()} - before - {listed}
+    assert all(path.is_relative_to(tmp_path / "results") for path in written)
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"in.png", "out.png", "v_slice000.png", "v_anomaly.nii.gz", "predictions.csv"}
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_prediction_summarises_each_series_and_each_volume(predicted):
+    _, folder, scans = predicted
+    table = {path: row["group"] for path, row in rows(folder).items()}
+    volume = {table[f"{scans}/b/volume.nii.gz#{index}"] for index in range(4)}
+    series = {table[str(scans / f"series/{name}.dcm")] for name in "xyz"}
+    assert len(volume) == len(series) == 1
+    assert len(set(table.values())) == 5 + 2
+    summary = {row["group"]: row for row in read_table(folder / "predictions_by_group.csv")}
+    assert list(next(iter(summary.values()))) == [
+        "group", "score", "mean_of_highest_3", "label", "abnormal_images", "images", "unreadable_images"
+    ]  # fmt: skip
+    for group, row in summary.items():
+        scores = sorted(float(image["score"]) for image in rows(folder).values() if image["group"] == group)[::-1]
+        assert int(row["images"]) == len(scores)
+        assert float(row["score"]) == pytest.approx(scores[0], rel=1e-6)
+        assert float(row["mean_of_highest_3"]) == pytest.approx(np.mean(scores[:3]), rel=1e-6)
+        assert row["label"] == row["abnormal_images"] == ""  # an untrained model has no threshold
+
+
+def test_groups_with_unreadable_images_say_so(tmp_path, predict, trained):
+    _, checkpoint = trained
+    for index in range(3):
+        write_dicom(tmp_path / f"scans/a/{index}.dcm", body(index, lesion=index > 0))
+    write_dicom(tmp_path / "scans/b/0.dcm", body(5))
+    cut = tmp_path / "scans/a/1.dcm"
+    cut.write_bytes(cut.read_bytes()[:-500])
+    cut = write_dicom(tmp_path / "scans/c/0.dcm", body(6))
+    cut.write_bytes(cut.read_bytes()[:-500])
+    model = MVFA.load_from_checkpoint(checkpoint)
+    _, folder = predict(MedicalFolder(tmp_path / "scans", num_workers=0, group_by="folder"), model)
+    table = rows(folder)
+    first, _, third = read_table(folder / "predictions_by_group.csv")
+    assert (first["images"], first["unreadable_images"]) == ("3", "1")
+    labels = [row["label"] for path, row in table.items() if "/a/" in path]
+    assert labels.count("") == 1
+    assert int(first["abnormal_images"]) == sum(label == "1" for label in labels)
+    assert first["label"] == max(labels)
+    assert [third[name] for name in ("score", "label", "abnormal_images", "unreadable_images")] == ["", "", "", "1"]
+
+
+def test_images_without_groups_have_neither_column_nor_summary(tmp_path, predict):
+    for index in range(3):
+        write_picture(tmp_path / f"scans/{index}.png", body(index))
+    _, folder = predict(MedicalFolder(tmp_path / "scans", num_workers=0))
+    assert "group" not in next(iter(rows(folder).values()))
+    assert not (folder / "predictions_by_group.csv").exists()
+
+
+def test_test_measures_patients_besides_images(trained, patients, tmp_path):
+    from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
+
+    _, checkpoint = trained
+    engine = Engine(accelerator="cpu", default_root_dir=tmp_path / "results", logger=False, enable_progress_bar=False)
+    datamodule = MedicalFolder(patients, group_by="patient", intensity="soft_tissue", **FOLDERS)
+    (metrics,) = engine.test(MVFA.load_from_checkpoint(checkpoint), datamodule=datamodule)
+    folder = Path(engine.trainer.default_root_dir) / "images"
+    summary = read_table(folder / "predictions_by_group.csv")
+    assert len(summary) == len(set(datamodule.test_data.samples["group"])) == 6
+    truths = [int(row["true_label"]) for row in summary]
+    assert sum(truths) == 4
+    scores, labels = [float(row["score"]) for row in summary], [int(row["label"]) for row in summary]
+    assert metrics["group_AUROC"] == pytest.approx(roc_auc_score(truths, scores))
+    assert metrics["group_AUPR"] == pytest.approx(average_precision_score(truths, scores))
+    assert metrics["group_F1Score"] == pytest.approx(f1_score(truths, labels))
+    for row in summary:
+        images = [image for image in rows(folder).values() if image["group"] == row["group"]]
+        assert row["true_label"] == max(image["true_label"] for image in images)
+        assert int(row["abnormal_images"]) == sum(image["label"] == "1" for image in images)
+
+
+def test_name_of_the_data_is_never_that_of_a_folder(tmp_path):
+    assert MedicalFolder(tmp_path / "Zuckerkandl_Emil").name == "Prediction"
+    assert MedicalFolder(tmp_path / "Zuckerkandl_Emil", "normal").name == "MedicalFolder"
+    assert MedicalFolder(tmp_path / "Zuckerkandl_Emil", name="heads").name == "heads"
+
+
+def test_folders_named_after_patients_reach_no_file_of_a_training(tmp_path, patients):
+    root = patients.rename(tmp_path / "Zuckerkandl_Emil")
+    names = {"normal_dir": "Semmelweis_Ignaz", "abnormal_dir": "Billroth_T", "mask_dir": "Rokitansky_K"}
+    for name, folder in names.items():
+        (root / FOLDERS[name]).rename(root / folder)
+    source = MedicalFolder(root, group_by="patient", num_workers=0, **names)
+    model, _ = fitted(FewShot(source, k_shot=1), tmp_path)
+    model.save_adapters(tmp_path / "results" / "a.safetensors")
+    files = [path for path in (tmp_path / "results").rglob("*") if path.is_file()]
+    assert {"run.json", "model.ckpt", "a.safetensors"} <= {path.name for path in files}
+    for path in files:
+        said = str(path.relative_to(tmp_path)) + path.read_bytes().decode("latin-1")
+        if path.suffix == ".ckpt":
+            with zipfile.ZipFile(path) as archive:
+                said += "".join(archive.read(name).decode("latin-1") for name in archive.namelist())
+        for name in ("Zuckerkandl_Emil", *names.values()):
+            assert name not in said, path
+
+
+def test_burned_in_text_brings_one_warning_and_can_be_blacked_out(tmp_path, predict, caplog):
+    for index in range(3):
+        write_dicom(tmp_path / f"us/{index}.dcm", body(index), Modality="US")
+    write_dicom(tmp_path / "us/clean.dcm", body(9), Modality="CT")
+    predict(MedicalFolder(tmp_path / "us", num_workers=0))
+    assert caplog.text.count("3 DICOM files may have text such as a patient's name burned into their pixels") == 1
+    caplog.clear()
+    box = [[4, 30, 20, 10]]
+    _, folder = predict(MedicalFolder(tmp_path / "us", num_workers=0, blackout=box))
+    assert "burned" not in caplog.text
+    datamodule = MedicalFolder(tmp_path / "us", num_workers=0, blackout=box)
+    datamodule.setup("predict")
+    image = datamodule.predict_data[0].image
+    assert (image[:, 30:40, 4:24] == 0).all()
+    assert torch.equal(image[:, :30], read_image(tmp_path / "us/0.dcm")[:, :30])
+    with Image.open(folder / "0.png") as picture:
+        assert np.asarray(picture)[31:39, 5:23].max() == 0
+
+
+def test_volume_and_limit_reach_the_readers(tmp_path, predict):
+    stack = np.stack([body(1, size=(24, 20)), body(2, size=(24, 20))], -1)
+    four = np.stack([stack, 1 - stack], -1).astype(np.float32)
+    (tmp_path / "v").mkdir()
+    nibabel.save(nibabel.Nifti1Image(four, np.eye(4)), tmp_path / "v/a.nii.gz")
+    items, folder = predict(MedicalFolder(tmp_path / "v", num_workers=0))
+    assert "holds 2 volumes; choose one with the option volume" in items[0].explanation
+    items, folder = predict(MedicalFolder(tmp_path / "v", num_workers=0, volume=1))
+    assert len(items) == 2
+    assert nibabel.load(folder / "a_anomaly.nii.gz").shape == (24, 20, 2)
+    items, _ = predict(MedicalFolder(tmp_path / "v", num_workers=0, volume=1, max_pixels=959))
+    assert "holds 960 pixels, more than max_pixels=959" in items[0].explanation
 
 
 def write_list(path: Path, lines: list[str]) -> Path:
@@ -565,7 +842,9 @@ def test_training_without_labels_is_refused(scans):
         ({"normal_dir": "a", "image_list": "b"}, "not both"),
         ({"abnormal_dir": "a"}, "need normal_dir"),
         ({"normal_dir": "a", "mask_dir": "b"}, "needs abnormal_dir"),
-        ({"group_by": "name"}, "must be one of folder, patient, csv"),
+        ({"group_by": "name"}, "must be one of folder, patient, csv, or a pattern"),
+        ({"group_by": "(name"}, "is no regular expression"),
+        ({"blackout": [[0, 0, 5]]}, "rectangles .left, top, width, height."),
         ({"group_by": "csv"}, "give that file"),
         ({"val_split_ratio": 0.5, "test_split_ratio": 0.5}, "must leave some for training"),
         ({"intensity": "dark"}, "Unknown intensity rule 'dark'"),

@@ -8,7 +8,9 @@ import logging
 import os
 import pickle
 import sys
+import tracemalloc
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +26,7 @@ from anomalib_mvfa.data.readers import (
     ImageRef,
     IntensityRule,
     UnreadableImageError,
+    has_burned_in_text,
     list_images,
     patient_key,
     read_image,
@@ -353,6 +356,108 @@ class TestDicom:
         np.testing.assert_allclose(grey(read_image(ImageRef(path, 0))), [[0, 0.5]], atol=1e-7)
         np.testing.assert_allclose(grey(read_image(ImageRef(path, 1))), [[0.25, 0.75]], atol=1e-7)
 
+    def test_enhanced_frames_come_in_the_order_of_their_geometry(self, tmp_path: Path) -> None:
+        heights = [10.0, -5.0, 2.5]
+        frames = pydicom.Sequence(item(PlanePositionSequence=item(ImagePositionPatient=[0, 0, z]))[0] for z in heights)
+        path = write_dicom(
+            tmp_path / "a.dcm",
+            np.arange(6, dtype=np.uint16).reshape(3, 1, 2),
+            Rows=1,
+            Columns=2,
+            NumberOfFrames=3,
+            PerFrameFunctionalGroupsSequence=frames,
+            SharedFunctionalGroupsSequence=item(
+                PlaneOrientationSequence=item(ImageOrientationPatient=[1, 0, 0, 0, 1, 0])
+            ),
+        )
+        assert [ref.frame for ref in list_images(path)] == [1, 2, 0]
+        assert [ref.frame for ref in list_images(path, slices=(0, 2))] == [1, 2]
+
+    def test_slices_of_a_series_without_window_share_their_percentiles(self, tmp_path: Path) -> None:
+        ramp = np.linspace(0, 1000, 100).astype(np.uint16).reshape(10, 10)
+        for index, pixels in enumerate((ramp, ramp // 100, ramp * 3)):
+            uid = "1.2.3" if index < 2 else "1.2.4"
+            write_dicom(tmp_path / f"{index}.dcm", pixels, SeriesInstanceUID=uid, **self.ct)
+        values = np.concatenate([ramp, ramp // 100])
+        low, high = np.percentile(values, (0.5, 99.5))
+        for index, pixels in enumerate((ramp, ramp // 100)):
+            for rule in ("auto", "percentile"):
+                image = grey(read_image(tmp_path / f"{index}.dcm", rule))
+                np.testing.assert_allclose(image, np.clip((pixels - low) / (high - low), 0, 1), atol=1e-5)
+        assert grey(read_image(tmp_path / "1.dcm")).max() < 0.02  # nearly air alone: black
+        assert grey(read_image(tmp_path / "2.dcm")).max() == 1  # another series
+
+    def test_frames_of_one_file_share_their_percentiles(self, tmp_path: Path) -> None:
+        ramp = np.linspace(0, 1000, 100).astype(np.uint16).reshape(10, 10)
+        stored = np.stack([ramp, ramp // 100])
+        path = write_dicom(tmp_path / "a.dcm", stored, Rows=10, Columns=10, NumberOfFrames=2)
+        assert grey(read_image(ImageRef(path, 1))).max() < 0.02
+
+    def test_voi_lut_of_implicit_files_begins_at_a_negative_value(self, tmp_path: Path) -> None:
+        table = np.linspace(0, 65535, 2001).astype(np.uint16)
+        lut = item(LUTDescriptor=[2001, -1000, 16], LUTData=table.tobytes())
+        lut[0]["LUTDescriptor"].VR, lut[0]["LUTData"].VR = "SS", "OW"
+        stored = np.array([[24, 524], [1024, 2024]], dtype=np.uint16)  # -1000, -500, 0, 1000 HU
+        syntax = pydicom.uid.ImplicitVRLittleEndian
+        path = write_dicom(tmp_path / "a.dcm", stored, VOILUTSequence=lut, syntax=syntax, **self.ct)
+        np.testing.assert_allclose(grey(read_image(path)), [[0, 0.25], [0.5, 1]], atol=1e-4)
+
+    def test_padding_stored_without_sign_is_padding_of_signed_pixels(self, tmp_path: Path) -> None:
+        stored = np.array([[-2000, 0], [500, 1000]], dtype=np.int16)
+        path = write_dicom(tmp_path / "a.dcm", stored)
+        dataset = pydicom.dcmread(path)
+        dataset.add_new("PixelPaddingValue", "US", 2**16 - 2000)
+        dataset.save_as(path)
+        np.testing.assert_allclose(grey(read_image(path, {"percentile": [0, 100]})), [[0, 0], [0.5, 1]], atol=1e-7)
+
+    @pytest.mark.parametrize("rule", ["brain", [40, 80], "auto"])
+    def test_eight_bit_captures_have_no_hounsfield_units(self, tmp_path: Path, rule: Any) -> None:
+        path = write_dicom(tmp_path / "a.dcm", RAMP, sop_class="1.2.840.10008.5.1.4.1.1.7")
+        np.testing.assert_allclose(grey(read_image(path, rule)), RAMP / 255, atol=1e-6)
+
+    def test_eight_bits_with_a_rescale_are_hounsfield_units(self, tmp_path: Path) -> None:
+        path = write_dicom(tmp_path / "a.dcm", RAMP, RescaleSlope=1, RescaleIntercept=-100)
+        np.testing.assert_allclose(grey(read_image(path, [40, 80])), np.clip((RAMP - 100.0) / 80, 0, 1), atol=1e-6)
+
+    def test_more_pixels_than_allowed_are_refused_before_decoding(self, tmp_path: Path) -> None:
+        path = write_dicom(tmp_path / "a.dcm", np.zeros((1, 2), np.uint8), Rows=20000, Columns=20000, NumberOfFrames=9)
+        with pytest.raises(UnreadableImageError, match=r"a\.dcm: holds 3600000000 pixels, more than max_pixels="):
+            read_image(ImageRef(path, 0))
+        path = write_dicom(tmp_path / "b.dcm", RAMP, **self.ct)
+        with pytest.raises(UnreadableImageError, match="holds 256 pixels, more than max_pixels=255; raise max_pixels"):
+            read_image(ImageRef(path, max_pixels=255))
+        assert read_image(ImageRef(path, max_pixels=256)).shape == (3, 16, 16)
+
+    def test_deflated_bomb_is_refused_without_inflating_it(self, tmp_path: Path) -> None:
+        path = write_dicom(tmp_path / "a.dcm", RAMP, syntax=pydicom.uid.DeflatedExplicitVRLittleEndian)
+        np.testing.assert_allclose(grey(read_image(path)), RAMP / 255, atol=1e-6)
+        content = path.read_bytes()
+        start = 144 + int.from_bytes(content[140:144], "little")
+        inflated = zlib.decompress(content[start:], -15)
+        deflater = zlib.compressobj(9, wbits=-15)
+        bomb = deflater.compress(inflated[:-256])
+        for _ in range(300):
+            bomb += deflater.compress(bytes(2**20))
+        path.write_bytes(content[:start] + bomb + deflater.flush())
+        assert path.stat().st_size < 400_000
+        tracemalloc.start()
+        (ref,) = list_images(path)
+        with pytest.raises(UnreadableImageError, match=r"a\.dcm: holds \d+ pixels, more than max_pixels="):
+            read_image(ref)
+        assert tracemalloc.get_traced_memory()[1] < 50e6
+        tracemalloc.stop()
+
+    def test_burned_in_text_is_suspected_by_flag_modality_and_class(self, tmp_path: Path) -> None:
+        cases = {
+            "flag.dcm": ({"BurnedInAnnotation": "YES"}, True),
+            "ultrasound.dcm": ({"Modality": "US"}, True),
+            "capture.dcm": ({"sop_class": "1.2.840.10008.5.1.4.1.1.7"}, True),
+            "clean.dcm": ({"Modality": "US", "BurnedInAnnotation": "NO"}, False),
+            "ct.dcm": ({"Modality": "CT"}, False),
+        }
+        for name, (attributes, expected) in cases.items():
+            assert has_burned_in_text(write_dicom(tmp_path / name, RAMP, **attributes)) == expected, name
+
     def test_rgb_is_taken_as_it_is(self, tmp_path: Path) -> None:
         path = write_dicom(
             tmp_path / "a.dcm",
@@ -549,9 +654,56 @@ class TestVolume:
         np.testing.assert_allclose(voxels, stored * 0.5 - 7)
         assert voxels.dtype == np.float32
 
-    def test_first_of_several_volumes_is_read(self, tmp_path: Path, data: np.ndarray) -> None:
-        path = write_nifti(tmp_path / "a.nii.gz", np.stack([data, -data], axis=-1), self.ras)
-        np.testing.assert_array_equal(read_volume(path)[0], data)
+    def test_a_volume_of_four_dimensions_is_refused_until_one_is_chosen(self, tmp_path: Path, data: np.ndarray) -> None:
+        path = write_nifti(tmp_path / "a.nii.gz", np.stack([data, data + 500, data + 1000], axis=-1))
+        (ref,) = list_images(path)
+        with pytest.raises(UnreadableImageError, match=r"a\.nii\.gz: holds 3 volumes; choose one with .* volume"):
+            read_image(ref)
+        with pytest.raises(UnreadableImageError, match="numbered from 0; there is no number 3"):
+            read_volume(path, volume=3)
+        np.testing.assert_array_equal(read_volume(path, volume=1)[0], data + 500)
+        refs = list_images(path, volume=2)
+        assert [ref.key for ref in refs] == [f"a.nii.gz#{index}" for index in range(6)]
+        np.testing.assert_allclose(grey(read_image(refs[4], [1000, 2000])).max(), (data[..., 4].max() + 1000) / 2000)
+
+    def test_a_chosen_volume_leaves_files_of_three_dimensions_alone(self, tmp_path: Path, data: np.ndarray) -> None:
+        np.testing.assert_array_equal(read_volume(write_nifti(tmp_path / "a.nii", data), volume=2)[0], data)
+
+    @pytest.mark.parametrize("suffix", [".mha", ".nrrd", ".mhd", ".nhdr"])
+    def test_metaimage_and_nrrd_equal_the_nifti_file_of_the_same_anatomy(
+        self, tmp_path: Path, data: np.ndarray, suffix: str
+    ) -> None:
+        itk = pytest.importorskip("SimpleITK")
+        affine = np.array([[0, -3, 0, 12], [2, 0, 0, 6], [0, 0.0, 4, -7], [0, 0, 0, 1]])  # axes swapped and reversed
+        nifti = write_nifti(tmp_path / "a.nii.gz", data, affine)
+        itk.WriteImage(itk.ReadImage(str(nifti)), str(tmp_path / f"a{suffix}"))
+        written, expected = read_volume(tmp_path / f"a{suffix}"), read_volume(nifti)
+        np.testing.assert_array_equal(written[0], expected[0])
+        np.testing.assert_allclose(written[1], expected[1], atol=1e-5)
+        assert same_grid(tmp_path / f"a{suffix}", nifti)
+        refs = [list_images(tmp_path / name, axis=1) for name in (f"a{suffix}", "a.nii.gz")]
+        for first, second in zip(*refs, strict=True):
+            assert torch.equal(read_image(first), read_image(second))
+        write_volume(tmp_path / "map.nii.gz", written[0], like=tmp_path / f"a{suffix}")
+        np.testing.assert_allclose(read_volume(tmp_path / "map.nii.gz")[1], expected[1], atol=1e-5)
+        np.testing.assert_array_equal(nibabel.load(tmp_path / "map.nii.gz").get_fdata(), data)
+
+    def test_metaimage_of_vectors_and_several_volumes(self, tmp_path: Path, data: np.ndarray) -> None:
+        itk = pytest.importorskip("SimpleITK")
+        vectors = itk.GetImageFromArray(np.ones((3, 4, 5, 3), np.float32), isVector=True)
+        itk.WriteImage(vectors, str(tmp_path / "v.mha"))
+        with pytest.raises(UnreadableImageError, match=r"v\.mha: its voxels are not single real numbers"):
+            read_volume(tmp_path / "v.mha")
+        series = itk.JoinSeries([itk.GetImageFromArray((data + 500 * n).T) for n in range(3)])
+        itk.WriteImage(series, str(tmp_path / "s.nrrd"))
+        with pytest.raises(UnreadableImageError, match="holds 3 volumes"):
+            read_volume(tmp_path / "s.nrrd")
+        np.testing.assert_array_equal(read_volume(tmp_path / "s.nrrd", volume=2)[0], data[::-1, ::-1] + 1000)
+
+    def test_analyze_is_read_by_its_header_file(self, tmp_path: Path, data: np.ndarray) -> None:
+        nibabel.save(nibabel.AnalyzeImage(data, np.diag([-2.0, 3, 4, 1])), tmp_path / "a.img")
+        assert [ref.path.name for ref in list_images(tmp_path)] == ["a.hdr"] * 6
+        np.testing.assert_array_equal(read_volume(tmp_path / "a.hdr")[0], data[::-1])
 
     def test_empty_slices_are_skipped(self, tmp_path: Path) -> None:
         data = np.zeros((8, 8, 6), dtype=np.float32)
@@ -570,10 +722,23 @@ class TestVolume:
         data[4, 4, 1] = 1
         assert [ref.frame for ref in list_images(write_nifti(tmp_path / "a.nii", data))] == [1]
 
-    def test_nan_voxels_become_the_minimum(self, tmp_path: Path) -> None:
+    def test_a_compressed_volume_of_too_many_voxels_is_refused_before_it_is_inflated(self, tmp_path: Path) -> None:
+        path = write_nifti(tmp_path / "bomb.nii.gz", np.zeros((600, 600, 600), np.uint8))
+        assert path.stat().st_size < 1_000_000
+        tracemalloc.start()
+        with pytest.raises(UnreadableImageError, match=r"bomb\.nii\.gz: holds 216000000 pixels, more than max_pixels="):
+            read_volume(path)
+        assert tracemalloc.get_traced_memory()[1] < 50e6
+        tracemalloc.stop()
+        small = write_nifti(tmp_path / "small.nii.gz", np.zeros((6, 6, 6), np.uint8))
+        with pytest.raises(UnreadableImageError, match="holds 216 pixels, more than max_pixels=215; raise max_pixels"):
+            read_volume(small, max_pixels=215)
+        assert read_volume(small, max_pixels=216)[0].shape == (6, 6, 6)
+
+    def test_nan_voxels_become_the_minimum_and_infinite_ones_the_maximum(self, tmp_path: Path) -> None:
         data = np.array([-5, np.nan, np.inf, 10], dtype=np.float32).reshape(2, 2, 1)
         voxels, _ = read_volume(write_nifti(tmp_path / "a.nii", data))
-        np.testing.assert_array_equal(voxels.ravel(), [-5, -5, -5, 10])
+        np.testing.assert_array_equal(voxels.ravel(), [-5, -5, 10, 10])
 
     def test_two_dimensional_file_is_one_image(self, tmp_path: Path) -> None:
         path = write_nifti(tmp_path / "a.nii", np.array([[0, 1], [2, 4]], dtype=np.float32))
@@ -681,8 +846,20 @@ class TestListing:
     def test_dicom_objects_that_are_no_images_are_left_out(self, tmp_path: Path) -> None:
         write_dicom(tmp_path / "DICOMDIR", None, sop_class="1.2.840.10008.1.3.10")
         write_dicom(tmp_path / "report.dcm", None, sop_class="1.2.840.10008.5.1.4.1.1.88.11")
-        image = write_dicom(tmp_path / "image.dcm", TestDicom.stored)
-        assert list_images(tmp_path) == [ImageRef(image)]
+        for name in ("RTDoseStorage", "SegmentationStorage", "ParametricMapStorage"):
+            write_dicom(tmp_path / f"{name}.dcm", TestDicom.stored, sop_class=getattr(pydicom.uid, name))
+        names = (
+            "CTImageStorage",
+            "SecondaryCaptureImageStorage",
+            "EnhancedUSVolumeStorage",
+            "DigitalXRayImageStorageForPresentation",
+        )
+        images = [
+            write_dicom(tmp_path / f"{name}.dcm", TestDicom.stored, sop_class=getattr(pydicom.uid, name))
+            for name in names
+        ]
+        images.append(write_dicom(tmp_path / "private.dcm", TestDicom.stored, sop_class="1.2.3.4.5"))
+        assert {ref.path for ref in list_images(tmp_path)} == set(images)
 
     def test_unreadable_files_are_listed_and_refused_on_reading(self, tmp_path: Path) -> None:
         for name in ("a.dcm", "b.nii.gz", "c.png"):
@@ -708,6 +885,13 @@ class TestListing:
         for suffix in IMAGE_SUFFIXES:
             assert suffix in str(missing.value)
             assert suffix in str(empty.value)
+
+    def test_names_of_files_outside_the_root_stay_inside_the_output_folder(self, tmp_path: Path) -> None:
+        root = tmp_path / "data"
+        assert ImageRef(root / "../outside/a.png", root=root).name == "a"
+        assert ImageRef(root / "../outside/a.nii.gz", 3, root=root).key == "a.nii.gz#3"
+        assert ImageRef(tmp_path / "elsewhere/b.dcm", root=root).name == "b"
+        assert ImageRef(root / "case/../other/c.png", root=root).name == "other/c"
 
     def test_axis_is_checked(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="axis"):
@@ -818,7 +1002,7 @@ class TestUnreadable:
             "zero-byte dcm": "empty",
             "text png": "not an image",
             "text dcm": "not a DICOM file",
-            "text nii": "not a NIfTI file",
+            "text nii": "not a NIfTI or Analyze file",
             "no pixels": "no pixel data",
             "truncated dcm 300": "truncated|no pixel data",
             "nan volume": "no finite value",
@@ -907,6 +1091,17 @@ class TestGridsAndPatients:
         assert same_grid(first, tmp_path / "b.nii.gz")
         assert not same_grid(first, shifted)
         assert not same_grid(first, shorter)
+
+    def test_grids_that_part_at_their_corners_differ(self, tmp_path: Path) -> None:
+        def write(name: str, affine: np.ndarray) -> Path:
+            return write_nifti(tmp_path / name, np.zeros((512, 512, 2), np.uint8), affine)
+
+        first = write("a.nii.gz", np.diag([0.70, 0.70, 5, 1]))
+        assert not same_grid(first, write("b.nii.gz", np.diag([0.79, 0.79, 5, 1])))  # 46 mm off at the far corner
+        cos, sin = np.cos(np.deg2rad(5)), np.sin(np.deg2rad(5))
+        turned = np.array([[0.7 * cos, -0.7 * sin, 0, 0], [0.7 * sin, 0.7 * cos, 0, 0], [0, 0, 5, 0], [0, 0, 0, 1]])
+        assert not same_grid(first, write("c.nii.gz", turned))
+        assert same_grid(first, write("d.nii.gz", np.diag([0.7001, 0.7001, 5.0, 1])))  # rounded by another program
 
     def test_patients_are_told_apart_under_a_salt_and_not_named(self, tmp_path: Path) -> None:
         files = [

@@ -1,0 +1,165 @@
+# Copyright (C) 2026 The anomalib-mvfa authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""The data set that all datamodules of this package read through."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from anomalib import TaskType
+from anomalib.data import AnomalibDataset, ImageItem
+from anomalib.data.utils import LabelName
+from torch import Tensor
+from torchvision.tv_tensors import Image, Mask
+
+from anomalib_mvfa.callbacks.loading import ReportedBatch
+
+from .checks import size_difference
+from .readers import ImageRef, IntensityRule, UnreadableImageError, read_image, read_mask
+
+__all__ = ["WHOLE_FILE", "MedicalDataset", "read_by_us"]
+
+WHOLE_FILE = -1  # stands for "no frame" in the table, whose column then is of integers
+
+
+class MedicalDataset(AnomalibDataset):
+    """Images in any readable format, with what is known about them.
+
+    An item's ``image_path`` is the file, and for a slice or frame the file, ``#`` and its number.
+
+    Args:
+        samples: One row an image, in an order that is kept: ``image_path`` (the file), ``label_index``, ``mask_path``
+            (``""`` for none), and if wanted ``frame`` (-1 for a file that is one image), ``group`` (a number) and
+            ``problem`` (why the image cannot be used, found before reading; ``""`` for none).
+        rule: How stored values become grey levels.
+        like: Axis, volume, limit of pixels and root of the images.
+        report: Whether an unreadable image becomes a black one whose ``explanation`` is the reason, not an error.
+        blackout: Rectangles ``(left, top, width, height)`` in pixels of an image that are set to black.
+    """
+
+    def __init__(
+        self,
+        samples: pd.DataFrame,
+        rule: IntensityRule | None = None,
+        like: ImageRef | None = None,
+        report: bool = False,
+        blackout: Sequence[Sequence[int]] = (),
+    ) -> None:
+        super().__init__()
+        self.samples = samples
+        self.rule = rule or IntensityRule()
+        self.like = like or ImageRef(Path())
+        self.report = report
+        self.blackout = blackout
+
+    @property
+    def samples(self) -> pd.DataFrame:
+        """The table; anomalib's own setter would sort slices by the name of their volume, which they share."""
+        return super().samples
+
+    @samples.setter
+    def samples(self, samples: pd.DataFrame) -> None:
+        self._samples = samples.reset_index(drop=True)
+
+    @property
+    def collate_fn(self) -> Callable[..., Any]:
+        """Collate into batches, in which unreadable images have no predictions where such images are reported."""
+        collate: Callable[..., Any] = ReportedBatch.collate if self.report else super().collate_fn
+        return collate
+
+    def __getitem__(self, index: int) -> ImageItem:
+        """Read one image and its mask.
+
+        Raises:
+            UnreadableImageError: If the image or its mask is unreadable, or the mask has another size, unless such
+                images are reported.
+        """
+        row = self.samples.iloc[index]
+        ref = self._ref(row.image_path, row.get("frame", WHOLE_FILE))
+        mask, reason = None, ""
+        try:
+            image, mask = self._read(row, ref)
+        except UnreadableImageError as error:
+            if not self.report:
+                raise
+            image, reason = Image(torch.zeros(3, 1, 1)), error.reason
+            if self.task == TaskType.SEGMENTATION:
+                mask = Mask(torch.zeros(1, 1, dtype=torch.uint8))
+        if self.augmentations is not None:
+            image, mask = (self.augmentations(image), None) if mask is None else self.augmentations(image, mask)
+        return ImageItem(
+            image=image,
+            gt_mask=mask,
+            gt_label=None if row.label_index == LabelName.UNKNOWN else torch.tensor(int(row.label_index)),
+            image_path=row.image_path if ref.frame is None else f"{row.image_path}#{ref.frame}",
+            mask_path=row.mask_path,
+            explanation=reason if self.report else None,
+        )
+
+    def _ref(self, path: str | Path, frame: int) -> ImageRef:
+        return replace(self.like, path=Path(path), frame=None if frame == WHOLE_FILE else int(frame))
+
+    def _read(self, row: Any, ref: ImageRef) -> tuple[Tensor, Mask | None]:  # noqa: ANN401
+        if row.get("problem"):
+            raise UnreadableImageError(ref.path, row.problem)
+        try:
+            image = self._image(ref)
+            if self.task == TaskType.CLASSIFICATION:
+                return image, None
+            if row.label_index != LabelName.ABNORMAL.value or not row.mask_path:
+                return image, Mask(torch.zeros(image.shape[-2:], dtype=torch.uint8))
+            mask = read_mask(replace(ref, path=Path(row.mask_path)))
+        except FileNotFoundError as error:
+            raise UnreadableImageError(error.filename, "no such file") from None
+        except UnreadableImageError:
+            raise
+        except ValueError as error:  # a mask file with fewer frames than its image
+            raise UnreadableImageError(row.mask_path, f"does not fit {ref.path.name}: {error}") from None
+        if mask.shape != image.shape[-2:]:
+            raise UnreadableImageError(row.mask_path, size_difference(mask.shape, image.shape))
+        return image, Mask(mask.to(torch.uint8))
+
+    def _image(self, ref: ImageRef) -> Tensor:
+        image = read_image(ref, self.rule)
+        for left, top, width, height in self.blackout:
+            image[:, top : top + height, left : left + width] = 0
+        return image
+
+    def ref(self, image_path: str) -> ImageRef:
+        """Return the reference that an item's ``image_path`` stands for."""
+        file, mark, number = image_path.rpartition("#")
+        if mark and not Path(image_path).is_file():
+            return self._ref(file, int(number))
+        return self._ref(image_path, WHOLE_FILE)
+
+    @property
+    def image_paths(self) -> list[str]:
+        """The ``image_path`` of every item."""
+        frames = self.samples.get("frame", [WHOLE_FILE] * len(self.samples))
+        rows = zip(self.samples["image_path"], frames, strict=True)
+        return [path if frame == WHOLE_FILE else f"{path}#{frame}" for path, frame in rows]
+
+    def original(self, image_path: str) -> Tensor:
+        """Read the image of an item again, at its own size: ``(3, H, W)`` in [0, 1]."""
+        return self._image(self.ref(image_path))
+
+    def output_name(self, image_path: str) -> str:
+        """Return the name of the results of an item, with its folders and without a suffix."""
+        return self.ref(image_path).name
+
+
+def read_by_us(dataset: AnomalibDataset, root: Path) -> AnomalibDataset:
+    """Return a data set that reads images in anomalib's default way, such as ``Folder``'s, with our readers instead.
+
+    These read 8-bit files alike, files of more bits by their percentiles, and JPEG masks without their blurred edges.
+    Data sets with a way of reading of their own are returned as they are. Names of outputs are relative to ``root``.
+    """
+    if type(dataset).__getitem__ is not AnomalibDataset.__getitem__:
+        return dataset
+    own = MedicalDataset(dataset.samples, like=ImageRef(root, root=root))
+    own.augmentations = dataset.augmentations
+    return own
