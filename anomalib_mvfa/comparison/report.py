@@ -167,7 +167,7 @@ class FinishedCells:
                     raise ValueError(msg)
                 found[cell.seed] = cell
             self.groups.append(Group(*key, found))
-        self.shots = sorted({group.k_shot for group in self.groups}, key=lambda k: (k == 0, k))
+        self.shots = sorted({cell.k_shot for cell in cells if cell.method}, key=lambda k: (k == 0, k))
 
     @cached_property
     def places(self) -> list[tuple[str, int]]:
@@ -323,7 +323,8 @@ def _paper_tables(comparison: FinishedCells) -> list[Table]:
         if not any(paper_set(name) for name in sets):
             published = {}
         rows, grey = [], set()
-        for method in dict.fromkeys([*(method for method, _ in groups), *published]):
+        failed = {cell.method: None for cell in comparison.others if cell.status == "failed" and cell.k_shot == k_shot}
+        for method in dict.fromkeys([*(method for method, _ in groups), *failed, *published]):
             own = [group for (named, _), group in groups.items() if named == method]
             if own:
                 by_set = {group.set: group for group in own}
@@ -337,6 +338,8 @@ def _paper_tables(comparison: FinishedCells) -> list[Table]:
                     for level in levels
                 ]
                 rows.append([own[0].label, *own[0].shown[:3], *cells, *(_mean(values) for values in means)])
+            if not own and method in failed:
+                rows.append([method, "failed, see Missing", *["-"] * (len(header) - 2)])
             if method in published:
                 grey.add(len(rows))
                 values = [

@@ -71,7 +71,8 @@ def write_cell(
     cell = {
         "method": method, "set": name, "k_shot": k_shot, "seed": seed, "backbone": "tiny", "status": "done",
         "error": None, "config": {"root": "secret/place"},
-        "shown": dict(zip(("normal", "abnormal", "masks", "remark"), seen, strict=True)), "machine": "Processor, 1 threads",
+        "shown": dict(zip(("normal", "abnormal", "masks", "remark"), seen, strict=True)),
+        "machine": "Processor, 1 threads",
         "metrics": metrics, "threshold": 0.6, "supports": [f"good/support_{seed}.png"], "anomalib_mvfa": "0.1.0",
         "cost": {"train_seconds": 12.5, "train_peak_mb": 812.0, "predict_ms": 4.2, "size_mb": 3.1},
     }  # fmt: skip
