@@ -1,8 +1,7 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Compares the methods of ``configs/benchmark.yaml`` on folders of real images, and writes the tables of the
-documentation.
+"""Compares the methods of ``configs/benchmark.yaml`` on real images, and writes the tables of the documentation.
 
     python -m benchmarks.results --data DIR br35h busi
 
@@ -27,7 +26,7 @@ CONFIG = Path("configs/benchmark.yaml")
 
 
 def comparison(options: argparse.Namespace) -> Comparison:
-    """Return the comparison of the configuration on the folders, without zero-shot MVFA, which they have no sets for."""
+    """Return the comparison on the folders, without zero-shot MVFA, which needs other sets to learn from."""
     config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["comparison"]
     methods = {name: dict(own or {}) for name, own in config["methods"].items() if name != "MVFA (zero-shot)"}
     for name in ("MVFA", "MVFA (normal only)"):

@@ -36,7 +36,7 @@ def write(path: Path, stored: np.ndarray, syntax: str = "1.2.840.10008.1.2.1", *
     for name, value in attributes.items():
         setattr(dataset, name, value)
     dataset.PixelData = stored.tobytes()
-    dataset["PixelData"].VR = "OW"
+    dataset["PixelData"].VR = "OW" if bits > 8 else "OB"
     dataset.set_original_encoding(is_implicit_vr=False, is_little_endian=meta.TransferSyntaxUID.is_little_endian)
     dataset.save_as(path, enforce_file_format=True)
     return path
