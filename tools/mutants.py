@@ -37,7 +37,7 @@ AREAS: dict[str, tuple[list[str], list[str]]] = {
         ["tests/data/test_readers.py", "tests/data/test_reader_rules.py"],
     ),
     "splits": (
-        [f"anomalib_mvfa/data/{name}.py" for name in ("few_shot", "support_lists", "leave_one_out", "bmad", "duplicates")],
+        [f"anomalib_mvfa/data/{name}.py" for name in ("few_shot", "support_lists", "leave_one_out", "bmad")],
         [f"tests/data/test_{name}.py" for name in ("few_shot", "support_lists", "leave_one_out", "bmad")],
     ),
 }
@@ -76,7 +76,8 @@ def run(area: str, root: Path, jobs: int) -> None:
             [*mutmut, "show", name], cwd=folder, env=environment, check=True, capture_output=True, text=True
         ).stdout
         print(f"\n{name} ({tried[name]})")
-        print("\n".join(line for line in difference.splitlines() if line[:1] in "+-" and line[:3] not in {"+++", "---"}))
+        changed = [line for line in difference.splitlines() if line.startswith(("+", "-"))]
+        print("\n".join(line for line in changed if not line.startswith(("+++", "---"))))
     print(f"\n{area}: {len(tried) - len(survived)} of {len(tried)} faults caught; {len(states) - len(tried)} not tried")
 
 

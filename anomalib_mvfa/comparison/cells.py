@@ -3,7 +3,6 @@
 
 """Reads the cells of a comparison: one method on one set, with one number of supports and one seed each."""
 
-import csv
 import json
 import logging
 import math
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from .statistics import ImageScores, image_metrics
@@ -31,13 +31,13 @@ class Maps:
     """Small anomaly maps for display.
 
     Attributes:
-        values: ``(N, h, w)``, uint8, in the order of the scores.
+        levels: ``(N, h, w)``, uint8, in the order of the scores.
         low: Map value of 0.
         high: Map value of 255.
         masks: ``(N, h, w)``, true inside lesions, or ``None``.
     """
 
-    values: NDArray[np.uint8]
+    levels: NDArray[np.uint8]
     low: float
     high: float
     masks: NDArray[np.bool_] | None
@@ -113,8 +113,8 @@ class Cell:
         except Exception as error:  # a damaged archive raises many kinds
             msg = f"{path} is damaged. {_REMEDY}"
             raise ValueError(msg) from error
-        shape = (len(self.scores.paths), *maps.values.shape[1:])
-        if maps.values.dtype != np.uint8 or maps.values.ndim != 3 or maps.values.shape != shape:
+        shape = (len(self.scores.paths), *maps.levels.shape[1:])
+        if maps.levels.dtype != np.uint8 or maps.levels.ndim != 3 or maps.levels.shape != shape:
             msg = f"{path}: 'maps' are not one 8-bit picture per line of scores.csv. {_REMEDY}"
             raise ValueError(msg)
         if maps.masks is not None and maps.masks.shape != shape:
@@ -207,36 +207,30 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 def _read_scores(path: Path) -> ImageScores:
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
     except FileNotFoundError:
         msg = f"scores.csv is missing. {_REMEDY}"
         raise _UnreadableError(msg) from None
-    except (OSError, ValueError, csv.Error):
+    except (OSError, ValueError):
         msg = f"scores.csv is damaged. {_REMEDY}"
         raise _UnreadableError(msg) from None
-    names, labels, scores, groups = [], [], [], []
-    for number, row in enumerate(rows, start=2):
-        try:
-            name, label, score = row["path"], row["label"], float(row["score"])
-        except (KeyError, TypeError, ValueError):
-            msg = f"scores.csv, line {number}: no path, label and score. {_REMEDY}"
-            raise _UnreadableError(msg) from None
-        if label not in {"0", "1"} or not math.isfinite(score):
-            msg = f"scores.csv, line {number}: the label is not 0 or 1, or the score is not finite. {_REMEDY}"
-            raise _UnreadableError(msg)
-        names.append(name)
-        labels.append(label == "1")
-        scores.append(score)
-        groups.append(row.get("group") or name)
-    if len(set(names)) != len(names):
+    if not {"path", "label", "score"} <= set(table):
+        msg = f"scores.csv lacks a column path, label or score. {_REMEDY}"
+        raise _UnreadableError(msg)
+    scores = pd.to_numeric(table.score, errors="coerce").to_numpy(dtype=np.float64)
+    wrong = np.flatnonzero(~table.label.isin(["0", "1"]).to_numpy() | ~np.isfinite(scores))
+    if len(wrong):
+        msg = f"scores.csv, line {wrong[0] + 2}: the label is not 0 or 1, or the score is not finite. {_REMEDY}"
+        raise _UnreadableError(msg)
+    if table.path.duplicated().any():
         msg = f"scores.csv names an image twice. {_REMEDY}"
         raise _UnreadableError(msg)
-    if len(set(labels)) < 2:
+    labels = (table.label == "1").to_numpy()
+    if labels.all() or not labels.any():
         msg = "scores.csv has no normal or no abnormal image: give a test part with both, and run the cell again."
         raise _UnreadableError(msg)
-    known = tuple(groups) if groups != names else ()
-    return ImageScores(tuple(names), np.array(labels, dtype=np.bool_), np.array(scores, dtype=np.float64), known)
+    groups = tuple(table.group) if "group" in table else ()
+    return ImageScores(tuple(table.path), labels, scores, groups)
 
 
 def _check(cell: Cell) -> None:

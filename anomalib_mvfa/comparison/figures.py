@@ -36,7 +36,7 @@ def curves(roc: Mapping[str, tuple[Array, Array]], precision: Mapping[str, tuple
         share: Share of abnormal images, the precision of guessing.
     """
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(8.4, 3.6 + 0.09 * len(roc)), layout="constrained")
+        figure = Figure(figsize=(8.4, 3.6 + 0.12 * len(roc)), layout="constrained")
         left, right = figure.subplots(1, 2)
         colours = mpl.colormaps["tab10"]
         for axes, lines in ((left, roc), (right, precision)):
@@ -49,7 +49,7 @@ def curves(roc: Mapping[str, tuple[Array, Array]], precision: Mapping[str, tuple
         right.axhline(share, linestyle=":", color="grey", linewidth=1)
         left.set(xlabel="1 - specificity", ylabel="sensitivity")
         right.set(xlabel="recall", ylabel="precision")
-        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
         return _svg(figure)
 
 

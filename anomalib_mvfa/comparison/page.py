@@ -171,7 +171,7 @@ def _panels(
         if own is None:
             panel["none"] = "no map"
         else:
-            panel["source"] = picture(heatmap(own.values[index], size))
+            panel["source"] = picture(heatmap(own.levels[index], size))
             panel["alt"] = f"Heatmap of {group.label}: {about}, {said}"
         panels.append(panel)
     return panels

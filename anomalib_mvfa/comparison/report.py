@@ -276,7 +276,7 @@ def _summary(comparison: FinishedCells) -> list[str]:
             said.append(f"Given {extra} as well, {_verdict(labels)}")
         others = [] if like else [pair for pair in pairs if pair.second.method.startswith("WinCLIP")][:1]
         said += [_verdict(pair) for pair in others + trivial[:1] or ([] if like or labels else pairs[:1])]
-        sentences.append(" ".join(sentence[0].upper() + sentence[1:] for sentence in said))
+        sentences.append(" ".join([said[0], *(sentence[0].upper() + sentence[1:] for sentence in said[1:])]))
     return sentences or ["No two methods could be compared on the same images."]
 
 

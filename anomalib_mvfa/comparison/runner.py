@@ -422,8 +422,12 @@ class _Test:
                 "score": values,
             }
         )
-        if "group" in self.data.samples:  # numbered: names of groups may be those of patients
-            table["group"] = pd.factorize(self.data.samples.group, sort=True)[0]
+        if "group" in self.data.samples:  # numbered, for names of groups may be those of patients; alone where unknown
+            known = self.datamodule.source.test_data.samples.group.dropna().unique()
+            numbers = {name: str(number) for number, name in enumerate(sorted(known, key=str))}
+            table["group"] = [
+                numbers.get(name, path) for name, path in zip(self.data.samples.group, table.path, strict=True)
+            ]
         table.to_csv(self.spec.folder / "scores.csv", index=False)
         metrics = {name: float(value[0]) for name, value in image_metrics(labels, values).items()}
         if self.small:

@@ -91,7 +91,7 @@ def test_cells_are_read_as_they_were_written(comparison):
     assert cell.scores.groups == ()
     assert (cell.shown["abnormal"], cell.machine) == (4, "Processor, 1 threads")
     maps = cell.read_maps()
-    assert np.shape(getattr(maps, "values")) == maps.masks.shape == (60, 56, 56)  # noqa: B009
+    assert maps.levels.shape == maps.masks.shape == (60, 56, 56)
     assert (maps.low, maps.high) == (0.1, 0.9)
     assert next(cell for cell in cells if cell.method == "mean brightness").read_maps() is None
 
