@@ -15,7 +15,7 @@ SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))
 PIP_INSTALL := $(BIN)/python -m pip install -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint bench docs clean
+.PHONY: help env demo test lint bench docs reproduce mutants clean
 
 help: ## print this help
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 8
@@ -37,6 +37,13 @@ bench: $(ENV) ## measure speed and memory, well over an hour on two cores: make 
 	set -e; for topic in inference training bank prediction startup; do \
 		$(BIN)/python -m benchmarks.$$topic --backbone $(BACKBONE); \
 	done; $(BIN)/python -m benchmarks.metrics
+
+reproduce: $(ENV) ## run the published protocols: make reproduce DATA=DIR LISTS=DIR [WEIGHTS=DIR] [ARGS="--sets Brain"]
+	@test -n "$(DATA)" -a -n "$(LISTS)" || { echo "usage: make reproduce DATA=DIR LISTS=DIR [WEIGHTS=DIR]" >&2; exit 2; }
+	$(BIN)/python -m anomalib_mvfa.comparison.reproduce --data $(DATA) --lists $(LISTS) $(if $(WEIGHTS),--weights $(WEIGHTS)) $(ARGS)
+
+mutants: $(ENV) ## look for faults that the tests do not catch, hours: make mutants [AREA=statistics]
+	$(BIN)/python -m tools.mutants $(AREA)
 
 docs: $(ENV_DOCS) ## build the documentation in docs/_build/html
 	$(BIN)/python -m sphinx -W --keep-going docs docs/_build/html

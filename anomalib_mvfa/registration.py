@@ -33,7 +33,7 @@ def register() -> None:
 
 
 def extend_benchmark(pipeline: Any) -> None:  # noqa: ANN401 - anomalib's class, which is being imported
-    """Let ``anomalib benchmark`` run configurations with a section ``comparison``; all others run as before.
+    """Make ``anomalib benchmark`` run configurations with a section ``comparison``; all others run as before.
 
     Args:
         pipeline: The class ``anomalib.pipelines.Benchmark``.
@@ -54,7 +54,7 @@ def extend_benchmark(pipeline: Any) -> None:  # noqa: ANN401 - anomalib's class,
         logger.info("Tables and page: %s", page.resolve())
         if failed:
             names = "\n".join(f"  {folder / 'cell.json'}" for folder in failed)
-            msg = f"{len(failed)} cells failed; the same command tries them again. The reasons stand in\n{names}"
+            msg = f"{len(failed)} cells failed; the same command tries them again. The reasons are in\n{names}"
             raise SystemExit(msg)
 
     pipeline.run = run

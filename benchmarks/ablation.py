@@ -1,7 +1,7 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""What each choice of the method does on a folder of images: several draws of supports, one row a choice.
+"""Effect of each choice of the method on a folder of images: several draws of supports, one row per choice.
 
     python -m benchmarks.ablation --root DIR --draws 5 --epochs 10
 
@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.progress import track
 
+from anomalib_mvfa.model.variant import Variant
 from benchmarks.few_shot import brightness, evaluate, make_data, make_parser, print_table, test_on_the_same_images
 
 RELEASED = "released"
@@ -23,18 +24,18 @@ BRIGHTNESS = "mean brightness"
 CHOICES: dict[str, dict[str, Any]] = {
     RELEASED: {},
     "paper, all of the following eight": {"variant": "paper"},
-    "QuickGELU": {"quick_gelu": True},
-    "CLIP mean and std": {"normalize_input": True},
-    "ReLU": {"activation": "relu"},
-    "residual (0.9, 0.05, 0.05)": {"residual": (0.9, 0.05, 0.05)},
-    "linear projector at the last level": {"last_level_projector": True},
-    "maximum over positions": {"pooling": "max"},
-    "mean over levels": {"level_reduction": "mean"},
-    "BCE on probabilities": {"bce_as_logits": False},
-    "residual at the token's length": {"residual_norm": True},
-    "windows 1, 3, 5": {"window_sizes": (1, 3, 5)},
-    "map blur, 2 pixels": {"map_blur": 2.0},
-    "Dice on the background too": {"background_dice": True},
+    "QuickGELU": {"variant": Variant(quick_gelu=True)},
+    "CLIP mean and std": {"variant": Variant(normalize_input=True)},
+    "ReLU": {"variant": Variant(activation="relu")},
+    "residual (0.9, 0.05, 0.05)": {"variant": Variant(residual=(0.9, 0.05, 0.05))},
+    "linear projector at the last level": {"variant": Variant(last_level_projector=True)},
+    "maximum over positions": {"variant": Variant(pooling="max")},
+    "mean over levels": {"variant": Variant(level_reduction="mean")},
+    "BCE on probabilities": {"variant": Variant(bce_as_logits=False)},
+    "residual at the token's length": {"variant": Variant(residual_norm=True)},
+    "windows 1, 3, 5": {"variant": Variant(window_sizes=(1, 3, 5))},
+    "map blur, 2 pixels": {"variant": Variant(map_blur=2.0)},
+    "Dice on the background too": {"variant": Variant(background_dice=True)},
     "language branch alone": {"memory": False},
     "memory branch alone": {"language_weight": 0.0},
     "ranges from the test set": {"fusion_scale": "test"},

@@ -7,7 +7,7 @@
     python -m benchmarks.few_shot --root DIR --draws 5 --abnormal_source auto synthetic
 
 ``DIR`` holds ``normal``, ``abnormal`` and ``masks``. The test part is the same for every draw, apart from the supports.
-The second line trains twice on the same normal supports, with real abnormal supports and with lesions drawn on the
+The second line trains twice on the same normal supports, with real abnormal supports and with synthetic lesions on the
 normal ones, and tests both on the same images.
 """
 
@@ -42,14 +42,14 @@ def brightness(datamodule: FewShot) -> dict[str, float]:
 
 
 def make_data(options: argparse.Namespace, seed: int, abnormal_source: str) -> FewShot:
-    """Give the episode of one draw."""
+    """Return the episode of one draw."""
     source = Folder(
         name=options.root.name,
         root=options.root,
         normal_dir="normal",
         abnormal_dir="abnormal",
         mask_dir="masks",
-        test_split_ratio=0.8,  # few normal images are needed for training, and many make the figures steadier
+        test_split_ratio=0.8,  # few normal images are needed for training, and many reduce the variance of the metrics
         num_workers=0,
         eval_batch_size=16,
     )
@@ -95,7 +95,7 @@ def print_table(rows: dict[str, list[dict[str, float]]]) -> None:
 
 
 def make_parser(description: str | None, epochs: int) -> argparse.ArgumentParser:
-    """Give the arguments that the benchmarks on a folder of images share."""
+    """Return a parser with the arguments that the benchmarks on a folder of images share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--draws", type=int, default=5)

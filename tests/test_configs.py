@@ -137,7 +137,8 @@ def compare(folder: Path, config: str, sets: list[str], k_shot: list[int]) -> di
 def test_offline_comparison(folder, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # anomalib writes a log there
     figures = compare(folder, "benchmark.yaml", ["Brain"], [1, 2])
-    assert len(figures) == 4 * 2 + 4
+    assert len(figures) == 6 * 2 + 4
+    assert "pixel_AUPRO" in figures["AnomalyDINO Brain 2"]
     assert "pixel_AUPRO" in figures["MVFA (zero-shot) Brain 0"]
     assert "pixel_AUPRO" in figures["WinCLIP Brain 2"]
 

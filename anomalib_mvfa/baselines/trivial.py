@@ -1,7 +1,7 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Scores that know nothing of anomalies. A method that does not beat them has learnt nothing of use."""
+"""Scores that use no knowledge of anomalies. A method that does not beat them has learned nothing useful."""
 
 from anomalib.data import InferenceBatch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ class DistanceToMean(nn.Module):
 
     Args:
         normal: Normal images ``(K, 3, H, W)`` in [0, 1].
-        blur: Standard deviation in pixels of the blur of the map, which hides that no two images lie alike.
+        blur: Standard deviation in pixels of the blur of the map, which allows for images that are not aligned.
 
     Example:
         >>> import torch

@@ -3,8 +3,8 @@
 
 """anomalib's WinCLIP with the backbone, the pre-processing and the prompts as arguments.
 
-anomalib fixes all three, so that its WinCLIP cannot be given the tower of another method. Everything that is computed
-from the tower's embeddings is anomalib's own.
+anomalib fixes all three, so that its WinCLIP cannot run on the tower of another method. Everything computed from
+the tower's embeddings is anomalib's own.
 
 Paper:
     WinCLIP: Zero-/Few-Shot Anomaly Classification and Segmentation (CVPR 2023), https://arxiv.org/abs/2303.14814
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from anomalib.metrics import Evaluator
+from anomalib.models.components import AnomalibModule
 from anomalib.models.image.winclip import WinClip, WinClipModel
 from anomalib.models.image.winclip.prompting import ANOMALOUS_STATES, NORMAL_STATES, TEMPLATES
 from anomalib.models.image.winclip.torch_model import TEMPERATURE
@@ -23,11 +24,12 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor, nn
-from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize
+from torchvision.transforms.v2 import Compose, Normalize
 
 from anomalib_mvfa.backbones.loading import BackboneConfig, load_clip, resolve_backbone
 from anomalib_mvfa.metrics import MVFAEvaluator
 from anomalib_mvfa.model.prompts import class_prompts, prompt_name
+from anomalib_mvfa.pre_processing import EightBitResize, ExportableResize
 from anomalib_mvfa.visualization import MVFAVisualizer
 
 __all__ = ["WinClipAny", "WinClipAnyModel"]
@@ -84,7 +86,7 @@ class WinClipAnyModel(WinClipModel):
         self._text_embeddings = torch.stack(means)
 
 
-class WinClipAny(WinClip):
+class WinClipAny(WinClip, AnomalibModule):  # type: ignore[misc]  # directly, or `get_model` would not find it
     """WinCLIP on any backbone, zero-shot or few-shot. It is not trained.
 
     Unlike anomalib's, whose references skip the normalisation that all other images pass, the reference images here are
@@ -94,15 +96,16 @@ class WinClipAny(WinClip):
         backbone: As of :class:`~anomalib_mvfa.MVFA`. Defaults to ``"ViT-B-16-plus-240"``, WinCLIP's own.
         pretrained: Tag, local file or ``"random"``. Defaults to ``"laion400m_e31"`` for WinCLIP's own backbone,
             otherwise to the backbone's own, or ``"openai"``.
-        image_size: Input size in pixels. Defaults to that which MVFA takes on the same backbone.
+        image_size: Input size in pixels. Defaults to that of MVFA on the same backbone.
         k_shot: Number of normal reference images; 0 is zero-shot. They are the normal supports of ``FewShot``
             unchanged, or the first training images of any other datamodule. Defaults to ``0``.
         scales: Side lengths of the windows, in patches. Defaults to ``(2, 3)``.
-        class_name: What the images show, for the prompts. Defaults to the name that the datamodule gives, or
+        class_name: What the images show, for the prompts. Defaults to the name in the datamodule, or
             ``"object"``.
         prompts: ``"winclip"`` for anomalib's ensemble, ``"mvfa"`` for that of the released MVFA, or a mapping with the
             lists ``normal_states``, ``abnormal_states`` and ``templates``. Defaults to ``"winclip"``.
-        quick_gelu: Whether the tower runs QuickGELU. Defaults to ``False``.
+        quick_gelu: Whether the tower runs QuickGELU. Defaults to what the weights were trained with: nothing in WinCLIP
+            could learn around another activation.
         normalize_input: Whether images are normalised by CLIP's mean and standard deviation. Defaults to ``True``.
         pre_processor: Pre-processor, or whether to use the default. Defaults to ``True``.
         post_processor: Post-processor, or whether to use the default. Defaults to ``True``.
@@ -130,7 +133,7 @@ class WinClipAny(WinClip):
         scales: Sequence[int] = (2, 3),
         class_name: str | None = None,
         prompts: str | dict[str, list[str]] = "winclip",
-        quick_gelu: bool = False,
+        quick_gelu: bool | None = None,
         normalize_input: bool = True,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
@@ -170,15 +173,19 @@ class WinClipAny(WinClip):
         image_size: tuple[int, int] | None = None,
         normalize_input: bool = True,
     ) -> PreProcessor:
-        """Configure the default pre-processor: anomalib's, at a given size.
+        """Configure the default pre-processor: anomalib's, at a given size, with the resize of MVFA.
+
+        References, validation and test images all pass it, so that they are resized in one way.
 
         Args:
             image_size: Height and width in pixels; 240 x 240 by default.
             normalize_input: Whether to apply CLIP's mean and standard deviation.
         """
-        resize = Resize(image_size or (240, 240), antialias=True, interpolation=InterpolationMode.BICUBIC)
+        size = image_size or (240, 240)
         normalize = [Normalize(mean=OPENAI_DATASET_MEAN, std=OPENAI_DATASET_STD)] if normalize_input else []
-        return PreProcessor(transform=Compose([resize, *normalize]))
+        pre_processor = PreProcessor(transform=Compose([EightBitResize(size), *normalize]))
+        pre_processor.export_transform = nn.Sequential(ExportableResize(size), *normalize)
+        return pre_processor
 
     @staticmethod
     def configure_evaluator() -> MVFAEvaluator:
@@ -187,11 +194,11 @@ class WinClipAny(WinClip):
 
     @classmethod
     def configure_visualizer(cls) -> MVFAVisualizer:
-        """Configure the default visualizer: that of MVFA, which gives images of one name pictures of their own."""
+        """Configure the default visualizer: that of MVFA, which keeps the results of images with equal names apart."""
         return MVFAVisualizer()
 
     def setup(self, stage: str) -> None:
-        """Write the prompts, and in few-shot embed the references, once.
+        """Encode the prompts, and in few-shot the references, once.
 
         Args:
             stage: Not used.
@@ -211,7 +218,7 @@ class WinClipAny(WinClip):
         self.is_setup = True
 
     def _references(self, datamodule: Any) -> Tensor:  # noqa: ANN401 - any datamodule
-        """Give the reference images ``(K, 3, H, W)`` as the network reads them."""
+        """Return the reference images ``(K, 3, H, W)`` as the network reads them."""
         support = getattr(datamodule, "support", None)
         if support is None:
             images = self.collect_reference_images(datamodule.train_dataloader())

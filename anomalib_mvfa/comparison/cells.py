@@ -1,9 +1,8 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""What each cell of a comparison left behind: one method on one set, with one number of supports and one seed."""
+"""Reads the cells of a comparison: one method on one set, with one number of supports and one seed each."""
 
-import csv
 import json
 import logging
 import math
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from .statistics import ImageScores, image_metrics
@@ -22,22 +22,22 @@ __all__ = ["Cell", "Maps", "load_cells"]
 
 logger = logging.getLogger(__name__)
 
-_REMEDY = "Delete the folder and run the comparison again: this cell is then computed anew."
-_TOLERANCE = 0.01  # between the area that was measured and that of the scores; single precision ties some scores
+_REMEDY = "Delete the folder and run the comparison again: this cell is then computed again."
+_TOLERANCE = 0.01  # between the AUROC in cell.json and that of scores.csv; single precision ties some scores
 
 
 @dataclass(frozen=True, eq=False)
 class Maps:
-    """Small anomaly maps for pictures.
+    """Small anomaly maps for display.
 
     Attributes:
-        values: ``(N, h, w)``, uint8, in the order of the scores.
-        low: What 0 stands for.
-        high: What 255 stands for.
+        levels: ``(N, h, w)``, uint8, in the order of the scores.
+        low: Map value of 0.
+        high: Map value of 255.
         masks: ``(N, h, w)``, true inside lesions, or ``None``.
     """
 
-    values: NDArray[np.uint8]
+    levels: NDArray[np.uint8]
     low: float
     high: float
     masks: NDArray[np.bool_] | None
@@ -51,16 +51,18 @@ class Cell:
         folder: Where its files lie.
         method: Name of the method.
         set: Name of the set.
-        k_shot: Number of normal supports; 0 for methods that see none.
+        k_shot: Number of normal supports; 0 for methods without supports.
         seed: Seed of the supports and of the training.
         backbone: Name of the backbone.
         status: ``"done"``, ``"failed"`` while it was computed, or ``"unreadable"``: its files are damaged.
         error: Why it is not done. That of a failed cell may name files; that of an unreadable one names none but the
             cell's own.
-        metrics: Figures in [0, 1] by name.
+        metrics: Metrics in [0, 1] by name.
         cost: ``train_seconds``, ``train_peak_mb``, ``predict_ms`` an image, ``size_mb`` of what is shipped.
-        threshold: From which score on an image is called abnormal.
+        threshold: Score from which on an image is called abnormal.
         supports: Their paths, relative to the data root.
+        shown: What the method was shown, see :class:`~anomalib_mvfa.comparison.methods.Shown`.
+        machine: Processor, threads and graphics card that it was computed with.
         version: Version of this package that computed it.
         config: Everything that it was run with.
         images: Labels and scores of the test images, if it is done.
@@ -78,6 +80,8 @@ class Cell:
     cost: Mapping[str, float] = field(default_factory=dict)
     threshold: float | None = None
     supports: tuple[str, ...] = ()
+    shown: Mapping[str, Any] = field(default_factory=dict)
+    machine: str = ""
     version: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
     images: ImageScores | None = None
@@ -109,12 +113,12 @@ class Cell:
         except Exception as error:  # a damaged archive raises many kinds
             msg = f"{path} is damaged. {_REMEDY}"
             raise ValueError(msg) from error
-        shape = (len(self.scores.paths), *maps.values.shape[1:])
-        if maps.values.dtype != np.uint8 or maps.values.ndim != 3 or maps.values.shape != shape:
-            msg = f"{path}: 'maps' are not one picture of 8 bits a line of scores.csv. {_REMEDY}"
+        shape = (len(self.scores.paths), *maps.levels.shape[1:])
+        if maps.levels.dtype != np.uint8 or maps.levels.ndim != 3 or maps.levels.shape != shape:
+            msg = f"{path}: 'maps' are not one 8-bit picture per line of scores.csv. {_REMEDY}"
             raise ValueError(msg)
         if maps.masks is not None and maps.masks.shape != shape:
-            msg = f"{path}: 'masks' have not the shape of 'maps'. {_REMEDY}"
+            msg = f"{path}: 'masks' do not have the shape of 'maps'. {_REMEDY}"
             raise ValueError(msg)
         return maps
 
@@ -126,8 +130,8 @@ class _UnreadableError(Exception):
 def load_cells(folder: Path | str) -> list[Cell]:
     """Read the cells of a comparison.
 
-    A cell whose files are missing or damaged is logged and comes out with the status ``"unreadable"``; the others are
-    read. A folder without ``cell.json`` is one that was not finished, and counts as unreadable too.
+    A cell whose files are missing or damaged is logged and returned with the status ``"unreadable"``; the others are
+    read. A folder without ``cell.json`` was not finished, and counts as unreadable too.
 
     Args:
         folder: The folder of the comparison, the one that holds ``cells``.
@@ -157,7 +161,7 @@ def _load(folder: Path) -> Cell:
     try:
         stored = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        msg = "cell.json is missing: the cell was not finished. Run the comparison again, which takes up there."
+        msg = "cell.json is missing: the cell was not finished. Run the comparison again, which continues there."
         raise _UnreadableError(msg) from None
     except (OSError, ValueError):
         msg = f"cell.json is damaged. {_REMEDY}"
@@ -176,6 +180,8 @@ def _load(folder: Path) -> Cell:
             cost=_numbers(stored["cost"]),
             threshold=None if stored["threshold"] is None else float(stored["threshold"]),
             supports=tuple(map(str, stored["supports"])),
+            shown=dict(stored["shown"]),
+            machine=str(stored["machine"]),
             version=str(stored["anomalib_mvfa"]),
             config=dict(stored["config"]),
             images=_read_scores(folder / "scores.csv") if stored["status"] == "done" else None,
@@ -195,48 +201,44 @@ def _load(folder: Path) -> Cell:
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """Take the numbers; what was not measured is left out."""
+    """Convert to numbers, without those that were not measured."""
     return {str(name): float(value) for name, value in values.items() if value is not None}
 
 
 def _read_scores(path: Path) -> ImageScores:
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
     except FileNotFoundError:
         msg = f"scores.csv is missing. {_REMEDY}"
         raise _UnreadableError(msg) from None
-    except (OSError, ValueError, csv.Error):
+    except (OSError, ValueError):
         msg = f"scores.csv is damaged. {_REMEDY}"
         raise _UnreadableError(msg) from None
-    names, labels, scores = [], [], []
-    for number, row in enumerate(rows, start=2):
-        try:
-            name, label, score = row["path"], row["label"], float(row["score"])
-        except (KeyError, TypeError, ValueError):
-            msg = f"scores.csv, line {number}: no path, label and score. {_REMEDY}"
-            raise _UnreadableError(msg) from None
-        if label not in {"0", "1"} or not math.isfinite(score):
-            msg = f"scores.csv, line {number}: the label is not 0 or 1, or the score is not finite. {_REMEDY}"
-            raise _UnreadableError(msg)
-        names.append(name)
-        labels.append(label == "1")
-        scores.append(score)
-    if len(set(names)) != len(names):
+    if not {"path", "label", "score"} <= set(table):
+        msg = f"scores.csv lacks a column path, label or score. {_REMEDY}"
+        raise _UnreadableError(msg)
+    scores = pd.to_numeric(table.score, errors="coerce").to_numpy(dtype=np.float64)
+    wrong = np.flatnonzero(~table.label.isin(["0", "1"]).to_numpy() | ~np.isfinite(scores))
+    if len(wrong):
+        msg = f"scores.csv, line {wrong[0] + 2}: the label is not 0 or 1, or the score is not finite. {_REMEDY}"
+        raise _UnreadableError(msg)
+    if table.path.duplicated().any():
         msg = f"scores.csv names an image twice. {_REMEDY}"
         raise _UnreadableError(msg)
-    if len(set(labels)) < 2:
+    labels = (table.label == "1").to_numpy()
+    if labels.all() or not labels.any():
         msg = "scores.csv has no normal or no abnormal image: give a test part with both, and run the cell again."
         raise _UnreadableError(msg)
-    return ImageScores(tuple(names), np.array(labels, dtype=np.bool_), np.array(scores, dtype=np.float64))
+    groups = tuple(table.group) if "group" in table else ()
+    return ImageScores(tuple(table.path), labels, scores, groups)
 
 
 def _check(cell: Cell) -> None:
-    """See that the files of a cell fit each other."""
+    """Check that the files of a cell agree."""
     known = cell.metrics.get("image_AUROC", math.nan)
     area = float(image_metrics(cell.scores.labels, cell.scores.scores)["image_AUROC"][0])
     if not abs(known - area) <= _TOLERANCE:
-        msg = f"cell.json says an image AUROC of {known:.4f}, but scores.csv gives {area:.4f}. {_REMEDY}"
+        msg = f"cell.json has an image AUROC of {known:.4f}, but scores.csv gives {area:.4f}. {_REMEDY}"
         raise _UnreadableError(msg)
     maps = cell.folder / "maps.npz"
     if maps.is_file():

@@ -1,250 +1,255 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The page: one HTML file that carries its style and pictures, and needs no script and no network.
+"""Writes the page of a comparison: one HTML file with tables, figures and images."""
 
-Nothing here knows of a comparison: `page` is the skeleton, `gallery` shows images with their heatmaps, `Table` is
-written as HTML or Markdown.
-"""
-
-import base64
-import io
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cache
-from html import escape
-from importlib.resources import files
+import logging
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
-__all__ = ["GalleryRow", "Panel", "Section", "Table", "colour_bar", "gallery", "page", "picture", "thumbnail"]
+from anomalib_mvfa.data.readers import read_image
+from anomalib_mvfa.files import replacing
 
-THUMBNAIL = 160  # pixels of the longer side
-_QUALITY = 82
-_OUTLINE = (0, 255, 255)  # cyan, which no tissue has and every colour-blind eye tells from grey
+from .cells import Cell, Maps
+from .figures import Histogram, colour_bar, curves, forest, heatmap, histograms, outlined, picture, thumbnail
+from .report import FinishedCells, Group, Table, environment, facts, failures, points, shot
+from .statistics import mean_pr, mean_roc, placements
 
-Pixels = NDArray[np.uint8]
+__all__ = ["write_page"]
 
+logger = logging.getLogger(__name__)
 
-@dataclass(frozen=True)
-class Section:
-    """A part of a page.
-
-    Args:
-        name: Its anchor, of letters and digits.
-        title: Its heading.
-        body: HTML.
-    """
-
-    name: str
-    title: str
-    body: str
+GALLERY_ROWS = 40  # images on a page: with ten heatmaps each they stay under 2 MB
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table of text.
-
-    Args:
-        caption: Its title.
-        header: A heading a column; a second line may follow after a line break.
-        rows: As many texts a row as there are columns; the first is the row's heading.
-        published: Numbers of the rows that others published, which are set in grey italics.
-    """
-
-    caption: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    published: frozenset[int] = field(default=frozenset())
-
-    def to_html(self) -> str:
-        """Write the table, in a box of its own that scrolls sideways."""
-        head = []
-        for text in self.header:
-            first, _, second = text.partition("\n")
-            head.append(f'<th scope="col">{escape(first)}{f"<small>{escape(second)}</small>" if second else ""}</th>')
-        body = []
-        for number, (first, *others) in enumerate(self.rows):
-            style = ' class="published"' if number in self.published else ""
-            cells = "".join(f"<td>{escape(text)}</td>" for text in others)
-            body.append(f'<tr{style}><th scope="row">{escape(first)}</th>{cells}</tr>')
-        return (
-            f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(self.caption)}"><table>'
-            f"<caption><span>{escape(self.caption)}</span></caption><thead><tr>{''.join(head)}</tr></thead>"
-            f"<tbody>{''.join(body)}</tbody></table></div>"
-        )
-
-    def to_markdown(self) -> str:
-        """Write the table for a Markdown file."""
-
-        def line(texts: Sequence[str]) -> str:
-            return f"| {' | '.join(text.replace('|', chr(92) + '|') for text in texts)} |"
-
-        rows = [[f"*{text}*" for text in row] if n in self.published else row for n, row in enumerate(self.rows)]
-        head = [text.replace("\n", ", ") for text in self.header]
-        return "\n".join([f"**{self.caption}**", "", line(head), "|---" * len(head) + "|", *map(line, rows)])
-
-
-def page(title: str, sections: Sequence[Section], intro: str = "", footer: str = "") -> str:
-    """Write a page.
-
-    Args:
-        title: Its title.
-        sections: Its parts, in order; those without a body are left out.
-        intro: HTML between the title and the first part.
-        footer: HTML at the end.
-
-    Returns:
-        A whole HTML document.
-    """
-    shown = [section for section in sections if section.body]
-    links = "".join(f'<a href="#{section.name}">{escape(section.title)}</a>' for section in shown)
-    parts = "".join(f'<section id="{s.name}"><h2>{escape(s.title)}</h2>{s.body}</section>\n' for s in shown)
-    style = files("anomalib_mvfa.comparison").joinpath("page.css").read_text(encoding="utf-8")
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-        f"<header><h1>{escape(title)}</h1>{intro}</header>\n"
-        f'<nav aria-label="Contents">{links}</nav>\n<main>\n{parts}</main>\n'
-        f"<footer>{footer}</footer>\n</body>\n</html>\n"
-    )
-
-
-@cache
-def _colours() -> Pixels:
-    """Give the colours of the heatmaps, ``(256, 3)`` RGB: equal steps look equal, also to colour-blind eyes."""
-    ramp = np.arange(256, dtype=np.uint8)[:, None]
-    return np.asarray(cv2.applyColorMap(ramp, cv2.COLORMAP_INFERNO)[:, 0, ::-1])
-
-
-def colour_bar(low: str = "low", high: str = "high") -> str:
-    """Draw the colours of the heatmaps, with what their ends stand for."""
-    stops = ", ".join(f"rgb({r}, {g}, {b})" for r, g, b in _colours()[::17].tolist())
-    return (
-        '<div class="bar"><div role="img" '
-        'aria-label="Colours of the heatmaps, from black over purple and orange to pale yellow" '
-        f'style="background: linear-gradient(to right, {stops})"></div>'
-        f"<span><span>{escape(low)}</span><span>{escape(high)}</span></span></div>"
-    )
-
-
-def thumbnail(image: Pixels) -> Pixels:
-    """Shrink an image ``(H, W, 3)`` to at most 160 pixels a side."""
-    height, width = image.shape[:2]
-    scale = min(1.0, THUMBNAIL / max(height, width))
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One heatmap of an image.
-
-    Args:
-        name: Whose it is: a method.
-        heat: ``(h, w)``, uint8, or ``None`` where there is none.
-        score: What the method says, short.
-        detail: A second line.
-    """
-
-    name: str
-    heat: Pixels | None
-    score: str
-    detail: str = ""
-
-
-@dataclass(frozen=True)
-class GalleryRow:
-    """One image with everything that is shown of it.
-
-    Args:
-        name: What it is called; never a file name of patient data unless that was asked for.
-        label: ``"normal"``, ``"abnormal"`` or empty.
-        image: ``(H, W, 3)``, uint8, or ``None`` if it cannot be shown.
-        mask: ``(h, w)``, true inside lesions, of any size; ``None`` where none is known.
-        panels: Its heatmaps, stretched to the image.
-        remark: Why it is shown.
-    """
-
-    name: str
-    label: str
-    image: Pixels | None
-    mask: NDArray[np.bool_] | None
-    panels: Sequence[Panel]
-    remark: str = ""
-
-
-def gallery(rows: Sequence[GalleryRow]) -> str:
-    """Show images: the image, the outline of its mask, and its heatmaps, side by side as far as there is room.
-
-    Args:
-        rows: One an image. All heatmaps are coloured alike, 0 darkest and 255 brightest.
-
-    Returns:
-        HTML.
-    """
-    return f'<div class="images">{"".join(map(_gallery_row, rows))}</div>'
-
-
-def _gallery_row(row: GalleryRow) -> str:
-    about = f"{row.name}, {row.label}" if row.label else row.name
+def _curves(comparison: FinishedCells) -> list[dict[str, str]]:
     figures = []
-    shape: tuple[int, ...] = (1, 1)
-    if row.image is None:
-        figures.append('<figure><div class="none">image not found</div><figcaption>input</figcaption></figure>')
+    for name, k_shot in comparison.places:
+        groups = comparison.select(name, k_shot)
+        runs = {f"{g.label} ({g.value('image_AUROC')} %)": [c.scores for c in g.cells.values()] for g in groups}
+        roc = {label: mean_roc(own) for label, own in runs.items()}
+        precision = {label: mean_pr(own) for label, own in runs.items()}
+        plotted = curves(roc, precision, float(groups[0].first.scores.labels.mean()))
+        alt = f"ROC and precision-recall curves on {name}; image AUROC: {', '.join(runs)}."
+        figures.append({"title": f"{name}, {shot(k_shot)}", "source": plotted, "alt": alt})
+    return figures
+
+
+def _forests(comparison: FinishedCells) -> list[dict[str, str]]:
+    figures = []
+    for (name, k_shot), pairs in comparison.pairs.items():
+        known = [pair for pair in pairs if not math.isnan(pair.area.low)]
+        rows = [
+            (f"{p.first.label} - {p.second.label}", 100 * p.area.mean, 100 * p.area.low, 100 * p.area.high)
+            for p in known
+        ]
+        if rows:
+            alt = "; ".join(f"{pair.first.label} minus {pair.second.label}: {points(pair.area)}" for pair in known)
+            figures.append({"title": f"{name}, {shot(k_shot)}", "source": forest(rows), "alt": alt})
+    return figures
+
+
+def _histograms(comparison: FinishedCells) -> list[dict[str, str]]:
+    figures = []
+    for name, k_shot in comparison.places:
+        methods = []
+        for group in comparison.select(name, k_shot):
+            scores, threshold = group.first.scores, group.first.threshold
+            title = group.label
+            if threshold is not None:
+                hits = float((scores.scores[scores.labels] >= threshold).mean())
+                passed = float((scores.scores[~scores.labels] < threshold).mean())
+                title += f"\nsensitivity {100 * hits:.0f} %, specificity {100 * passed:.0f} %"
+            methods.append(Histogram(title, scores.scores[~scores.labels], scores.scores[scores.labels], threshold))
+        alt = f"Score histograms on {name}: " + "; ".join(method.title.replace("\n", ", ") for method in methods)
+        figures.append({"title": f"{name}, {shot(k_shot)}", "source": histograms(methods), "alt": alt})
+    return figures
+
+
+def _chosen(groups: Sequence[Group], limit: int) -> dict[str, list[str]]:
+    """Choose images by rank error: path to reasons, at most so many paths, the methods taking turns."""
+    wanted: list[list[tuple[str, str]]] = []
+    for group in groups:
+        scores = group.first.scores
+        order = {}
+        for label in (True, False):
+            own = np.flatnonzero(scores.labels == label)
+            error = 1 - placements(scores.labels, scores.scores)[own]
+            surer = scores.scores[own] if label else -scores.scores[own]  # among equals the surer one is better
+            order[label] = own[np.lexsort((-surer, error))]
+        ill = order[True]
+        picks = (
+            (ill[-1], "worst"),
+            (ill[0], "best"),
+            (ill[len(ill) // 2], "median"),
+            (order[False][-1], "worst normal"),
+        )
+        wanted.append([(scores.paths[index], f"{reason} of {group.label}") for index, reason in picks])
+    chosen: dict[str, list[str]] = {}
+    for turn in zip(*wanted, strict=True):
+        for path, reason in turn:
+            if path in chosen or len(chosen) < limit:
+                chosen.setdefault(path, []).append(reason)
+    return chosen
+
+
+def _gallery(comparison: FinishedCells, roots: Mapping[str, Path], show_paths: bool) -> list[dict[str, Any]]:
+    """Return the images of each set with their heatmaps."""
+    galleries = []
+    limit = max(4, GALLERY_ROWS // max(1, len(comparison.sets)))
+    for name in comparison.sets:
+        shots = [k for k in comparison.shots if comparison.select(name, k)]
+        k_shot = 4 if 4 in shots else max(shots)
+        groups = comparison.select(name, k_shot, zero_too=True)
+        chosen = _chosen(groups, limit)
+        maps = [_maps(group.first) for group in groups]
+        labels: dict[str, bool] = {}
+        for group in groups:
+            labels.update(zip(group.first.scores.paths, group.first.scores.labels.tolist(), strict=True))
+        numbers = {path: number for number, path in enumerate(sorted(labels), start=1)}
+        rows = []
+        for path in sorted(chosen, key=lambda path: (not labels[path], numbers[path])):
+            title = path if show_paths else f"Image {numbers[path]}"
+            about = f"{title}, {'abnormal' if labels[path] else 'normal'}"
+            rows.append(
+                {
+                    "about": about,
+                    "remark": "; ".join(chosen[path]),
+                    "panels": _panels(groups, maps, roots.get(name), path, about),
+                }
+            )
+        galleries.append({"title": f"{name}, {shot(k_shot)}", "rows": rows})
+    return galleries
+
+
+def _panels(
+    groups: Sequence[Group], maps: Sequence[Maps | None], root: Path | None, path: str, about: str
+) -> list[dict[str, str]]:
+    """Return the image, the outline of its mask, and the heatmap and score of each method."""
+    panels = []
+    image = None
+    try:
+        pixels = read_image(root / path).permute(1, 2, 0).numpy() if root else None
+        image = None if pixels is None else thumbnail((255 * pixels).round().astype(np.uint8))
+    except (OSError, ValueError, ImportError) as error:
+        logger.warning("An image is not shown on the page: %s", error)
+    if image is None:
+        panels.append({"none": "image not found", "name": "input", "score": ""})
     else:
-        small = thumbnail(row.image)
-        shape = small.shape[:2]
-        figures.append(picture(small, f"Input: {about}", "input"))
-        if row.mask is not None and row.mask.any():
-            figures.append(picture(_outlined(small, row.mask), f"Outline of the mask: {about}", "mask outline"))
-    for panel in row.panels:
-        lines = "<br>".join(escape(line) for line in (panel.score, panel.detail) if line)
-        said = f"{escape(panel.name)}<small>{lines}</small>"
-        if panel.heat is None:
-            figures.append(f'<figure><div class="none">gives no map</div><figcaption>{said}</figcaption></figure>')
+        panels.append({"source": picture(image), "alt": f"Input: {about}", "name": "input", "score": ""})
+    size = (image.shape[0], image.shape[1]) if image is not None else (112, 112)
+    for group, own in zip(groups, maps, strict=True):
+        paths = group.first.scores.paths
+        if image is not None and own is not None and own.masks is not None and path in paths:
+            mask = own.masks[paths.index(path)]
+            if mask.any():
+                drawn = picture(outlined(image, mask))
+                panels.append(
+                    {"source": drawn, "alt": f"Outline of the mask: {about}", "name": "mask outline", "score": ""}
+                )
+            break
+    for group, own in zip(groups, maps, strict=True):
+        scores, threshold = group.first.scores, group.first.threshold
+        if path not in scores.paths:
+            panels.append({"none": "no map", "name": group.label, "score": "not tested on this image"})
+            continue
+        index = scores.paths.index(path)
+        score = float(scores.scores[index])
+        said = f"{score:.3g}"
+        if threshold is not None:
+            right = (score >= threshold) == bool(scores.labels[index])
+            said += f" {'✓' if right else '✗'} called {'abnormal' if score >= threshold else 'normal'}"
+        said += f", above {100 * float((scores.scores[~scores.labels] < score).mean()):.0f} % of normal"
+        panel = {"name": group.label, "score": said}
+        if own is None:
+            panel["none"] = "no map"
         else:
-            alt = f"Heatmap of {panel.name}: {about}, {panel.score}"
-            figures.append(picture(_colours()[panel.heat], alt, said, shape))
-    remark = f" <span>{escape(row.remark)}</span>" if row.remark else ""
-    return (
-        f'<article class="image"><h4>{escape(about)}{remark}</h4><div class="strip">{"".join(figures)}</div></article>'
-    )
+            panel["source"] = picture(heatmap(own.levels[index], size))
+            panel["alt"] = f"Heatmap of {group.label}: {about}, {said}"
+        panels.append(panel)
+    return panels
 
 
-def picture(pixels: Pixels, alt: str, caption: str, shape: tuple[int, ...] | None = None) -> str:
-    """Embed a picture with its caption.
+def _maps(cell: Cell) -> Maps | None:
+    try:
+        return cell.read_maps()
+    except ValueError as error:
+        logger.warning("No pictures of this cell: %s", error)
+        return None
+
+
+def _supports(comparison: FinishedCells, show_paths: bool) -> Table:
+    rows = []
+
+    def key(cell: Cell) -> tuple[str, int, int]:
+        return cell.set, cell.k_shot, cell.seed
+
+    for (name, k_shot, seed), members in groupby(sorted(comparison.cells, key=key), key=key):
+        supports = dict.fromkeys(path for cell in members for path in cell.supports)
+        if supports:
+            rows.append([name, str(k_shot), str(seed), ", ".join(supports) if show_paths else str(len(supports))])
+    return Table("Supports of all methods", ["set", "k", "seed", "images"], rows)
+
+
+def write_page(
+    cells: Sequence[Cell],
+    path: Path | str,
+    data_root: Path | str | Mapping[str, Path | str] | None = None,
+    *,
+    show_paths: bool = False,
+    command: str | None = None,
+    title: str = "Anomaly detection methods side by side",
+) -> None:
+    """Write the page: one HTML file that needs no other file, no script and no network.
 
     Args:
-        pixels: ``(H, W, 3)``, uint8.
-        alt: What it shows, for those who cannot see it.
-        caption: HTML.
-        shape: Height and width that it is stretched to; ``None`` takes its own.
+        cells: The cells of a comparison.
+        path: The file to write.
+        data_root: Folder that the paths of the cells are relative to, or one such folder by the name of the set. Input
+            images are read there; without it heatmaps are shown alone.
+        show_paths: Show the paths of images, relative to the data root, and the errors of failed cells. File names may
+            identify patients, so that images are numbered by default.
+        command: How the comparison was run.
+        title: Title of the page.
 
-    Returns:
-        HTML.
+    Raises:
+        ValueError: If two cells are of the same method, set, shot and seed.
     """
-    height, width = (shape or pixels.shape)[:2]
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "JPEG", quality=_QUALITY, optimize=True)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return (
-        f'<figure><img src="data:image/jpeg;base64,{data}" alt="{escape(alt)}" '
-        f'style="aspect-ratio: {width} / {height}"><figcaption>{caption}</figcaption></figure>'
+    comparison = FinishedCells(cells)
+    if isinstance(data_root, Mapping):
+        roots = {name: Path(root) for name, root in data_root.items()}
+    else:
+        roots = dict.fromkeys(comparison.sets, Path(data_root)) if data_root is not None else {}
+    made = {
+        "anomalib-mvfa": ", ".join(sorted({cell.version for cell in comparison.cells})),
+        "backbone": ", ".join(comparison.backbones),
+        "machine": "; ".join(sorted({cell.machine for cell in comparison.cells})),
+        "seeds": ", ".join(map(str, sorted({cell.seed for cell in comparison.cells}))),
+        "page written with": f"anomalib {version('anomalib')}, Python {platform.python_version()}",
+    }
+    document = (
+        environment()
+        .get_template("page.html.jinja")
+        .render(
+            **facts(comparison),
+            title=title,
+            missing=failures(comparison, show_paths),
+            forests=_forests(comparison),
+            curves=_curves(comparison),
+            histograms=_histograms(comparison),
+            galleries=_gallery(comparison, roots, show_paths),
+            colour_bar=colour_bar(),
+            supports=_supports(comparison, show_paths),
+            command=command,
+            made=made,
+        )
     )
-
-
-def _outlined(image: Pixels, mask: NDArray[np.bool_]) -> Pixels:
-    size: Any = (image.shape[1], image.shape[0])
-    inside = cv2.resize(mask.astype(np.uint8) * 255, size, interpolation=cv2.INTER_LINEAR) > 127
-    if not inside.any():  # a lesion smaller than a pixel
-        inside = cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST) > 0
-    grown = cv2.dilate(inside.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
-    drawn = image.copy()
-    drawn[grown & ~inside] = _OUTLINE
-    return drawn
+    with replacing(path) as partial:
+        partial.write_text(document, encoding="utf-8")

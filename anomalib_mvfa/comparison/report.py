@@ -1,69 +1,52 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Tables and a page from the cells of a comparison.
+"""Groups the cells of a comparison, compares the methods, and writes the results as tables."""
 
-A comparison that was run, or is still running, is reported anew with::
-
-    python -m anomalib_mvfa.comparison.report FOLDER --data_root DATA
-"""
-
-import argparse
 import csv
 import logging
 import math
-import platform
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
-from importlib.metadata import version
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jinja2
 import numpy as np
-from numpy.typing import NDArray
 
-from anomalib_mvfa.data.readers import read_image
 from anomalib_mvfa.files import replacing
 
-from .cells import Cell, Maps, load_cells
-from .charts import Line, curves, histogram, interval_bar, swatch
-from .page import GalleryRow, Panel, Section, Table, colour_bar, gallery, page, thumbnail
-from .published import PAPER_SETS, PUBLISHED, SOURCE, Figure, paper_set
+from .cells import Cell
+from .published import PAPER_SETS, PUBLISHED, SOURCE, paper_set
 from .statistics import (
     IMAGE_METRICS,
     Difference,
-    bootstrap,
-    delong,
+    differences,
     holm,
-    interval,
+    intervals,
     mean_and_spread,
-    mean_pr,
-    mean_roc,
-    paired_bootstrap,
-    placements,
 )
 
-__all__ = ["METHODS", "load_cells", "write_page", "write_tables"]
+__all__ = ["FinishedCells", "write_tables"]
 
 logger = logging.getLogger(__name__)
 
-METHODS: Mapping[str, str] = {
-    "MVFA": "mvfa",
-    "MVFA (normal only)": "mvfa-normal",
-    "MVFA (zero-shot)": "mvfa-zero",
-    "WinCLIP": "winclip",
-    "WinCLIP (zero-shot)": "winclip-zero",
-    "PatchCore": "patchcore",
-    "AnomalyDINO": "dino",
-    "mean brightness": "brightness",
-    "image variance": "variance",
-    "distance to mean normal": "distance",
-}
-"""The methods in the order in which they are shown, each with its style on the page."""
-TRIVIAL = ("mean brightness", "image variance", "distance to mean normal")
-
+ORDER = (
+    "MVFA",
+    "MVFA (normal only)",
+    "MVFA (zero-shot)",
+    "WinCLIP",
+    "WinCLIP (zero-shot)",
+    "",  # models of anomalib
+    "distance to mean normal",
+    "mean brightness",
+    "image variance",
+)
+TRIVIAL = frozenset({"mean brightness", "image variance", "distance to mean normal"})
+NORMAL_ONLY = "MVFA (normal only)"
 TITLES = {
     "image_AUROC": "AUROC",
     "image_AP": "AP",
@@ -72,55 +55,84 @@ TITLES = {
     "pixel_AUROC": "pixel AUROC",
     "pixel_AP": "pixel AP",
     "pixel_AUPRO": "AUPRO",
-    "pixel_Dice": "best Dice",
+    "pixel_Dice": "best Dice, all pixels",
+    "pixel_Dice_mean": "Dice per image",
+    "pixel_Dice_sd": "its SD over images",
 }
 COSTS = {
-    "train_seconds": "training\nseconds",
-    "train_peak_mb": "training peak\nMB",
-    "predict_ms": "prediction\nms an image",
-    "size_mb": "shipped\nMB",
+    "train_seconds": "training, seconds",
+    "train_peak_mb": "training peak, MB",
+    "predict_ms": "prediction, ms per image",
+    "size_mb": "shipped, MB",
 }
 LEVEL = 0.05
-GALLERY_ROWS = 40  # images on a page: with ten heatmaps each they stay under 2 MB
-NOT_CLINICAL = "For research. Not a medical device, and not for clinical use."
-DEMONSTRATION = (
-    "The backbone is 'tiny', the small demonstration network inside the package: these figures show that the software "
-    "works, not how good the methods are with the backbones that they were published with."
-)
-MEASURED = (
-    "All figures in percent, mean ± standard deviation over the seeds, each of which draws other supports. Square "
-    "brackets: 95 % bootstrap interval over test images (2000 draws, normal and abnormal images drawn apart, all "
-    "seeds on the same drawn images); it holds for the supports that were drawn. Pixel figures have no interval, since "
-    "full maps are not kept."
-)
-TESTED = (
-    "Differences in points, first method minus second, mean over the seeds that both have, on the same images. The "
-    "interval and p come from a paired bootstrap over images, p no smaller than 0.001; Holm's p is corrected for the "
-    "number of methods compared in one set and shot. DeLong's test knows one pair of models: its p is given seed by "
-    "seed, where both have the same images. 'Ahead' counts the seeds in which the first method is better: the tests "
-    "are about other images, that count is about other supports."
-)
 
 
-class Group(NamedTuple):
+class Table(NamedTuple):
+    """A table of text; the first column holds the headings of the rows.
+
+    Attributes:
+        caption: Its title.
+        header: One heading per column.
+        rows: As many texts per row as there are columns.
+        published: Indices of the rows with numbers that others published.
+    """
+
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    published: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
     """One method on one set with one number of supports; its cells by seed."""
 
     set: str
     k_shot: int
     method: str
-    cells: dict[int, Cell]
+    cells: Mapping[int, Cell]
+
+    @property
+    def first(self) -> Cell:
+        """The cell of the first seed."""
+        return self.cells[min(self.cells)]
+
+    @property
+    def label(self) -> str:
+        """Its name in tables."""
+        remark = self.first.shown.get("remark", "")
+        return f"{self.method}, random weights" if "random weights" in remark else self.method
+
+    @property
+    def shown(self) -> list[str]:
+        """What the method was shown: normal images, abnormal images, masks, and a remark."""
+        known = self.first.shown
+        return [*(str(known.get(name, "-")) for name in ("normal", "abnormal", "masks")), known.get("remark") or "-"]
+
+    def value(self, metric: str) -> str:
+        """Format the mean over the seeds in percent, with the standard deviation of several seeds."""
+        return _percent(cell.metrics.get(metric, math.nan) for cell in self.cells.values())
+
+    def mean(self, metric: str) -> float:
+        """Return the mean over the seeds, NaN if a seed lacks the metric."""
+        return float(np.mean([cell.metrics.get(metric, math.nan) for cell in self.cells.values()]))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pair:
-    """Two methods on one set, by seeds that both have."""
+    """Two methods on one set, by the seeds of the first."""
 
     first: Group
     second: Group
-    seeds: tuple[int, ...]
     differences: Mapping[str, Difference]
-    delong: tuple[float, ...]
     adjusted: float
+    family: int
+
+    @property
+    def area(self) -> Difference:
+        """The difference in image AUROC."""
+        return self.differences["image_AUROC"]
 
 
 class FinishedCells:
@@ -136,12 +148,12 @@ class FinishedCells:
     def __init__(self, cells: Sequence[Cell]) -> None:
         self.cells = [cell for cell in cells if cell.status == "done"]
         self.others = [cell for cell in cells if cell.status != "done"]
-        named = list(METHODS)
-        named += [name for name in dict.fromkeys(cell.method for cell in self.cells) if name not in METHODS]
+        peers = ORDER.index("")
+        rank = {name: index for index, name in enumerate(ORDER)}
         sets = dict.fromkeys(cell.set for cell in self.cells)
         self.sets = sorted(sets, key=lambda name: PAPER_SETS.index(paper_set(name) or "") if paper_set(name) else 99)
         self.cells.sort(
-            key=lambda c: (self.sets.index(c.set), c.k_shot == 0, c.k_shot, named.index(c.method), c.seed),
+            key=lambda c: (self.sets.index(c.set), c.k_shot == 0, c.k_shot, rank.get(c.method, peers), c.method, c.seed)
         )
         self.groups: list[Group] = []
         for key, members in groupby(self.cells, key=lambda cell: (cell.set, cell.k_shot, cell.method)):
@@ -150,60 +162,69 @@ class FinishedCells:
                 if cell.seed in found:
                     msg = (
                         f"{found[cell.seed].folder} and {cell.folder} are of the same method, set, shot and seed: "
-                        "write one report a backbone, each with cells of its own."
+                        "write one report per backbone, each with cells of its own."
                     )
                     raise ValueError(msg)
                 found[cell.seed] = cell
             self.groups.append(Group(*key, found))
-        self.shots = sorted({group.k_shot for group in self.groups}, key=lambda k: (k == 0, k))
-        self.pairs = [pair for name in self.sets for k in self.shots for pair in self._compare(name, k)]
+        self.shots = sorted({cell.k_shot for cell in cells if cell.method}, key=lambda k: (k == 0, k))
+
+    @cached_property
+    def places(self) -> list[tuple[str, int]]:
+        """Sets and numbers of supports that have results."""
+        return [(name, k) for name in self.sets for k in self.shots if self.select(name, k)]
 
     def select(self, name: str, k_shot: int, zero_too: bool = False) -> list[Group]:
-        """Give the groups of one set and shot, and on request those that see no support."""
+        """Return the groups of one set and shot, and on request those that see no support."""
         shots = {k_shot, 0} if zero_too else {k_shot}
         return [group for group in self.groups if group.set == name and group.k_shot in shots]
+
+    @cached_property
+    def pairs(self) -> dict[tuple[str, int], list[Pair]]:
+        """Comparisons by set and shot: one family of Holm's correction each.
+
+        The first method of MVFA is compared with every other method, and ``MVFA (normal only)`` with those that were
+        shown normal supports and nothing else.
+        """
+        return {place: pairs for place in self.places if (pairs := self._compare(*place))}
 
     def _compare(self, name: str, k_shot: int) -> list[Pair]:
         own = [group for group in self.select(name, k_shot) if group.method.startswith("MVFA")]
         if not own:
             return []
-        first, pairs = own[0], []
-        for second in self.select(name, k_shot, zero_too=True):
-            seeds = tuple(seed for seed in first.cells if seed in second.cells)
-            if second is first or not seeds:
+        everything = self.select(name, k_shot, zero_too=True)
+        wanted = [(own[0], other) for other in everything if other is not own[0]]
+        like = [g for g in everything if g.k_shot and not g.first.shown.get("abnormal")]
+        wanted += [(g, other) for g in own[1:] if g.method == NORMAL_ONLY for other in like if other is not g]
+        found: dict[int, tuple[Group, Group, Mapping[str, Difference]]] = {}
+        for number, (first, second) in enumerate(wanted):
+            if not first.k_shot or second.k_shot:
+                seeds = [seed for seed in first.cells if seed in second.cells]
+                theirs = [second.cells[seed].scores for seed in seeds]
+            else:  # run once, for all draws
+                seeds, theirs = list(first.cells), [second.first.scores] * len(first.cells)
+            if not seeds:
                 continue
-            ours = [first.cells[seed].scores for seed in seeds]
-            theirs = [second.cells[seed].scores for seed in seeds]
             try:
-                differences = paired_bootstrap(ours, theirs)
+                measured = differences([first.cells[seed].scores for seed in seeds], theirs)
             except ValueError as error:
                 logger.warning("%s and %s are not compared on %s: %s", first.method, second.method, name, error)
                 continue
-            areas = []
-            for a, b in zip(ours, theirs, strict=True):
-                common = b if a.paths == b.paths else None
-                areas.append(delong(a.labels, a.scores, common.scores).p_value if common else math.nan)
-            pairs.append(Pair(first, second, seeds, differences, tuple(areas), math.nan))
-        adjusted = holm([pair.differences["image_AUROC"].p_value for pair in pairs])
-        return [
-            Pair(p.first, p.second, p.seeds, p.differences, p.delong, a) for p, a in zip(pairs, adjusted, strict=True)
-        ]
+            found[number] = (first, second, measured)
+        adjusted = holm({number: measured["image_AUROC"].p_value for number, (*_, measured) in found.items()})
+        family = sum(not math.isnan(value) for value in adjusted.values())
+        return [Pair(*members, adjusted[number], family) for number, members in found.items()]
 
     @property
     def backbones(self) -> list[str]:
         """Names of the backbones."""
         return sorted({cell.backbone for cell in self.cells if cell.backbone})
 
-    @property
-    def demonstration(self) -> bool:
-        """Whether a backbone is the one inside the package."""
-        return "tiny" in self.backbones
+
+# Formatting
 
 
-# Words and numbers
-
-
-def _shot(k_shot: int) -> str:
+def shot(k_shot: int) -> str:
     return f"k = {k_shot}" if k_shot else "no supports"
 
 
@@ -215,180 +236,170 @@ def _percent(values: Iterable[float]) -> str:
     return f"{mean:.1f}" if math.isnan(spread) else f"{mean:.1f} ± {spread:.1f}"
 
 
-def _figure(group: Group, name: str) -> str:
-    return _percent(cell.metrics.get(name, math.nan) for cell in group.cells.values())
-
-
 def _p_value(value: float) -> str:
     return "-" if math.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _points(difference: Difference) -> str:
+def points(difference: Difference) -> str:
+    if math.isnan(difference.mean):
+        return "-"
     return f"{100 * difference.mean:+.1f} [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
 
 
+def _units(group: Group) -> str:
+    """Describe the test images and how they are grouped."""
+    scores = group.first.scores
+    images = f"{int((~scores.labels).sum())} normal and {int(scores.labels.sum())} abnormal test images"
+    if scores.groups:
+        return f"{images} of {len(set(scores.groups))} patients"
+    return images
+
+
 def _summary(comparison: FinishedCells) -> list[str]:
-    """Say for each set and shot what was found, no more than that."""
+    """State for each set and shot what was found: like with like first, then what labels add, then trivial scores."""
     sentences = []
-    for name in comparison.sets:
-        for k_shot in comparison.shots:
-            pairs = [p for p in comparison.pairs if (p.first.set, p.first.k_shot) == (name, k_shot)]
-            if not pairs:
-                continue
-            first = pairs[0].first
-            count = len(first.cells)
-            seeds = f"mean of {count} seeds" if count > 1 else "one seed"
-            said = f"{name}, {_shot(k_shot)}, {seeds}: {first.method} has an image AUROC of "
-            said += f"{_figure(first, 'image_AUROC')} %."
-            rivals = [p for p in pairs if p.second.method.startswith("WinCLIP")][:1]
-            trivial = [p for p in pairs if p.second.method in TRIVIAL]
-            rivals += sorted(trivial, key=lambda pair: pair.differences["image_AUROC"].mean)[:1]
-            for pair in rivals or pairs[:1]:
-                said += " " + _verdict(pair, len(pairs))
-            sentences.append(said)
+    for (name, k_shot), pairs in comparison.pairs.items():
+        first = pairs[0].first
+        count = len(first.cells)
+        seeds = f"mean of {count} draws of supports" if count > 1 else "one run"
+        said = [f"{name}, {shot(k_shot)}, {seeds}, {_units(first)}."]
+        by_name = {(pair.first.method, pair.second.method): pair for pair in pairs}
+        like = by_name.get((NORMAL_ONLY, "WinCLIP"))
+        labels = by_name.get((first.method, NORMAL_ONLY))
+        trivial = [pair for pair in pairs if pair.first is first and pair.second.method in TRIVIAL]
+        trivial.sort(key=lambda pair: math.inf if math.isnan(pair.area.mean) else pair.area.mean)
+        if like:
+            said.append(f"Of methods that are shown the same normal images, {_verdict(like)}")
+        if labels:
+            shown = labels.first.first.shown
+            extra = f"{shown.get('abnormal')} abnormal images and {shown.get('masks')} masks"
+            said.append(f"Given {extra} as well, {_verdict(labels)}")
+        others = [] if like else [pair for pair in pairs if pair.second.method.startswith("WinCLIP")][:1]
+        said += [_verdict(pair) for pair in others + trivial[:1] or ([] if like or labels else pairs[:1])]
+        sentences.append(" ".join([said[0], *(sentence[0].upper() + sentence[1:] for sentence in said[1:])]))
     return sentences or ["No two methods could be compared on the same images."]
 
 
-def _verdict(pair: Pair, family: int) -> str:
-    difference = pair.differences["image_AUROC"]
-    other = f"{pair.second.method} ({_percent(c.metrics['image_AUROC'] for c in pair.second.cells.values())} %)"
-    direction = "better" if difference.mean > 0 else "worse"
-    numbers = (
-        f"{100 * difference.mean:+.1f} points, 95 % interval {100 * difference.low:+.1f} to "
-        f"{100 * difference.high:+.1f}, "
-        f"p = {_p_value(pair.adjusted)} corrected for {family} comparison{'s' * (family > 1)}"
-    ).replace("p = <", "p <")
+def _verdict(pair: Pair) -> str:
+    area = pair.area
+    ours, theirs = (f"{group.label} ({group.value('image_AUROC')} %)" for group in (pair.first, pair.second))
+    if math.isnan(area.mean):
+        return f"{ours} and {theirs} cannot be compared: their common test images lack a class."
+    numbers = f"{100 * area.mean:+.1f} points, 95 % interval {100 * area.low:+.1f} to {100 * area.high:+.1f}, "
+    many = f" after Holm's correction for {pair.family} comparisons" if pair.family > 1 else ""
+    p_value = _p_value(pair.adjusted)
+    numbers += f"p {p_value if p_value.startswith('<') else '= ' + p_value}{many}"
+    if not pair.first.first.scores.groups:
+        numbers += "; no patients are known, images are taken as independent"
     if not pair.adjusted < LEVEL:
-        verdict = "these images do not tell which is better"
-        return f"Compared with {other} the difference is not significant ({numbers}): {verdict}."
-    agreeing = difference.ahead if difference.mean > 0 else difference.seeds - difference.ahead
-    said = f"It is significantly {direction} than {other} on these images ({numbers})"
-    if agreeing < difference.seeds:
-        said += f", but only with {agreeing} of {difference.seeds} seeds, so that another seed may turn it round"
+        return f"the image AUROC of {ours} does not differ significantly from that of {theirs} ({numbers})."
+    direction = "higher" if area.mean > 0 else "lower"
+    agreeing = area.ahead if area.mean > 0 else area.seeds - area.ahead
+    said = f"the image AUROC of {ours} is significantly {direction} than that of {theirs} ({numbers})"
+    if agreeing < area.seeds:
+        said += f", but only with {agreeing} of {area.seeds} draws: other supports may reverse it"
     return said + "."
 
 
 # Tables
 
+SHOWN = ("normal shown", "abnormal shown", "masks shown", "remark")
+
 
 def _paper_tables(comparison: FinishedCells) -> list[Table]:
-    """Areas under the ROC curve, a method a row, image and pixel of each set beside each other, the mean at the end."""
+    """AUROC of images and pixels, one method per row, the sets side by side, the mean at the end."""
     tables = []
     for k_shot in comparison.shots:
         groups = {(g.method, g.set): g for g in comparison.groups if g.k_shot == k_shot}
         sets = [name for name in comparison.sets if any(key[1] == name for key in groups)]
         masked = {
-            name for (_, name), group in groups.items() if any("pixel_AUROC" in c.metrics for c in group.cells.values())
+            name for (_, name), g in groups.items() if any("pixel_AUROC" in cell.metrics for cell in g.cells.values())
         }
-        columns = [(name, level) for name in sets for level in ("image", "pixel") if level == "image" or name in masked]
-        header = ["method", *(f"{name}\n{level} AUROC" for name, level in columns)]
-        if len(sets) > 1:
-            header += ["mean\nimage AUROC", *(["mean\npixel AUROC"] if masked else [])]
+        columns = [(name, level) for level in ("image", "pixel") for name in sets if level == "image" or name in masked]
+        levels = list(dict.fromkeys(level for _, level in columns)) if len(sets) > 1 else []
+        header = ["method", *SHOWN[:3], *(f"{name}, {level}" for name, level in columns)]
+        header += [f"mean, {level}" for level in levels]
         published = {method: row for (method, k), row in PUBLISHED.items() if k == k_shot}
-        published = published if any(paper_set(name) for name in sets) else {}
+        if not any(paper_set(name) for name in sets):
+            published = {}
         rows, grey = [], set()
-        for method in dict.fromkeys([*(method for method, _ in groups), *published]):
-            if any(key[0] == method for key in groups):
-                rows.append([method, *_own_row(groups, method, columns, bool(len(sets) > 1), masked)])
+        failed = {cell.method: None for cell in comparison.others if cell.status == "failed" and cell.k_shot == k_shot}
+        for method in dict.fromkeys([*(method for method, _ in groups), *failed, *published]):
+            own = [group for (named, _), group in groups.items() if named == method]
+            if own:
+                by_set = {group.set: group for group in own}
+                cells = [by_set[n].value(f"{level}_AUROC") if n in by_set else "-" for n, level in columns]
+                means = [
+                    [
+                        by_set[n].mean(f"{level}_AUROC") if n in by_set else math.nan
+                        for n, kind in columns
+                        if kind == level
+                    ]
+                    for level in levels
+                ]
+                rows.append([own[0].label, *own[0].shown[:3], *cells, *(_mean(values) for values in means)])
+            if not own and method in failed:
+                rows.append([method, "failed, see Missing", *["-"] * (len(header) - 2)])
             if method in published:
                 grey.add(len(rows))
-                rows.append(
-                    [f"{method}, published", *_published_row(published[method], columns, len(sets) > 1, masked)]
-                )
-        kind = f"Few-shot, k = {k_shot}" if k_shot else "Without supports (zero-shot)"
-        note = "; in grey italics: published, not measured here" if grey else ""
-        tables.append(Table(f"{kind}: AUROC in %{note}", header, rows, frozenset(grey)))
+                values = [
+                    (getattr(published[method].get(paper_set(n) or ""), level, None), level) for n, level in columns
+                ]
+                texts = ["-" if value is None else f"{value:.2f}" for value, _ in values]
+                means = [[math.nan if v is None else v / 100 for v, kind in values if kind == w] for w in levels]
+                rows.append([f"{method}, published", "-", "-", "-", *texts, *(_mean(values, 2) for values in means)])
+        kind = f"Few-shot, k = {k_shot}" if k_shot else "Without supports"
+        note = "; in italics: published, not measured here" if grey else ""
+        tables.append(Table(f"{kind}: AUROC in percent{note}", header, rows, frozenset(grey)))
     return tables
 
 
-def _own_row(
-    groups: Mapping[tuple[str, str], Group],
-    method: str,
-    columns: Sequence[tuple[str, str]],
-    with_mean: bool,
-    masked: set[str],
-) -> list[str]:
-    row = []
-    for name, level in columns:
-        group = groups.get((method, name))
-        row.append(_figure(group, f"{level}_AUROC") if group else "-")
-    for level in ("image", "pixel") if with_mean and masked else ("image",) if with_mean else ():
-        wanted = [name for name, kind in columns if kind == level]
-        means = []
-        for name in wanted:
-            group = groups.get((method, name))
-            values = [c.metrics.get(f"{level}_AUROC", math.nan) for c in group.cells.values()] if group else [math.nan]
-            means.append(float(np.mean(values)))
-        row.append("-" if any(map(math.isnan, means)) else f"{100 * float(np.mean(means)):.1f}")
-    return row
-
-
-def _published_row(
-    figures: Mapping[str, Figure], columns: Sequence[tuple[str, str]], with_mean: bool, masked: set[str]
-) -> list[str]:
-    values: dict[str, list[float | None]] = {"image": [], "pixel": []}
-    row = []
-    for name, level in columns:
-        known = figures.get(paper_set(name) or "")
-        value: float | None = getattr(known, level) if known else None
-        values[level].append(value)
-        row.append("-" if value is None else f"{value:.2f}")
-    for level in ("image", "pixel") if with_mean and masked else ("image",) if with_mean else ():
-        known_values = [value for value in values[level] if value is not None]
-        complete = len(known_values) == len(values[level])
-        row.append(f"{float(np.mean(known_values)):.2f}" if complete else "-")
-    return row
+def _mean(values: Sequence[float], digits: int = 1) -> str:
+    mean = float(np.mean(values)) if values else math.nan
+    return "-" if math.isnan(mean) else f"{100 * mean:.{digits}f}"
 
 
 def _metric_tables(comparison: FinishedCells) -> list[Table]:
-    """All figures with their intervals, a table a set and shot."""
+    """All metrics with their intervals, one table per set and shot."""
     tables = []
-    for name in comparison.sets:
-        for k_shot in comparison.shots:
-            groups = comparison.select(name, k_shot)
-            if not groups:
-                continue
-            shown = [m for m in TITLES if any(m in cell.metrics for g in groups for cell in g.cells.values())]
-            rows = []
-            for group in groups:
-                drawn = bootstrap([cell.scores for cell in group.cells.values()])
-                row = [group.method]
-                for metric in shown:
-                    text = _figure(group, metric)
-                    if metric in IMAGE_METRICS:
-                        low, high = interval(drawn[metric])
-                        text += f" [{100 * low:.1f}, {100 * high:.1f}]"
-                    row.append(text)
-                rows.append([*row, str(len(group.cells))])
-            labels = groups[0].cells[min(groups[0].cells)].scores.labels
-            counts = f"{int((~labels).sum())} normal and {int(labels.sum())} abnormal test images"
-            header = ["method", *(TITLES[metric] for metric in shown), "seeds"]
-            tables.append(Table(f"{name}, {_shot(k_shot)}: {counts}", header, rows))
+    for name, k_shot in comparison.places:
+        groups = comparison.select(name, k_shot)
+        shown = [m for m in TITLES if any(m in cell.metrics for g in groups for cell in g.cells.values())]
+        rows = []
+        for group in groups:
+            ends = intervals([cell.scores for cell in group.cells.values()])
+            row = [group.label, *group.shown]
+            for metric in shown:
+                text = group.value(metric)
+                if metric in IMAGE_METRICS:
+                    text += f" [{100 * ends[metric][0]:.1f}, {100 * ends[metric][1]:.1f}]"
+                row.append(text)
+            rows.append([*row, str(len(group.cells))])
+        size = "the network's" if groups[0].first.config.get("pixel_metrics") == "network" else "each mask's own"
+        caption = f"{name}, {shot(k_shot)}: {_units(groups[0])}"
+        caption += f"; pixel metrics at {size} size" if any(metric.startswith("pixel") for metric in shown) else ""
+        tables.append(Table(caption, ["method", *SHOWN, *(TITLES[metric] for metric in shown), "runs"], rows))
     return tables
 
 
 def _pair_tables(comparison: FinishedCells) -> list[Table]:
     tables = []
-    for (name, k_shot, method), pairs in groupby(
-        comparison.pairs, key=lambda p: (p.first.set, p.first.k_shot, p.first.method)
-    ):
-        rows = []
-        for pair in pairs:
-            area = pair.differences["image_AUROC"]
-            rows.append(
-                [
-                    pair.second.method,
-                    _points(area),
-                    _p_value(area.p_value),
-                    _p_value(pair.adjusted),
-                    f"{area.ahead} of {area.seeds}",
-                    ", ".join(map(_p_value, pair.delong)),
-                    *(_points(pair.differences[metric]) for metric in IMAGE_METRICS[1:]),
-                ],
-            )
-        header = ["against", "AUROC", "p", "Holm's p", "ahead\nseeds", "DeLong's p\nby seed"]
-        header += [TITLES[metric] for metric in IMAGE_METRICS[1:]]
-        tables.append(Table(f"{name}, {_shot(k_shot)}: {method} minus each other method", header, rows))
+    for (name, k_shot), pairs in comparison.pairs.items():
+        rows = [
+            [
+                f"{pair.first.label} - {pair.second.label}",
+                points(pair.area),
+                _p_value(pair.area.p_value),
+                _p_value(pair.adjusted),
+                f"{pair.area.ahead} of {pair.area.seeds}",
+                *(points(pair.differences[metric]) for metric in IMAGE_METRICS[1:]),
+            ]
+            for pair in pairs
+        ]
+        header = ["methods", "AUROC", "p", "Holm's p", "ahead, draws", *(TITLES[m] for m in IMAGE_METRICS[1:])]
+        family = f"Holm's family: the {pairs[0].family} comparisons of this table"
+        grouped = "patients resampled" if pairs[0].first.first.scores.groups else "images taken as independent"
+        tables.append(Table(f"{name}, {shot(k_shot)}. {family}; {grouped}", header, rows))
     return tables
 
 
@@ -397,34 +408,67 @@ def _cost_tables(comparison: FinishedCells) -> list[Table]:
     for name in comparison.sets:
         rows = []
         for group in (group for group in comparison.groups if group.set == name):
-            row = [group.method, str(group.k_shot)]
+            row = [group.label, str(group.k_shot)]
             for cost in COSTS:
-                values = [
-                    cell.cost[cost] for cell in group.cells.values() if not math.isnan(cell.cost.get(cost, math.nan))
+                known = [
+                    value for cell in group.cells.values() if not math.isnan(value := cell.cost.get(cost, math.nan))
                 ]
-                row.append(f"{np.mean(values):,.3g}" if values and np.mean(values) < 100 else _whole(values))
+                mean = float(np.mean(known)) if known else math.nan
+                row.append("-" if not known else f"{mean:,.3g}" if mean < 100 else f"{mean:,.0f}")
             rows.append(row)
-        tables.append(Table(f"{name}: cost, mean over the seeds", ["method", "k", *COSTS.values()], rows))
+        machines = "; ".join(sorted({cell.machine for cell in comparison.cells if cell.set == name and cell.machine}))
+        tables.append(Table(f"{name}: mean over the runs, on {machines}", ["method", "k", *COSTS.values()], rows))
     return tables
 
 
-def _whole(values: Sequence[float]) -> str:
-    return f"{np.mean(values):,.0f}" if values else "-"
-
-
-def _failure_table(comparison: FinishedCells, show_paths: bool) -> Table | None:
+def failures(comparison: FinishedCells, show_paths: bool) -> list[Table]:
     rows = []
     for cell in comparison.others:
         hidden = f"see {Path('cells', cell.folder.name, 'cell.json').as_posix()}"
-        reason = cell.error or "" if show_paths or cell.status == "unreadable" else hidden
-        rows.append([cell.folder.name, cell.status, reason])
-    return Table("Cells that are missing in all figures", ["cell", "status", "reason"], rows) if rows else None
+        error = cell.error or ""
+        public = (
+            show_paths
+            or cell.status == "unreadable"
+            or error.startswith(("FileNotFoundError: The weights of", "FileNotFoundError: No weights"))
+        )
+        rows.append([cell.folder.name, cell.status, error if public else hidden])
+    return [Table("Cells without results", ["cell", "status", "reason"], rows)] if rows else []
+
+
+def _markdown(value: Any) -> Any:  # noqa: ANN401 - whatever a template prints
+    """Escape what Markdown would read as markup."""
+    text = re.sub(r"([\\`*_|])|<(?=[A-Za-z/!?])|(?<=\])\(", lambda match: "\\" + match[0], str(value))
+    return " ".join(text.split())
+
+
+def environment(markdown: bool = False) -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader(__package__, "templates"),
+        autoescape=not markdown,  # noqa: S701 - Markdown has an escape of its own
+        finalize=_markdown if markdown else None,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+
+
+def facts(comparison: FinishedCells) -> dict[str, Any]:
+    """Return what both templates show."""
+    return {
+        "summary": _summary(comparison),
+        "demonstration": "tiny" in comparison.backbones,
+        "paper": _paper_tables(comparison),
+        "source": SOURCE if any(paper_set(name) for name in comparison.sets) else "",
+        "metrics": _metric_tables(comparison),
+        "tests": _pair_tables(comparison),
+        "costs": _cost_tables(comparison),
+    }
 
 
 def write_tables(cells: Sequence[Cell], folder: Path | str) -> None:
-    """Write ``results.csv``, one row a cell with everything that was measured, and ``results.md``, the tables.
+    """Write ``results.csv``, one row per cell with everything that was measured, and ``results.md``, the tables.
 
-    The reasons of failed cells, which may name files, stand in ``results.csv`` alone.
+    The reasons of failed cells, which may name files, are in ``results.csv`` alone.
 
     Args:
         cells: The cells of a comparison.
@@ -436,321 +480,15 @@ def write_tables(cells: Sequence[Cell], folder: Path | str) -> None:
     comparison = FinishedCells(cells)
     metrics = dict.fromkeys([*TITLES, *(name for cell in cells for name in cell.metrics)])
     costs = dict.fromkeys([*COSTS, *(name for cell in cells for name in cell.cost)])
-    facts = ("method", "set", "k_shot", "seed", "backbone", "status", "threshold", "version", "error")
+    columns = ("method", "set", "k_shot", "seed", "backbone", "status", "threshold", "version", "machine", "error")
     with replacing(Path(folder) / "results.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["cell", *facts[:6], *metrics, *costs, *facts[6:]])
+        writer.writerow(["cell", *columns[:6], *metrics, *costs, *columns[6:]])
         for cell in cells:
-            known = [getattr(cell, fact) for fact in facts]
-            figures = [cell.metrics.get(name) for name in metrics] + [cell.cost.get(name) for name in costs]
-            writer.writerow([cell.folder.name, *known[:6], *figures, *known[6:]])
-
-    parts = ["# Comparison", *(f"- {sentence}" for sentence in _summary(comparison)), NOT_CLINICAL]
-    parts += [f"**{DEMONSTRATION}**"] if comparison.demonstration else []
-    parts += ["## Results", *(table.to_markdown() for table in _paper_tables(comparison))]
-    if any(paper_set(name) for name in comparison.sets):
-        parts.append(f"Published figures: {SOURCE}.")
-    parts += ["## All figures", MEASURED, *(table.to_markdown() for table in _metric_tables(comparison))]
-    parts += ["## Paired tests", TESTED, *(table.to_markdown() for table in _pair_tables(comparison))]
-    parts += ["## Cost", *(table.to_markdown() for table in _cost_tables(comparison))]
-    missing = _failure_table(comparison, show_paths=False)
-    parts += ["## Missing", missing.to_markdown()] if missing else []
+            known = [getattr(cell, fact) for fact in columns]
+            values = [cell.metrics.get(name) for name in metrics] + [cell.cost.get(name) for name in costs]
+            writer.writerow([cell.folder.name, *known[:6], *values, *known[6:]])
+    template = environment(markdown=True).get_template("results.md.jinja")
     with replacing(Path(folder) / "results.md") as partial:
-        partial.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-
-
-# The page
-
-
-def _style(method: str) -> str:
-    return METHODS.get(method, "other")
-
-
-def _curve_figures(comparison: FinishedCells) -> str:
-    parts = []
-    for name in comparison.sets:
-        for k_shot in comparison.shots:
-            groups = comparison.select(name, k_shot)
-            if not groups:
-                continue
-            runs = {group.method: [cell.scores for cell in group.cells.values()] for group in groups}
-            roc = [Line(_style(method), *mean_roc(own)) for method, own in runs.items()]
-            precision = [Line(_style(method), *mean_pr(own)) for method, own in runs.items()]
-            labels = next(iter(runs.values()))[0].labels
-            areas = {group.method: _figure(group, "image_AUROC") for group in groups}
-            said = "; ".join(f"{method} {area} %" for method, area in areas.items())
-            legend = "".join(f"<li>{swatch(_style(m))}{escape(m)} <small>{areas[m]}</small></li>" for m in runs)
-            parts.append(
-                f"<h3>{escape(name)}, {_shot(k_shot)}</h3>"
-                f'<ul class="legend" aria-label="Methods with their image AUROC in percent">{legend}</ul>'
-                '<div class="plots">'
-                + curves(roc, "1 - specificity", "sensitivity", f"ROC curves on {name}. Areas: {said}.")
-                + curves(precision, "recall", "precision", f"Precision-recall curves on {name}.", float(labels.mean()))
-                + "</div>",
-            )
-    note = "Mean over the seeds, at equal false-positive rates and at equal recalls. Dotted: guessing."
-    return f'<p class="note">{note} Beside each name: image AUROC in %.</p>{"".join(parts)}' if parts else ""
-
-
-def _interval_figures(comparison: FinishedCells) -> str:
-    parts = []
-    for (name, k_shot, method), found in groupby(
-        comparison.pairs, key=lambda p: (p.first.set, p.first.k_shot, p.first.method)
-    ):
-        pairs = list(found)
-        areas = [pair.differences["image_AUROC"] for pair in pairs]
-        reach = max(0.05, *(abs(end) for area in areas for end in (area.low, area.high)))
-        items = []
-        for pair, area in zip(pairs, areas, strict=True):
-            bar = interval_bar(area.mean, area.low, area.high, reach, _style(pair.second.method))
-            items.append(f"<li><span>{escape(pair.second.method)}</span>{bar}<span>{_points(area)}</span></li>")
-        ends = f'<span></span><span class="ends note"><span>← {escape(method)} worse</span><span>better →</span></span>'
-        parts.append(
-            f"<h3>{escape(name)}, {_shot(k_shot)}: {escape(method)} against each other method, "
-            "image AUROC in points</h3>"
-            f'<ul class="intervals">{"".join(items)}<li>{ends}<span></span></li></ul>',
-        )
-    return "".join(parts)
-
-
-def _histograms(comparison: FinishedCells) -> str:
-    parts = []
-    for name in comparison.sets:
-        for k_shot in comparison.shots:
-            figures = []
-            for group in comparison.select(name, k_shot):
-                cell = group.cells[min(group.cells)]
-                labels, scores = cell.scores.labels, cell.scores.scores
-                missed = ""
-                if cell.threshold is not None:
-                    hits = float((scores[labels] >= cell.threshold).mean())
-                    passed = float((scores[~labels] < cell.threshold).mean())
-                    missed = f"sensitivity {100 * hits:.0f} %, specificity {100 * passed:.0f} %"
-                said = missed or "no threshold"
-                drawing = histogram(
-                    scores[~labels], scores[labels], cell.threshold, f"Scores of {group.method} on {name}: {said}."
-                )
-                figures.append(
-                    f"<figure>{drawing}<figcaption>{escape(group.method)}, seed {cell.seed}: {said}</figcaption>"
-                    "</figure>",
-                )
-            if figures:
-                parts.append(
-                    f'<h3>{escape(name)}, {_shot(k_shot)}</h3><div class="small-plots">{"".join(figures)}</div>'
-                )
-    keys = (
-        '<ul class="legend"><li><span class="key normal"></span>normal images, upwards</li>'
-        '<li><span class="key abnormal"></span>abnormal images, downwards</li><li>dashed: the threshold</li></ul>'
-    )
-    note = '<p class="note">Raw scores of the first seed. Heights are shares of a class.</p>'
-    return keys + note + "".join(parts) if parts else ""
-
-
-def _chosen(groups: Sequence[Group], limit: int) -> dict[str, list[str]]:
-    """Choose images by rank error: path to reasons, at most so many paths, the methods taking turns."""
-    wanted: list[list[tuple[str, str]]] = []
-    for group in groups:
-        scores = group.cells[min(group.cells)].scores
-        order = {}
-        for label in (True, False):
-            own = np.flatnonzero(scores.labels == label)
-            error = 1 - placements(scores.labels, scores.scores)[own]
-            surer = scores.scores[own] if label else -scores.scores[own]  # among equals the surer one is better
-            order[label] = own[np.lexsort((-surer, error))]
-        ill = order[True]
-        picks = (
-            (ill[-1], "worst"),
-            (ill[0], "best"),
-            (ill[len(ill) // 2], "median"),
-            (order[False][-1], "worst normal"),
-        )
-        wanted.append([(scores.paths[index], f"{reason} of {group.method}") for index, reason in picks])
-    chosen: dict[str, list[str]] = {}
-    for turn in zip(*wanted, strict=True):
-        for path, reason in turn:
-            if path in chosen or len(chosen) < limit:
-                chosen.setdefault(path, []).append(reason)
-    return chosen
-
-
-def _maps(cell: Cell) -> Maps | None:
-    try:
-        return cell.read_maps()
-    except ValueError as error:
-        logger.warning("No pictures of this cell: %s", error)
-        return None
-
-
-def _input(root: Path | None, path: str) -> NDArray[np.uint8] | None:
-    """Read an image and shrink it; ``None`` if there is none."""
-    if root is None:
-        return None
-    try:
-        pixels = read_image(root / path).permute(1, 2, 0).numpy()
-    except (OSError, ValueError, ImportError) as error:
-        logger.warning("An image is not shown on the page: %s", error)
-        return None
-    return thumbnail((255 * pixels).round().astype(np.uint8))
-
-
-def _panel(group: Group, maps: Maps | None, path: str) -> Panel:
-    cell = group.cells[min(group.cells)]
-    scores = cell.scores
-    if path not in scores.paths:
-        return Panel(group.method, None, "not tested on this image")
-    index = scores.paths.index(path)
-    score = float(scores.scores[index])
-    called = ""
-    if cell.threshold is not None:
-        right = (score >= cell.threshold) == bool(scores.labels[index])
-        called = f"{'✓' if right else '✗'} called {'abnormal' if score >= cell.threshold else 'normal'}"
-    below = float((scores.scores[~scores.labels] < score).mean())
-    detail = f"above {100 * below:.0f} % of normal"
-    return Panel(group.method, maps.values[index] if maps else None, f"{score:.3g} {called}".strip(), detail)
-
-
-def _pictures(comparison: FinishedCells, roots: Mapping[str, Path], show_paths: bool) -> str:
-    parts = []
-    limit = max(4, GALLERY_ROWS // max(1, len(comparison.sets)))
-    for name in comparison.sets:
-        shots = [k for k in comparison.shots if comparison.select(name, k)]
-        k_shot = 4 if 4 in shots else max(shots)
-        groups = comparison.select(name, k_shot, zero_too=True)
-        chosen = _chosen(groups, limit)
-        maps = [_maps(group.cells[min(group.cells)]) for group in groups]
-        labels: dict[str, bool] = {}
-        for group in groups:
-            scores = group.cells[min(group.cells)].scores
-            labels.update(zip(scores.paths, scores.labels.tolist(), strict=True))
-        numbers = {path: number for number, path in enumerate(sorted(labels), start=1)}
-        rows = []
-        for path in sorted(chosen, key=lambda path: (not labels[path], numbers[path])):
-            mask = None
-            for group, own in zip(groups, maps, strict=True):
-                paths = group.cells[min(group.cells)].scores.paths
-                if mask is None and own is not None and own.masks is not None and path in paths:
-                    mask = own.masks[paths.index(path)]
-            rows.append(
-                GalleryRow(
-                    name=path if show_paths else f"Image {numbers[path]}",
-                    label="abnormal" if labels[path] else "normal",
-                    image=_input(roots.get(name), path),
-                    mask=mask,
-                    panels=[_panel(group, own, path) for group, own in zip(groups, maps, strict=True)],
-                    remark="; ".join(chosen[path]),
-                ),
-            )
-        parts.append(f"<h3>{escape(name)}, {_shot(k_shot)}</h3>{gallery(rows)}")
-    if not parts:
-        return ""
-    note = (
-        "Rank error of an image: the share of images of the other class that the method puts on the wrong side of it; "
-        "among equals the surer image is the better one. Shown are each method's best, median and worst abnormal image "
-        "and its worst normal image, with the models of the first seed, as far as the page has room. One colour scale "
-        "for all images of a method: it reaches from the 0.5 % to the 99.5 % quantile of the method's map values on "
-        "the whole set. ✓ and ✗: the call at the method's own threshold is right or wrong."
-    )
-    ends = ("0.5 % quantile of the method's maps", "99.5 %")
-    return f'<p class="note">{note}</p>{colour_bar(*ends)}{"".join(parts)}'
-
-
-def _provenance(comparison: FinishedCells, command: str | None, show_paths: bool) -> str:
-    facts = [
-        ("anomalib-mvfa", ", ".join(sorted({cell.version for cell in comparison.cells}))),
-        ("backbone", ", ".join(comparison.backbones)),
-        ("seeds", ", ".join(map(str, sorted({cell.seed for cell in comparison.cells})))),
-        (
-            "page written with",
-            f"anomalib {version('anomalib')}, torch {version('torch')}, Python {platform.python_version()}",
-        ),
-    ]
-    listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts)
-    rows = []
-    for (name, k_shot, seed), members in groupby(
-        sorted(comparison.cells, key=lambda c: (c.set, c.k_shot, c.seed)), key=lambda c: (c.set, c.k_shot, c.seed)
-    ):
-        supports = dict.fromkeys(path for cell in members for path in cell.supports)
-        if supports:
-            said = ", ".join(supports) if show_paths else str(len(supports))
-            rows.append([name, str(k_shot), str(seed), said])
-    table = Table("Supports of all methods", ["set", "k", "seed", "images"], rows)
-    shown = f"<pre>{escape(command)}</pre>" if command else ""
-    folded = f"<details><summary>Supports by set, k and seed</summary>{table.to_html()}</details>" if rows else ""
-    return f"{shown}<dl>{listed}</dl>{folded}"
-
-
-def write_page(
-    cells: Sequence[Cell],
-    path: Path | str,
-    data_root: Path | str | Mapping[str, Path | str] | None = None,
-    *,
-    show_paths: bool = False,
-    command: str | None = None,
-    title: str = "Anomaly detection methods side by side",
-) -> None:
-    """Write the page: one HTML file that needs no other file, no script and no network.
-
-    Args:
-        cells: The cells of a comparison.
-        path: The file to write.
-        data_root: Folder that the paths of the cells are relative to, or one such folder by the name of the set. Input
-            images are read there; without it heatmaps are shown alone.
-        show_paths: Show the paths of images, relative to the data root, and the errors of failed cells. File names may
-            tell who a patient is, so that images are numbered by default.
-        command: How the comparison was run.
-        title: Title of the page.
-
-    Raises:
-        ValueError: If two cells are of the same method, set, shot and seed.
-    """
-    comparison = FinishedCells(cells)
-    roots: dict[str, Path]
-    if isinstance(data_root, Mapping):
-        roots = {name: Path(root) for name, root in data_root.items()}
-    else:
-        roots = dict.fromkeys(comparison.sets, Path(data_root)) if data_root is not None else {}
-    warning = f'<p class="warning">{escape(DEMONSTRATION)}</p>' if comparison.demonstration else ""
-    intro = "".join(f'<p class="lead">{escape(sentence)}</p>' for sentence in _summary(comparison))
-    results = _html(_paper_tables(comparison))
-    if any(paper_set(name) for name in comparison.sets):
-        results += f'<p class="note">Published figures: {escape(SOURCE)}.</p>'
-    missing = _failure_table(comparison, show_paths)
-    compared = _html(_pair_tables(comparison))
-    sections = [
-        Section("results", "Results", results),
-        Section("figures", "All figures", f'<p class="note">{MEASURED}</p>{_html(_metric_tables(comparison))}'),
-        Section(
-            "tests",
-            "Paired tests",
-            f'<p class="note">{TESTED}</p>{_interval_figures(comparison)}{compared}' if compared else "",
-        ),
-        Section("curves", "Curves", _curve_figures(comparison)),
-        Section("scores", "Scores", _histograms(comparison)),
-        Section("images", "Images", _pictures(comparison, roots, show_paths)),
-        Section("cost", "Cost", _html(_cost_tables(comparison))),
-        Section("missing", "Missing", missing.to_html() if missing else ""),
-        Section("made", "How it was made", _provenance(comparison, command, show_paths)),
-    ]
-    document = page(title, sections, warning + intro, f"<p>{escape(NOT_CLINICAL)}</p>")
-    with replacing(path) as partial:
-        partial.write_text(document, encoding="utf-8")
-
-
-def _html(tables: Sequence[Table]) -> str:
-    return "".join(table.to_html() for table in tables)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Report a comparison anew from the command line."""
-    parser = argparse.ArgumentParser(description="Write results.csv, results.md and report.html of a comparison.")
-    parser.add_argument("folder", type=Path, help="folder of the comparison, the one that holds 'cells'")
-    parser.add_argument("--data_root", type=Path, help="folder that the paths of the images are relative to")
-    parser.add_argument("--show_paths", action="store_true", help="show file names, which may tell who a patient is")
-    options: Any = parser.parse_args(arguments)
-    cells = load_cells(options.folder)
-    write_tables(cells, options.folder)
-    write_page(cells, options.folder / "report.html", options.data_root, show_paths=options.show_paths)
-
-
-if __name__ == "__main__":
-    main()
+        text = template.render(**facts(comparison), missing=failures(comparison, show_paths=False))
+        partial.write_text(text, encoding="utf-8")

@@ -1,77 +1,58 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Runs the grid of a comparison: method x set x number of supports x seed, one folder a cell.
+"""Runs the grid of a comparison: method x set x number of supports x seed, one folder per cell.
 
-At a seed all methods meet the same supports, and all methods and numbers of supports the same test images: those that
-are left beside the supports of the largest number. All read the same pixels, resized to the backbone's image size.
+At one seed all methods get the same supports, and all methods and numbers of supports the same test images: those that
+remain beside the supports of the largest number. Methods that see no supports are run once, on the whole test part.
 """
 
 import contextlib
+import copy
 import ctypes
 import gc
 import json
 import logging
 import os
+import platform
 import re
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pandas as pd
 import psutil
 import torch
-from anomalib.data import AnomalibDataModule, AnomalibDataset, InferenceBatch, get_datamodule
-from anomalib.engine import Engine
-from anomalib.models import AnomalyDINO, Patchcore
-from anomalib.models.components import AnomalibModule
+from anomalib.data import AnomalibDataModule, AnomalibDataset, ImageItem, get_datamodule
 from lightning import seed_everything
 from lightning.pytorch.trainer.states import TrainerFn
 from numpy.typing import NDArray
 from rich.progress import track
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from anomalib_mvfa import MVFA, __version__
+from anomalib_mvfa import __version__
 from anomalib_mvfa.backbones.loading import resolve_backbone
-from anomalib_mvfa.baselines import DistanceToMean, ImageVariance, MeanBrightness, WinClipAny
-from anomalib_mvfa.data import FewShot, LeaveOneOut
-from anomalib_mvfa.data.few_shot import SupportDataset
+from anomalib_mvfa.data import FewShot
 from anomalib_mvfa.files import replacing
 from anomalib_mvfa.metrics import PixelFigures
-from anomalib_mvfa.pre_processing import EightBitResize
 
 from .cells import load_cells
-from .figures import image_figures
-from .report import write_page, write_tables
+from .methods import BUILT_IN, PEER_KEYS, Ready, Trainer, sees_supports
+from .page import write_page
+from .report import write_tables
+from .statistics import image_metrics
 
-__all__ = ["METHODS", "Comparison", "run_comparison", "write_report"]
+__all__ = ["Comparison", "run_comparison", "write_report"]
 
 logger = logging.getLogger(__name__)
 
-ZERO_SHOT = frozenset({"MVFA (zero-shot)", "WinCLIP (zero-shot)", "mean brightness", "image variance"})
-"""Methods that see no supports; their cells have ``k_shot`` 0."""
-METHODS = (
-    "MVFA",
-    "MVFA (normal only)",
-    "MVFA (zero-shot)",
-    "WinCLIP",
-    "WinCLIP (zero-shot)",
-    "PatchCore",
-    "AnomalyDINO",
-    "mean brightness",
-    "image variance",
-    "distance to mean normal",
-)
 PICTURE_SIZE = 112
 QUANTILES = (0.005, 0.995)
 MEGABYTE = 2**20
@@ -84,17 +65,24 @@ class Comparison:
     Args:
         sets: An anomalib datamodule by the name of the set: its ``class_path`` and ``init_args``.
         methods: Arguments by the name of the method. Those of MVFA and WinCLIP are arguments of their models, and for
-            MVFA ``epochs`` and ``train_batch_size``. ``MVFA (zero-shot)`` needs either ``adapters``, a file, in whose
-            name ``{set}`` stands for the set's name, or ``data``, arguments of ``LeaveOneOut`` but the target, which is
-            the category of the set. ``PatchCore`` and ``AnomalyDINO`` need ``weights``, a ``.safetensors`` file with
-            the weights of their timm backbone; they learn from the normal supports alone.
-        output: Folder that receives one folder a cell.
+            MVFA ``epochs``, ``train_batch_size`` and arguments of Lightning's ``trainer``. ``MVFA (zero-shot)`` needs
+            either ``adapters``, a file, in whose name ``{set}`` stands for the set's name, or ``data``, arguments
+            of ``LeaveOneOut`` but the target, which is the category of the set. Any other name is a model of anomalib,
+            given by ``class_path`` and ``init_args``, that learns from the normal supports, or with
+            ``trained_on: train`` from all normal training images; ``weights`` is a ``.safetensors`` file of its timm
+            backbone, or ``random``; ``image_size``, ``epochs`` and ``trainer`` are optional.
+        output: Folder that receives one folder per cell.
         backbone: As of MVFA, the same for MVFA and WinCLIP.
         pretrained: As of MVFA.
         image_size: As of MVFA.
         k_shot: Numbers of supports.
         seeds: Each draws other supports.
-        epochs: Epochs of a training of MVFA.
+        support_list: File with published supports instead of drawn ones; ``{set}`` and ``{draw}`` in its name stand for
+            the set and for one of ``draws``, which then take the place of the seeds.
+        draws: Names of the draws of ``support_list``.
+        pixel_metrics: ``"mask"`` computes pixel metrics at the size of each mask, ``"network"`` at the size that the
+            backbone reads, as published figures are, and in less memory.
+        epochs: Epochs of a training.
         accelerator: As of Lightning.
 
     Raises:
@@ -109,14 +97,28 @@ class Comparison:
     image_size: int | None = None
     k_shot: Sequence[int] = (4,)
     seeds: Sequence[int] = (0, 1, 2, 3, 4)
+    support_list: str | None = None
+    draws: Sequence[str] = ()
+    pixel_metrics: str = "mask"
     epochs: int = 50
     accelerator: str = "auto"
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.methods if name not in METHODS]
+        unknown = [
+            name for name, own in self.methods.items() if name not in BUILT_IN and "class_path" not in (own or {})
+        ]
         if unknown:
-            msg = f"comparison.methods: unknown {', '.join(unknown)}. Known are {', '.join(METHODS)}."
+            msg = (
+                f"comparison.methods: unknown {', '.join(unknown)}. Known are {', '.join(BUILT_IN)}; any other name "
+                "needs the class_path of a model of anomalib, such as Patchcore."
+            )
             raise ValueError(msg)
+        for name, own in self.methods.items():
+            surplus = sorted(set(own or {}) - PEER_KEYS) if "class_path" in (own or {}) else []
+            if surplus or (own or {}).get("trained_on", "train") not in {"supports", "train"}:
+                wrong = f"unknown entries {surplus}" if surplus else "trained_on must be supports or train"
+                msg = f"comparison.methods.{name}: {wrong}. Known are {', '.join(sorted(PEER_KEYS))}."
+                raise ValueError(msg)
         for name in ("sets", "methods", "k_shot", "seeds"):
             if not getattr(self, name):
                 msg = f"comparison.{name} is empty: nothing to compare."
@@ -124,6 +126,17 @@ class Comparison:
         if min(self.k_shot) < 1:
             msg = f"comparison.k_shot counts supports, at least 1, got {min(self.k_shot)}."
             raise ValueError(msg)
+        if self.pixel_metrics not in {"mask", "network"}:
+            msg = f"comparison.pixel_metrics must be mask or network, got '{self.pixel_metrics}'."
+            raise ValueError(msg)
+        if (self.support_list is None) != (not self.draws) or (self.draws and len(self.k_shot) > 1):
+            msg = (
+                "comparison.support_list and comparison.draws belong together, with the one k_shot of the lists: "
+                "support_list: LISTS/{set}/{draw}.txt and draws: [4-shot, shot4_sample1]."
+            )
+            raise ValueError(msg)
+        if self.draws:
+            object.__setattr__(self, "seeds", tuple(range(len(self.draws))))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Comparison":
@@ -143,11 +156,15 @@ class Comparison:
         return cls(**config)
 
     def cells(self) -> Iterator["Spec"]:
-        """Give all cells, those of one set and seed together."""
+        """Yield all cells, those of one set and seed together."""
         for (name, source), seed in product(self.sets.items(), self.seeds):
-            for method, arguments in self.methods.items():
-                for k_shot in (0,) if method in ZERO_SHOT else self.k_shot:
-                    yield Spec(self, method, name, k_shot, seed, dict(arguments or {}), dict(source))
+            for method, given in self.methods.items():
+                arguments = dict(given or {})
+                if sees_supports(method, arguments):
+                    for k_shot in self.k_shot:
+                        yield Spec(self, method, name, k_shot, seed, arguments, dict(source))
+                elif seed == self.seeds[0]:
+                    yield Spec(self, method, name, 0, seed, arguments, dict(source))
 
 
 @dataclass(frozen=True)
@@ -173,9 +190,10 @@ class Spec:
     def config(self) -> dict[str, Any]:
         """Everything that its result depends on, as plain data."""
         common = asdict(self.comparison)
-        chosen = ("backbone", "pretrained", "image_size", "epochs", "accelerator")
+        chosen = ("backbone", "pretrained", "image_size", "epochs", "accelerator", "support_list", "pixel_metrics")
         facts = {name: common[name] for name in chosen} | {"arguments": self.arguments, "source": self.source}
-        facts["largest_k_shot"] = max(self.comparison.k_shot)  # decides which images are left to test on
+        facts["draw"] = self.comparison.draws[self.seed] if self.comparison.draws else None
+        facts["largest_k_shot"] = max(self.comparison.k_shot) if self.k_shot else None  # decides which images remain
         result: dict[str, Any] = json.loads(json.dumps(facts, default=str))
         return result
 
@@ -187,7 +205,7 @@ class Spec:
         except (OSError, ValueError):
             return False
         if record.get("status") == "done" and record.get("config") != self.config:
-            logger.warning("%s was computed with another configuration and is computed anew.", self.folder.name)
+            logger.warning("%s was computed with another configuration and is computed again.", self.folder.name)
             return False
         return bool(record.get("status") == "done")
 
@@ -199,7 +217,7 @@ def run_comparison(comparison: Comparison) -> list[Path]:
         comparison: The grid.
 
     Returns:
-        Folders of the cells that failed; the reason stands in ``cell.json``.
+        Folders of the cells that failed; the reason is in ``cell.json``.
     """
     pending = [spec for spec in comparison.cells() if not spec.is_done]
     episodes = _Episodes()
@@ -219,11 +237,13 @@ def run_comparison(comparison: Comparison) -> list[Path]:
             "cost": {},
             "threshold": None,
             "supports": [],
+            "shown": {},
+            "machine": _machine(),
             "anomalib_mvfa": __version__,
             "config": spec.config,
         }
         try:
-            record |= _Run(spec, episodes).record()
+            record |= _run(spec, episodes)
         except Exception as error:
             logger.exception("Cell %s failed.", spec.folder.name)
             record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
@@ -234,7 +254,7 @@ def run_comparison(comparison: Comparison) -> list[Path]:
 
 
 def write_report(comparison: Comparison, command: str | None = None) -> Path:
-    """Write ``results.csv``, ``results.md`` and ``index.html`` of the cells that are there.
+    """Write ``results.csv``, ``results.md`` and ``index.html`` of the cells that exist.
 
     Args:
         comparison: The grid.
@@ -253,28 +273,35 @@ def write_report(comparison: Comparison, command: str | None = None) -> Path:
 
 
 class _Episodes:
-    """The supports and test images of the set and seed that are at work."""
+    """The supports and test images of the set and seed that are being computed."""
 
     def __init__(self) -> None:
         self._key: tuple[str, int] | None = None
         self._made: dict[tuple[int, str], FewShot] = {}
 
-    def get(self, spec: Spec, abnormal_source: str = "auto") -> FewShot:
-        """Give an episode, set up, whose test part is that of the largest number of supports."""
+    def get(self, spec: Spec) -> FewShot:
+        """Return an episode, set up, whose test part is that of the largest number of supports."""
         if self._key != (spec.set, spec.seed):
             self._key, self._made = (spec.set, spec.seed), {}
         largest = max(spec.comparison.k_shot)
-        k_shot = spec.k_shot or largest
-        for key in ((largest, "auto"), (k_shot, abnormal_source)):
-            if key not in self._made:
-                self._made[key] = self._make(spec, *key)
-        return self._made[k_shot, abnormal_source]
+        key = (spec.k_shot or largest, "synthetic" if spec.method == "MVFA (normal only)" else "auto")
+        for wanted in ((largest, "auto"), key):
+            if wanted not in self._made:
+                self._made[wanted] = self._make(spec, *wanted)
+        return self._made[key]
 
     def _make(self, spec: Spec, k_shot: int, abnormal_source: str) -> FewShot:
+        listed: dict[str, Any] = {"seed": spec.seed}
+        if spec.comparison.support_list:
+            draw = spec.comparison.draws[spec.seed]
+            listed["support_list"] = spec.comparison.support_list.format(set=spec.set, draw=draw)
         source = get_datamodule(dict(spec.source))
-        episode = FewShot(source, k_shot=k_shot, seed=spec.seed, abnormal_source=abnormal_source)
+        episode = FewShot(source, k_shot=k_shot, abnormal_source=abnormal_source, **listed)
         episode.prepare_data()
         episode.setup(TrainerFn.FITTING)  # the trainer then leaves it as it is
+        if (found := int((episode.train_data.samples.label_index == 0).sum())) != k_shot:
+            msg = f"The support list of {spec.set} names {found} normal images, but comparison.k_shot is {k_shot}."
+            raise ValueError(msg)
         if self._made:
             shared = next(iter(self._made.values())).test_data.samples.image_path
             kept = episode.test_data.samples.image_path.isin(shared)
@@ -285,237 +312,164 @@ class _Episodes:
         return episode
 
 
-class _Run:
-    """The work of one cell."""
+def _run(spec: Spec, episodes: _Episodes) -> dict[str, Any]:
+    """Train and test one cell, write scores and maps, and return what belongs into its record."""
+    comparison = spec.comparison
+    chosen = {name: getattr(comparison, name) for name in ("backbone", "pretrained", "image_size")}
+    image_size = resolve_backbone(**chosen).image_size
+    data = episodes.get(spec)
+    trainer = Trainer(chosen, image_size, comparison.epochs, comparison.accelerator)
+    seed_everything(spec.seed, verbose=False)
+    with _Peak() as peak:
+        began = time.monotonic()
+        ready = trainer.train(spec.method, spec.arguments, data, spec.set, spec.k_shot)
+        seconds = time.monotonic() - began
+    metrics, predict_ms = _Test(spec, ready, data, image_size).run()
+    tensors = {tensor.data_ptr(): tensor for tensor in [*ready.network.parameters(), *ready.network.buffers()]}
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return {
+        "metrics": metrics,
+        "cost": {
+            "train_seconds": seconds,
+            "train_peak_mb": peak.megabytes,
+            "predict_ms": predict_ms,
+            "size_mb": size / MEGABYTE,
+        },
+        "threshold": ready.threshold,
+        "shown": asdict(ready.shown),
+        "supports": [_relative(path, data.source) for path in ready.supports],
+    }
 
-    def __init__(self, spec: Spec, episodes: _Episodes) -> None:
-        self.spec = spec
-        self.comparison = spec.comparison
-        own = resolve_backbone(self.comparison.backbone, self.comparison.pretrained, self.comparison.image_size)
-        self.image_size = own.image_size
-        self.backbone = {name: getattr(self.comparison, name) for name in ("backbone", "pretrained", "image_size")}
-        self.data = episodes.get(spec, "synthetic" if spec.method == "MVFA (normal only)" else "auto")
-        self.resize = EightBitResize(self.image_size)
 
-    def record(self) -> dict[str, Any]:
-        """Train and test, write scores and maps, and give the rest."""
-        seed_everything(self.spec.seed, verbose=False)
-        with _Peak() as peak:
-            began = time.monotonic()
-            model, threshold = self._train()
-            seconds = time.monotonic() - began
-        network = model.model if isinstance(model, AnomalibModule) else model
-        metrics, predict_ms = self._test(model, network)
-        tensors = {tensor.data_ptr(): tensor for tensor in [*network.parameters(), *network.buffers()]}
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        return {
-            "metrics": metrics,
-            "cost": {
-                "train_seconds": seconds,
-                "train_peak_mb": peak.megabytes,
-                "predict_ms": predict_ms,
-                "size_mb": size / MEGABYTE,
-            },
-            "threshold": threshold,
-            "supports": [self._relative(path) for path in self._supports().image_path],
-        }
+def _relative(path: str, source: AnomalibDataModule) -> str:
+    root = getattr(source, "root", None)
+    return Path(os.path.relpath(path, root)).as_posix() if root else Path(path).name
 
-    def _supports(self) -> pd.DataFrame:
-        """List the images that the method saw."""
-        samples = self.data.train_data.samples
-        if self.spec.method in ZERO_SHOT:
-            return samples.iloc[:0]
-        return samples if self.spec.method == "MVFA" else samples[samples.label_index == 0]
 
-    def _relative(self, path: str) -> str:
-        root = getattr(self.data.source, "root", None)
-        return Path(os.path.relpath(path, root)).as_posix() if root else Path(path).name
+class _Pixels(PixelFigures):
+    """Pixel metrics that also know at which threshold the Dice of all pixels is greatest."""
 
-    # Training
+    def best_threshold(self) -> float:
+        scores, counts = np.unique(np.concatenate(list(self._abnormal)), return_counts=True)
+        hits = counts[::-1].cumsum()[::-1]
+        alarms = self._normal_above(scores)[2]
+        return float(scores[np.argmax(2 * hits / (hits + alarms + hits[0]))])
 
-    def _train(self) -> tuple[nn.Module, float | None]:
-        """Give the model, ready to predict, and its threshold on raw image scores."""
-        method, arguments = self.spec.method, dict(self.spec.arguments)
-        if method == "mean brightness":
-            return MeanBrightness(), None
-        if method == "image variance":
-            return ImageVariance(), None
-        if method == "distance to mean normal":
-            normal = self._normal_supports()
-            return DistanceToMean(
-                torch.stack([torch.as_tensor(normal[index].image) for index in range(len(normal))]), **arguments
-            ), None
-        if method.startswith("MVFA"):
-            model, data, epochs = self._mvfa(arguments)
-            return self._fit(model, epochs, datamodule=data)
-        if method.startswith("WinCLIP"):
-            winclip = WinClipAny(
-                **self.backbone, k_shot=self.spec.k_shot, visualizer=False, evaluator=False, **arguments
-            )
-            return self._fit(winclip, 1, datamodule=self.data)
-        normal = self._normal_supports()
-        loader = DataLoader(normal, batch_size=8, collate_fn=normal.collate_fn)
-        self.data.val_data.augmentations = self.resize
-        return self._fit(
-            self._feature_model(arguments),
-            1,
-            train_dataloaders=loader,
-            val_dataloaders=self.data.val_dataloader(),
-        )
 
-    def _mvfa(self, arguments: dict[str, Any]) -> tuple[MVFA, AnomalibDataModule, int]:
-        """Build MVFA and give the data that it learns from."""
-        epochs = arguments.pop("epochs", self.comparison.epochs)
-        self.data.train_batch_size = arguments.pop("train_batch_size", 1)
-        others, adapters = arguments.pop("data", None), arguments.get("adapters")
-        make = partial(MVFA, **self.backbone, visualizer=False, evaluator=False)
-        if self.spec.method != "MVFA (zero-shot)":
-            return make(**arguments), self.data, epochs
-        if (others is None) == (adapters is None):
-            msg = (
-                "comparison.methods.'MVFA (zero-shot)' needs either adapters, a file of adapters that were trained on "
-                "other sets, or data, arguments of LeaveOneOut such as root."
-            )
-            raise ValueError(msg)
-        arguments.setdefault("class_name", self.data.class_name)
-        if adapters is not None:
-            arguments["adapters"] = str(adapters).format(set=self.spec.set)
-            return make(memory=False, **arguments), self.data, epochs
-        target = self.data.category
-        if not target:
-            msg = f"The set {self.spec.set} has no category: LeaveOneOut cannot tell it from the sets to train on."
-            raise ValueError(msg)
-        arguments.setdefault("learning_rate", 1e-4)
-        return make(memory=False, **arguments), LeaveOneOut(target=target, seed=self.spec.seed, **others), epochs
+class _Test:
+    """Predicts the test images of one cell, and writes raw scores and small maps."""
 
-    def _feature_model(self, arguments: dict[str, Any]) -> AnomalibModule:
-        """Build PatchCore or AnomalyDINO, with weights from a file where one is named."""
-        weights = arguments.pop("weights", None)
-        kind = Patchcore if self.spec.method == "PatchCore" else AnomalyDINO
-        if weights is None:
-            msg = (
-                f"comparison.methods.{self.spec.method} needs weights, a .safetensors file with the weights of "
-                "its timm backbone. Download it on a machine with a network and name it there, or "
-                "leave the method out."
-            )
-            raise FileNotFoundError(msg)
-        return _with_weights(kind, Path(weights), self.image_size, arguments)
+    def __init__(self, spec: Spec, ready: Ready, data: FewShot, image_size: tuple[int, int]) -> None:
+        self.spec, self.ready, self.datamodule, self.image_size = spec, ready, data, image_size
+        whole = data.test_data if sees_supports(spec.method, spec.arguments) else data.source.test_data
+        self.data: AnomalibDataset = copy.copy(whole)
+        self.data.augmentations = None  # images and masks as they were read
+        self.has_masks = whole.samples.attrs["task"] == "segmentation"
+        use_gpu = spec.comparison.accelerator != "cpu" and torch.cuda.is_available()
+        self.device = torch.device("cuda" if use_gpu else "cpu")
+        self.pixels = _Pixels()
+        self.small: list[NDArray[np.float32]] = []
+        self.masks: list[NDArray[np.uint8]] = []
+        self.lesions: list[tuple[Tensor, Tensor]] = []  # maps and masks of abnormal images
 
-    def _normal_supports(self) -> AnomalibDataset:
-        """Give the normal supports, unchanged but for the size."""
-        data: SupportDataset = self.data.train_data  # type: ignore[assignment]
-        normal: AnomalibDataset = data.images.subsample(
-            list(range(data.num_abnormal, data.num_abnormal + data.num_normal))
-        )
-        normal.augmentations = self.resize
-        return normal
-
-    def _fit(self, model: AnomalibModule, epochs: int, **data: Any) -> tuple[AnomalibModule, float | None]:  # noqa: ANN401
-        with tempfile.TemporaryDirectory() as folder:
-            engine = Engine(
-                max_epochs=epochs,
-                check_val_every_n_epoch=epochs,
-                accelerator=self.comparison.accelerator,
-                devices=1,
-                default_root_dir=folder,
-                logger=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-            )
-            engine.fit(model, **data)
-        self.data.trainer = None  # it holds the model, which would stay in memory during the next cells
-        threshold = float(getattr(model.post_processor, "image_threshold", torch.tensor(torch.nan)))
-        return model, threshold if np.isfinite(threshold) else None
-
-    # Testing
-
-    def _test(self, model: nn.Module, network: nn.Module) -> tuple[dict[str, float], float]:
-        """Predict the test images; write raw scores and small maps; give figures and milliseconds an image."""
-        data = self.data.test_data
-        data.augmentations = self.resize
-        device = torch.device("cuda" if self.comparison.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
-        model.to(device).eval()
-        transform = getattr(getattr(model, "pre_processor", None), "transform", None)
-        pixels, scores, labels, small, masks, times = PixelFigures(), [], [], [], [], []
-        has_masks = data.samples.attrs["task"] == "segmentation"
-        for batch in self.data.test_dataloader():
-            images = torch.as_tensor(batch.image).as_subclass(Tensor).to(device)
+    def run(self) -> tuple[dict[str, float], float]:
+        """Predict, and return the metrics and the milliseconds per image."""
+        self.ready.model.to(self.device).eval()
+        scores, labels, times = [], [], []
+        options = {"batch_size": self.datamodule.eval_batch_size, "num_workers": self.datamodule.num_workers}
+        for items in DataLoader(self.data, collate_fn=list, **options):  # type: ignore[arg-type]
+            images = [torch.as_tensor(item.image).as_subclass(Tensor) for item in items]
+            inputs = torch.stack([self.ready.transform(image) for image in images]).to(self.device)
             began = time.perf_counter()
             with torch.inference_mode():
-                output: InferenceBatch = network(images if transform is None else transform(images))
+                output = self.ready.network(inputs)
                 score = torch.as_tensor(output.pred_score).flatten().float().cpu()
-            times.append((time.perf_counter() - began) * 1000 / len(images))
+            times.append((time.perf_counter() - began) * 1000 / len(items))
             scores.append(score)
-            labels.append(batch.gt_label.flatten().int())
-            truth = batch.gt_mask.as_subclass(Tensor).bool() if has_masks else None
-            if output.anomaly_map is None:
+            labels += [bool(item.gt_label) for item in items]
+            if output.anomaly_map is not None:
+                maps = output.anomaly_map.float().cpu()
+                self._add_maps(maps.reshape(len(items), 1, *maps.shape[-2:]), items)
+        return self._finish(torch.cat(scores), np.array(labels)), float(np.median(times[1:] or times))
+
+    def _add_maps(self, maps: Tensor, items: Sequence[ImageItem]) -> None:
+        size = tuple(min(PICTURE_SIZE, side) for side in self.image_size)
+        for one, item in zip(maps, items, strict=True):
+            self.small.append(functional.interpolate(one[None], size, mode="area")[0, 0].numpy())
+            if not self.has_masks:
                 continue
-            maps = output.anomaly_map.float().cpu().reshape(len(images), 1, *output.anomaly_map.shape[-2:])
-            if maps.shape[-2:] != images.shape[-2:]:
-                maps = functional.interpolate(maps, images.shape[-2:], mode="bilinear")
-            size = (min(PICTURE_SIZE, maps.shape[-2]), min(PICTURE_SIZE, maps.shape[-1]))
-            small.append(functional.adaptive_avg_pool2d(maps, size)[:, 0].numpy())
-            if truth is not None:
-                pixels.update(maps[:, 0], truth)
-                masks.append(
-                    functional.adaptive_max_pool2d(truth[:, None].float(), size)[:, 0].numpy().astype(np.uint8)
-                )
+            mask = torch.as_tensor(item.gt_mask).as_subclass(Tensor).bool().squeeze()
+            if self.spec.comparison.pixel_metrics == "network":
+                mask = functional.interpolate(mask[None, None].float(), self.image_size, mode="nearest-exact")[0, 0] > 0
+            at_mask = functional.interpolate(one[None], mask.shape, mode="bilinear")[0]
+            self.pixels.update(at_mask, mask[None])
+            self.masks.append(functional.adaptive_max_pool2d(mask[None].float(), size)[0].numpy().astype(np.uint8))
+            if mask.any():
+                self.lesions.append((one, mask))
+
+    def _finish(self, scores: Tensor, labels: NDArray[np.bool_]) -> dict[str, float]:
+        if not bool(scores.isfinite().all()):
+            msg = f"{int((~scores.isfinite()).sum())} of {len(scores)} image scores are not finite numbers."
+            raise ValueError(msg)
+        if labels.all() or not labels.any():
+            msg = "The test images are all normal or all abnormal: nothing can be compared on them."
+            raise ValueError(msg)
+        values = scores.double().numpy()
         table = pd.DataFrame(
             {
-                "path": [self._relative(path) for path in data.samples.image_path],
-                "label": torch.cat(labels).numpy(),
-                "score": torch.cat(scores).double().numpy(),
+                "path": [_relative(path, self.datamodule.source) for path in self.data.samples.image_path],
+                "label": labels.astype(int),
+                "score": values,
             }
         )
+        if "group" in self.data.samples:  # numbered, for names of groups may be those of patients; alone where unknown
+            known = self.datamodule.source.test_data.samples.group.dropna().unique()
+            numbers = {name: str(number) for number, name in enumerate(sorted(known, key=str))}
+            table["group"] = [
+                numbers.get(name, path) for name, path in zip(self.data.samples.group, table.path, strict=True)
+            ]
         table.to_csv(self.spec.folder / "scores.csv", index=False)
-        if small:
-            _write_maps(self.spec.folder / "maps.npz", np.concatenate(small), masks)
-        figures = image_figures(torch.cat(scores), torch.cat(labels))
-        if small and has_masks:
-            figures |= pixels.compute()
-        warm = times[1:] or times  # the first batch pays for what is set up once
-        return figures, float(np.median(warm))
-
-
-def _with_weights(
-    kind: type[AnomalibModule],
-    path: Path,
-    image_size: tuple[int, int],
-    arguments: dict[str, Any],
-) -> AnomalibModule:
-    """Build a model on a timm backbone whose weights come from a file instead of the network."""
-    import timm
-
-    if path.suffix != ".safetensors" or not path.is_file():
-        msg = f"No weights at {path}: give a .safetensors file of the timm backbone, as the hub offers it."
-        raise FileNotFoundError(msg)
-    from_file = partial(timm.create_model, pretrained_cfg_overlay={"file": str(path)})
-    with mock.patch.object(timm, "create_model", from_file):  # anomalib has no argument for it
-        return kind(
-            pre_processor=kind.configure_pre_processor(image_size),
-            visualizer=False,
-            evaluator=False,
-            **arguments,
-        )
+        metrics = {name: float(value[0]) for name, value in image_metrics(labels, values).items()}
+        if self.small:
+            _write_maps(self.spec.folder / "maps.npz", np.stack(self.small), self.masks)
+        if self.lesions:
+            metrics |= self.pixels.compute()
+            threshold = self.pixels.best_threshold()
+            each = []
+            for one, mask in self.lesions:
+                called = functional.interpolate(one[None], mask.shape, mode="bilinear")[0, 0] >= threshold
+                each.append(float(2 * (called & mask).sum() / (called.sum() + mask.sum())))
+            metrics |= {"pixel_Dice_mean": float(np.mean(each)), "pixel_Dice_sd": float(np.std(each))}
+        return metrics
 
 
 def _write_maps(path: Path, maps: NDArray[np.float32], masks: list[NDArray[np.uint8]]) -> None:
     """Write maps ``(N, h, w)`` in eight bits on one scale, with their masks."""
     low, high = np.quantile(maps[:: max(1, len(maps) // 2000)], QUANTILES)
     levels = np.clip((maps - low) / max(high - low, 1e-12) * 255, 0, 255).round().astype(np.uint8)
-    truth = {"masks": np.concatenate(masks)} if masks else {}
+    truth = {"masks": np.stack(masks)} if masks else {}
     arrays: dict[str, Any] = {"maps": levels, "low": low, "high": high, **truth}
     np.savez_compressed(path, **arrays)
 
 
+def _machine() -> str:
+    """Return the processor, the number of threads and the graphics card, for times."""
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), processor)
+    card = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{processor}, {torch.get_num_threads()} threads{card}"
+
+
 class _Peak:
-    """Watches how much memory is taken: on the device where there is one, otherwise by the process beyond its start."""
+    """Measures the peak of memory: on the device where there is one, otherwise of the process beyond its start."""
 
     INTERVAL = 0.02
 
     def __enter__(self) -> "_Peak":
         gc.collect()
-        with contextlib.suppress(OSError, AttributeError):  # what earlier cells left goes back; glibc alone offers it
+        with contextlib.suppress(OSError, AttributeError):  # returns memory of earlier cells; glibc alone offers it
             ctypes.CDLL(None).malloc_trim(0)
         self._process = psutil.Process()
         self._start = self._most = self._process.memory_info().rss
@@ -537,6 +491,6 @@ class _Peak:
 
     @property
     def megabytes(self) -> float:
-        """The greatest use that was seen."""
+        """The peak."""
         on_device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
         return (on_device or self._most - self._start) / MEGABYTE

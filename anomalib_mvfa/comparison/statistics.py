@@ -1,39 +1,50 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""How sure a figure is, and whether two methods differ.
+"""Uncertainty of image-level metrics, and tests of the difference between two methods.
 
-Two things vary, and they are told apart. Other *supports* would have given another model: that is the standard
-deviation over seeds. Other *test images* would have given another figure for the same models: that is the bootstrap
-over images, whose statistic is the mean over seeds, each image drawn for all seeds at once. Two methods are compared on
-the same images: the bootstrap draws the same images for both, and DeLong's test, which knows one pair of models, is
-done seed by seed.
+Two sources of variation are kept apart. Other *supports* would have given another model: the standard deviation over
+seeds. Other *patients* would have given other values for the same models: the intervals and tests here, whose statistic
+is the mean over seeds. The unit of resampling is the group of an image (its patient or volume) where groups are known,
+otherwise the image itself.
+
+- AUROC: DeLong's variance, summed within groups (Obuchowski, "Nonparametric analysis of clustered ROC curve data",
+  Biometrics 1997). Intervals of one area are built on the logit scale, which keeps them inside (0, 1); differences are
+  tested with Student's t.
+- The other metrics: bootstrap of whole groups, paired over methods, with BCa intervals (Efron 1987).
+
+``benchmarks/coverage.py`` measures how often these intervals cover the true value.
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm, rankdata
+from scipy.special import expit, logit
+from scipy.stats import norm, rankdata, t
+from sklearn.metrics import precision_recall_curve, roc_curve
+from statsmodels.stats.multitest import multipletests
 
 __all__ = [
     "IMAGE_METRICS",
-    "DeLong",
+    "Area",
     "Difference",
     "ImageScores",
+    "area",
+    "area_difference",
+    "bca_interval",
     "bootstrap",
-    "delong",
+    "differences",
     "holm",
     "image_metrics",
-    "interval",
+    "intervals",
     "mean_and_spread",
     "mean_pr",
     "mean_roc",
-    "paired_bootstrap",
     "placements",
 ]
 
@@ -41,32 +52,43 @@ Array = NDArray[np.floating[Any]]
 
 IMAGE_METRICS = ("image_AUROC", "image_AP", "image_F1Max", "image_sensitivity_at_95_specificity")
 DRAWS = 2000
-_CHUNK = 2**19  # numbers in one array of the bootstrap: about what a core's cache holds
+LEVEL = 0.95
+BLOCKS = 200
+"""The acceleration of BCa leaves out this many blocks of groups in turn, or single groups where there are fewer."""
+_CHUNK = 2**19  # elements of one array of the bootstrap, about the size of a core's cache
 
 
 @dataclass(frozen=True, eq=False)
 class ImageScores:
-    """What one trained model says about the test images.
+    """Scores of one trained model on the test images.
 
     Args:
         paths: Names of the ``N`` images.
         labels: ``(N,)``, true for abnormal.
         scores: ``(N,)``, larger for more abnormal.
+        groups: Group of each image, such as its patient; empty where no groups are known.
     """
 
     paths: tuple[str, ...]
     labels: NDArray[np.bool_]
     scores: Array
+    groups: tuple[str, ...] = ()
 
-    def only(self, paths: Collection[str]) -> "ImageScores":
-        """Leave out the images that are not among the given ones."""
-        kept = np.array([path in paths for path in self.paths], dtype=np.bool_)
-        names = tuple(path for path, keep in zip(self.paths, kept, strict=True) if keep)
-        return ImageScores(names, self.labels[kept], self.scores[kept])
+    @cached_property
+    def units(self) -> tuple[str, ...]:
+        """The unit of resampling of each image: its group, or the image itself."""
+        return self.groups or self.paths
+
+    def select(self, paths: Sequence[str]) -> "ImageScores":
+        """Return the given images, in the given order."""
+        position = {path: index for index, path in enumerate(self.paths)}
+        kept = [position[path] for path in paths]
+        groups = tuple(self.groups[index] for index in kept) if self.groups else ()
+        return ImageScores(tuple(paths), self.labels[kept], self.scores[kept], groups)
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """Give the mean and the standard deviation of a sample; NaN for the latter if there is one value only.
+    """Return the mean and the standard deviation of a sample; NaN for the latter if there is only one value.
 
     Example:
         >>> mean_and_spread([1.0, 2.0, 3.0])
@@ -79,9 +101,9 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
 def image_metrics(
     labels: NDArray[np.bool_], scores: Array, weights: NDArray[np.integer[Any]] | None = None
 ) -> dict[str, Array]:
-    """Compute the image-level figures, for many samples of the same images at once.
+    """Compute the image-level metrics, for many samples of the same images at once.
 
-    Equal scores are told apart by no threshold: they count as half in the area under the ROC curve.
+    No threshold separates equal scores: they count as half in the area under the ROC curve.
 
     Args:
         labels: ``(N,)``, true for abnormal.
@@ -121,142 +143,8 @@ def image_metrics(
     return {name: np.where(both, value, np.nan) for name, value in values.items()}
 
 
-def bootstrap(runs: Sequence[ImageScores], draws: int = DRAWS, seed: int = 0) -> dict[str, Array]:
-    """Draw the test images anew, with replacement, and compute the figures each time.
-
-    Normal and abnormal images are drawn apart, as many of each as there are. All runs see the same drawn images. The
-    draws depend on the names and labels of the images and on the seed alone, so that draws of two methods on the same
-    images can be subtracted.
-
-    Args:
-        runs: One method with different supports, usually on the same images.
-        draws: Number of draws ``B``.
-        seed: Seed of the draws.
-
-    Returns:
-        For each of `IMAGE_METRICS` the ``(B,)`` means over the runs, kept for the next call with the same runs.
-    """
-    return _drawn(tuple(runs), draws, seed)
-
-
-@lru_cache(maxsize=64)
-def _drawn(runs: tuple[ImageScores, ...], draws: int, seed: int) -> dict[str, Array]:
-    labels = {path: bool(label) for run in runs for path, label in zip(run.paths, run.labels, strict=True)}
-    position = {path: index for index, path in enumerate(sorted(labels))}
-    abnormal = np.array([labels[path] for path in position])
-    columns = [np.array([position[path] for path in run.paths]) for run in runs]
-    rng = np.random.default_rng(seed)
-    parts = []
-    size = max(1, _CHUNK // len(position))
-    for start in range(0, draws, size):
-        count = min(size, draws - start)
-        weights = np.zeros((count, len(position)), dtype=np.int32)
-        for stratum in (np.flatnonzero(~abnormal), np.flatnonzero(abnormal)):
-            if len(stratum):
-                drawn = rng.integers(len(stratum), size=(count, len(stratum)))
-                drawn += len(stratum) * np.arange(count)[:, None]
-                counts = np.bincount(drawn.ravel(), minlength=count * len(stratum))
-                weights[:, stratum] = counts.reshape(count, -1)
-        each = [image_metrics(run.labels, run.scores, weights[:, own]) for run, own in zip(runs, columns, strict=True)]
-        parts.append({name: np.mean([values[name] for values in each], axis=0) for name in IMAGE_METRICS})
-    return {name: np.concatenate([part[name] for part in parts]) for name in IMAGE_METRICS}
-
-
-def interval(draws: Array, level: float = 0.95) -> tuple[float, float]:
-    """Give the percentile interval of bootstrap draws ``(B,)``.
-
-    Example:
-        >>> interval(np.arange(101.0), level=0.5)
-        (25.0, 75.0)
-    """
-    known = draws[~np.isnan(draws)]
-    if not len(known):
-        return math.nan, math.nan
-    low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A difference of two methods in one figure, first minus second, mean over the seeds.
-
-    Attributes:
-        mean: The difference on the images themselves.
-        low: Lower end of the 95 % interval over images.
-        high: Upper end.
-        p_value: Two-sided, at least ``2 / (draws + 1)``.
-        ahead: Number of seeds with which the first method is strictly better.
-        seeds: Number of seeds.
-        images: Number of different test images.
-    """
-
-    mean: float
-    low: float
-    high: float
-    p_value: float
-    ahead: int
-    seeds: int
-    images: int
-
-
-def paired_bootstrap(
-    first: Sequence[ImageScores],
-    second: Sequence[ImageScores],
-    draws: int = DRAWS,
-    seed: int = 0,
-) -> dict[str, Difference]:
-    """Compare two methods on the same images, drawn anew.
-
-    Args:
-        first: The runs of one method, one a seed.
-        second: Those of the other, in the same order of seeds. Images that one of a pair lacks are left out of both.
-        draws: Number of draws.
-        seed: Seed of the draws.
-
-    Returns:
-        For each of `IMAGE_METRICS` the difference of the means over the seeds. The p-value is twice the share of draws
-        on the other side of zero, zero itself counted on both.
-
-    Raises:
-        ValueError: If a pair has no image in common, or labels an image differently.
-    """
-    pairs = [_on_common_images(a, b) for a, b in zip(first, second, strict=True)]
-    first, second = [a for a, _ in pairs], [b for _, b in pairs]
-    ours, theirs = bootstrap(first, draws, seed), bootstrap(second, draws, seed)
-    each = [(image_metrics(a.labels, a.scores), image_metrics(b.labels, b.scores)) for a, b in pairs]
-    images = len({path for run in first for path in run.paths})
-    result = {}
-    for name in IMAGE_METRICS:
-        by_seed = np.array([float(a[name][0] - b[name][0]) for a, b in each])
-        drawn = ours[name] - theirs[name]
-        below, above = (int((drawn <= 0).sum()), int((drawn >= 0).sum()))
-        p_value = min(1.0, 2 * (1 + min(below, above)) / (draws + 1))
-        low, high = interval(drawn)
-        result[name] = Difference(
-            float(by_seed.mean()), low, high, p_value, int((by_seed > 0).sum()), len(by_seed), images
-        )
-    return result
-
-
-def _on_common_images(first: ImageScores, second: ImageScores) -> tuple[ImageScores, ImageScores]:
-    """Leave the images that both have, in the order of the first."""
-    if first.paths == second.paths:
-        same = bool((first.labels == second.labels).all())
-    else:
-        first = first.only(set(second.paths))
-        position = {path: index for index, path in enumerate(second.paths)}
-        order = np.array([position[path] for path in first.paths], dtype=np.intp)
-        second = ImageScores(first.paths, second.labels[order], second.scores[order])
-        same = bool((first.labels == second.labels).all())
-    if not first.paths or not same:
-        what = "have no image in common" if not first.paths else "label the same images differently"
-        msg = f"Two methods {what}: run both on the same test part, with paths relative to the same root."
-        raise ValueError(msg)
-    return first, second
-
-
 def placements(labels: NDArray[np.bool_], scores: Array) -> Array:
-    """Tell for each image which share of the other class it is in the right order with, equal scores by half.
+    """Compute for each image the share of the other class that it is ordered correctly with, equal scores by half.
 
     The mean over the images of either class is the area under the ROC curve.
 
@@ -283,71 +171,346 @@ def placements(labels: NDArray[np.bool_], scores: Array) -> Array:
     return result
 
 
+# The area under the ROC curve
+
+
 @dataclass(frozen=True)
-class DeLong:
-    """Result of DeLong's test.
+class Area:
+    """An area under the ROC curve, or a difference of two, as the mean over the seeds.
 
     Attributes:
-        difference: Area under the ROC curve of the first method minus that of the second.
-        standard_error: Of the difference.
-        p_value: Two-sided. NaN where the standard error is not known (one image in a class) or zero for methods that
-            differ (each orders the classes all right, all wrong or not at all): the test then has nothing to say.
+        value: The estimate; NaN if a class is missing.
+        standard_error: Over patients or images; NaN if a class has fewer than two groups.
+        groups: Number of groups of the class that has fewer of them.
     """
 
-    difference: float
+    value: float
     standard_error: float
-    p_value: float
+    groups: int
+
+    def interval(self) -> tuple[float, float]:
+        """Return the 95 % interval of an area, computed on the logit scale.
+
+        Without an error in the sample the logit is infinite. If all of ``n`` disjoint pairs of a normal and an abnormal
+        group are ordered correctly, the lower end is the area where that has probability 2.5 %: ``0.025 ** (1 / n)``.
+
+        Example:
+            >>> [round(end, 3) for end in Area(0.96, 0.03, 20).interval()]
+            [0.824, 0.992]
+            >>> [round(end, 3) for end in Area(1.0, 0.0, 20).interval()]
+            [0.832, 1.0]
+        """
+        if math.isnan(self.value):
+            return math.nan, math.nan
+        if self.value in {0.0, 1.0}:
+            bound = ((1 - LEVEL) / 2) ** (1 / self.groups)
+            return (bound, 1.0) if self.value else (0.0, 1 - bound)
+        reach = self._quantile() * self.standard_error / (self.value * (1 - self.value))
+        centre = logit(self.value)
+        return float(expit(centre - reach)), float(expit(centre + reach))
+
+    def difference_interval(self) -> tuple[float, float]:
+        """Return the 95 % interval of a difference of two areas."""
+        reach = self._quantile() * self.standard_error
+        return self.value - reach, self.value + reach
+
+    def p_value(self) -> float:
+        """Return the two-sided p-value of a difference of two areas.
+
+        NaN if the standard error is unknown, or zero for methods that differ: each then orders the classes all right,
+        all wrong or not at all, and the variance cannot be estimated.
+        """
+        if self.standard_error < 1e-12:
+            return 1.0 if abs(self.value) < 1e-12 else math.nan
+        return float(2 * t.sf(abs(self.value) / self.standard_error, max(self.groups - 1, 1)))
+
+    def _quantile(self) -> float:
+        return float(t.ppf((1 + LEVEL) / 2, max(self.groups - 1, 1)))
 
 
-def delong(labels: NDArray[np.bool_], first: Array, second: Array) -> DeLong:
-    """Test whether two areas under the ROC curve on the same images differ.
+@dataclass(frozen=True, eq=False)
+class _Influence:
+    """Influence of each group on the mean area over the seeds, by the class of its images."""
 
-    DeLong, DeLong, Clarke-Pearson 1988, with mid-ranks (Sun, Xu 2014), so that time grows as ``N log N``.
+    value: float
+    normal: Array  # (G,)
+    abnormal: Array  # (G,)
+    counts: tuple[int, int]  # groups with normal and with abnormal images
+
+    def area(self) -> Area:
+        few = min(self.counts)
+        if math.isnan(self.value) or few < 2:
+            return Area(self.value, math.nan, few)
+
+        def factor(count: int) -> float:
+            return count / (count - 1)
+
+        variance = (
+            factor(self.counts[0]) * (self.normal**2).sum()
+            + factor(self.counts[1]) * (self.abnormal**2).sum()
+            + 2 * factor(len(self.normal)) * (self.normal * self.abnormal).sum()
+        )
+        return Area(self.value, math.sqrt(max(float(variance), 0.0)), few)
+
+
+def _influence(runs: Sequence[ImageScores]) -> _Influence:
+    names = sorted({unit for run in runs for unit in run.units})
+    position = {name: index for index, name in enumerate(names)}
+    sums = np.zeros((2, len(names)))
+    present = np.zeros((2, len(names)), dtype=np.bool_)
+    values = []
+    for run in runs:
+        placed = placements(run.labels, run.scores)
+        value = float(placed[run.labels].mean()) if run.labels.any() else math.nan
+        units = np.array([position[unit] for unit in run.units])
+        for row, own in enumerate((~run.labels, run.labels)):
+            np.add.at(sums[row], units[own], (placed[own] - value) / max(int(own.sum()), 1))
+            present[row, units[own]] = True
+        values.append(value)
+    normal, abnormal = sums / len(runs)
+    return _Influence(float(np.mean(values)), normal, abnormal, (int(present[0].sum()), int(present[1].sum())))
+
+
+def area(runs: Sequence[ImageScores]) -> Area:
+    """Estimate the mean area under the ROC curve over runs of one method, with its standard error.
 
     Args:
-        labels: ``(N,)``, true for abnormal; both classes occur.
-        first: ``(N,)`` scores of one method.
-        second: ``(N,)`` scores of the other.
+        runs: One method with different supports.
+    """
+    return _influence(runs).area()
+
+
+def area_difference(first: Sequence[ImageScores], second: Sequence[ImageScores]) -> Area:
+    """Estimate the difference of two mean areas under the ROC curve, with its standard error.
+
+    With one pair of runs and images that are groups of their own, this is the test of DeLong, DeLong and Clarke-Pearson
+    (1988) with mid-ranks (Sun and Xu 2014).
+
+    Args:
+        first: The runs of one method.
+        second: Those of the other, each on the same images as its partner.
+    """
+    ours, theirs = _influence(first), _influence(second)
+    return _Influence(
+        ours.value - theirs.value, ours.normal - theirs.normal, ours.abnormal - theirs.abnormal, ours.counts
+    ).area()
+
+
+# The other metrics
+
+
+@dataclass(frozen=True, eq=False)
+class Resampled:
+    """One metric, or a difference of it, as the mean over the seeds, on resampled groups.
+
+    Attributes:
+        value: On the images themselves.
+        draws: ``(B,)`` on groups that were drawn with replacement.
+        left_out: By stratum the values ``(J,)`` without each block of groups.
+    """
+
+    value: float
+    draws: Array
+    left_out: tuple[Array, ...]
+
+    def __sub__(self, other: "Resampled") -> "Resampled":
+        pairs = zip(self.left_out, other.left_out, strict=True)
+        return Resampled(self.value - other.value, self.draws - other.draws, tuple(a - b for a, b in pairs))
+
+
+def bootstrap(runs: Sequence[ImageScores], draws: int = DRAWS, seed: int = 0) -> dict[str, Resampled]:
+    """Resample whole groups and compute the mean of each metric over the runs.
+
+    Groups of normal images, groups of abnormal images and groups with both are resampled apart, as many of each as
+    there are. All runs use the same draws. They depend on the names, labels and groups of the images and on the seed
+    alone, so that two methods on the same images can be subtracted.
+
+    Args:
+        runs: One method with different supports, usually on the same images.
+        draws: Number of draws ``B``.
+        seed: Seed of the draws.
 
     Returns:
-        The difference and how sure it is.
+        One entry for each of `IMAGE_METRICS`, cached for the next call with the same runs.
+    """
+    return _resampled(tuple(runs), draws, seed)
+
+
+@lru_cache(maxsize=64)
+def _resampled(runs: tuple[ImageScores, ...], draws: int, seed: int) -> dict[str, Resampled]:
+    classes: dict[str, set[bool]] = {}
+    for run in runs:
+        for unit, label in zip(run.units, run.labels, strict=True):
+            classes.setdefault(unit, set()).add(bool(label))
+    names = sorted(classes)
+    position = {name: index for index, name in enumerate(names)}
+    kinds = [frozenset(classes[name]) for name in names]
+    strata = [np.flatnonzero([kind == own for kind in kinds]) for own in ({False}, {True}, {False, True})]
+    strata = [stratum for stratum in strata if len(stratum)]
+    columns = [np.array([position[unit] for unit in run.units]) for run in runs]
+
+    def evaluate(weights: NDArray[np.int32]) -> dict[str, Array]:
+        each = [image_metrics(run.labels, run.scores, weights[:, own]) for run, own in zip(runs, columns, strict=True)]
+        return {name: np.mean([values[name] for values in each], axis=0) for name in IMAGE_METRICS}
+
+    rng = np.random.default_rng(seed)
+    size = max(1, _CHUNK // max(len(run.paths) for run in runs))
+    drawn = []
+    for start in range(0, draws, size):
+        weights = np.zeros((min(size, draws - start), len(names)), dtype=np.int32)
+        for stratum in strata:
+            chosen = rng.integers(len(stratum), size=(len(weights), len(stratum)))
+            chosen += len(stratum) * np.arange(len(weights))[:, None]
+            counts = np.bincount(chosen.ravel(), minlength=len(weights) * len(stratum))
+            weights[:, stratum] = counts.reshape(len(weights), -1)
+        drawn.append(evaluate(weights))
+    left_out = []
+    for stratum in strata:
+        blocks = np.array_split(stratum, min(BLOCKS, len(stratum)))
+        weights = np.ones((len(blocks), len(names)), dtype=np.int32)
+        for row, block in enumerate(blocks):
+            weights[row, block] = 0
+        left_out.append(evaluate(weights))
+    whole = evaluate(np.ones((1, len(names)), dtype=np.int32))
+    return {
+        name: Resampled(
+            float(whole[name][0]),
+            np.concatenate([part[name] for part in drawn]),
+            tuple(part[name] for part in left_out),
+        )
+        for name in IMAGE_METRICS
+    }
+
+
+def bca_interval(sample: Resampled, level: float = LEVEL) -> tuple[float, float]:
+    """Compute the bias-corrected and accelerated interval of a bootstrap.
+
+    Efron, "Better bootstrap confidence intervals" (1987), with the acceleration for several samples that
+    `scipy.stats.bootstrap` uses.
+
+    Args:
+        sample: What `bootstrap` returns, or a difference of two.
+        level: Nominal coverage.
+
+    Returns:
+        Both ends; NaN if no draw is finite. If all draws are equal, both ends are their value.
+    """
+    known = sample.draws[np.isfinite(sample.draws)]
+    if not len(known) or math.isnan(sample.value):
+        return math.nan, math.nan
+    share = ((known < sample.value).mean() + (known <= sample.value).mean()) / 2
+    if not 0 < share < 1:
+        low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
+        return float(low), float(high)
+    cubes = squares = 0.0
+    for values in sample.left_out:
+        finite = values[np.isfinite(values)]
+        if len(finite) > 1:
+            influence = (len(finite) - 1) * (finite.mean() - finite) / len(finite)
+            cubes += float((influence**3).sum())
+            squares += float((influence**2).sum())
+    acceleration = cubes / (6 * squares**1.5) if squares else 0.0
+    bias = norm.ppf(share)
+    shifted = bias + norm.ppf([(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(known, norm.cdf(bias + shifted / (1 - acceleration * shifted)))
+    return float(low), float(high)
+
+
+def intervals(runs: Sequence[ImageScores]) -> dict[str, tuple[float, float]]:
+    """Compute the 95 % intervals of all metrics of one method, over patients or images.
+
+    Args:
+        runs: One method with different supports.
+    """
+    samples = bootstrap(runs)
+    return {name: bca_interval(samples[name]) for name in IMAGE_METRICS} | {"image_AUROC": area(runs).interval()}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference of two methods in one metric, first minus second, as the mean over the seeds.
+
+    Attributes:
+        mean: The difference on the images themselves.
+        low: Lower end of the 95 % interval.
+        high: Upper end.
+        p_value: Two-sided, of the AUROC; NaN for the other metrics, or where it cannot be computed.
+        ahead: Number of seeds with which the first method is strictly better.
+        seeds: Number of seeds.
+        images: Number of different test images.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p_value: float
+    ahead: int
+    seeds: int
+    images: int
+
+
+def differences(first: Sequence[ImageScores], second: Sequence[ImageScores]) -> dict[str, Difference]:
+    """Compare two methods on the same images.
+
+    Args:
+        first: The runs of one method, one per seed.
+        second: Those of the other, in the same order of seeds. Images that one of a pair lacks are left out of both.
+
+    Returns:
+        One entry for each of `IMAGE_METRICS`.
 
     Raises:
-        ValueError: If a class is missing.
+        ValueError: If a pair has no image in common, or labels an image differently.
     """
-    if labels.all() or not labels.any():
-        msg = "DeLong's test needs normal and abnormal images: give a test part with both."
+    cache: dict[tuple[int, int], tuple[ImageScores, ImageScores]] = {}
+    pairs = [cache.setdefault((id(a), id(b)), _on_common_images(a, b)) for a, b in zip(first, second, strict=True)]
+    first, second = [a for a, _ in pairs], [b for _, b in pairs]
+    each = [(image_metrics(a.labels, a.scores), image_metrics(b.labels, b.scores)) for a, b in pairs]
+    images = len({path for run in first for path in run.paths})
+    ours, theirs = bootstrap(first), bootstrap(second)
+    areas = area_difference(first, second)
+    result = {}
+    for name in IMAGE_METRICS:
+        by_seed = np.array([float(a[name][0] - b[name][0]) for a, b in each])
+        p_value = math.nan
+        if name == "image_AUROC":
+            (low, high), p_value = areas.difference_interval(), areas.p_value()
+        else:
+            low, high = bca_interval(ours[name] - theirs[name])
+        result[name] = Difference(
+            float(by_seed.mean()), low, high, p_value, int((by_seed > 0).sum()), len(by_seed), images
+        )
+    return result
+
+
+def _on_common_images(first: ImageScores, second: ImageScores) -> tuple[ImageScores, ImageScores]:
+    """Restrict both to the images that they share, in the order of the first."""
+    if first.paths != second.paths:
+        shared: Collection[str] = set(second.paths)
+        paths = [path for path in first.paths if path in shared]
+        first, second = first.select(paths), second.select(paths)
+    if not first.paths or not bool((first.labels == second.labels).all()):
+        what = "label the same images differently" if first.paths else "have no image in common"
+        msg = f"Two methods {what}: run both on the same test part, with paths relative to the same root."
         raise ValueError(msg)
-    shift = placements(labels, first) - placements(labels, second)
-    difference = float(shift[labels].mean())
-    counts = [int((labels == label).sum()) for label in (False, True)]
-    if min(counts) < 2:
-        return DeLong(difference, math.nan, math.nan)
-    variance = sum(
-        shift[labels == label].var(ddof=1) / count for label, count in zip((False, True), counts, strict=True)
-    )
-    error = math.sqrt(variance)
-    if error < 1e-12:
-        return DeLong(difference, 0.0, 1.0 if abs(difference) < 1e-12 else math.nan)
-    return DeLong(difference, error, float(2 * norm.sf(abs(difference) / error)))
+    return first, second
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust p-values for their number, by Holm's step-down rule.
+def holm(p_values: Mapping[Any, float]) -> dict[Any, float]:
+    """Adjust p-values by Holm's step-down rule; NaN stays NaN and does not count.
 
-    Returns:
-        Values of which those below a level are significant while the chance of one false one stays below that level.
+    Args:
+        p_values: The p-values of one family, by any key.
 
     Example:
-        >>> holm([0.01, 0.04, 0.03])
-        [0.03, 0.06, 0.06]
+        >>> {name: round(float(p), 2) for name, p in holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": math.nan}).items()}
+        {'a': 0.03, 'b': 0.06, 'c': 0.06, 'd': nan}
     """
-    adjusted = [math.nan] * len(p_values)
-    largest = 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = largest
-    return adjusted
+    known = [key for key, value in p_values.items() if not math.isnan(value)]
+    if not known:
+        return dict(p_values)
+    adjusted = multipletests([p_values[key] for key in known], method="holm")[1]
+    return dict(p_values) | {key: float(value) for key, value in zip(known, adjusted, strict=True)}
 
 
 def mean_roc(runs: Sequence[ImageScores], points: int = 201) -> tuple[Array, Array]:
@@ -361,10 +524,7 @@ def mean_roc(runs: Sequence[ImageScores], points: int = 201) -> tuple[Array, Arr
         False-positive rates and mean sensitivities, both ``(points + 1,)``, from (0, 0) to (1, 1).
     """
     grid = np.linspace(0, 1, points)
-    curves = []
-    for run in runs:
-        hits, alarms = _counts(run)
-        curves.append(np.interp(grid, alarms / alarms[-1], hits / hits[-1]))
+    curves = [np.interp(grid, *roc_curve(run.labels, run.scores, drop_intermediate=False)[:2]) for run in runs]
     return np.append(0.0, grid), np.append(0.0, np.mean(curves, axis=0))
 
 
@@ -382,17 +542,7 @@ def mean_pr(runs: Sequence[ImageScores], points: int = 201) -> tuple[Array, Arra
     grid = np.linspace(0, 1, points + 1)[1:]
     curves = []
     for run in runs:
-        hits, alarms = _counts(run)
-        hits, alarms = hits[1:], alarms[1:]
-        reached = np.searchsorted(hits / hits[-1], grid - 1e-12)
-        curves.append((hits / (hits + alarms))[reached])
+        precision, recall, _ = precision_recall_curve(run.labels, run.scores)
+        precision, recall = precision[-2::-1], recall[-2::-1]  # recall now rises; the point (0, 1) is no threshold
+        curves.append(precision[np.searchsorted(recall, grid - 1e-12)])
     return grid, np.mean(curves, axis=0)
-
-
-def _counts(run: ImageScores) -> tuple[Array, Array]:
-    """Count hits and false alarms at each threshold, from none called abnormal to all."""
-    order = np.argsort(-run.scores, kind="stable")
-    ends = np.flatnonzero(np.append(np.diff(run.scores[order]) != 0, True))
-    hits = np.append(0, run.labels[order].cumsum()[ends]).astype(np.float64)
-    called = np.append(0, ends + 1).astype(np.float64)
-    return hits, called - hits

@@ -9,6 +9,7 @@ import open_clip
 import pytest
 import torch
 from anomalib import LearningType
+from anomalib.cli import AnomalibCLI
 from anomalib.engine import Engine
 from anomalib.models import WinClip
 from anomalib.models.image.winclip import torch_model
@@ -16,8 +17,9 @@ from torchvision.tv_tensors import Image
 
 from anomalib_mvfa import MVFA
 from anomalib_mvfa.backbones.loading import fingerprint
-from anomalib_mvfa.baselines import WinClipAny
+from anomalib_mvfa.baselines import WinClipAny, win_clip
 from anomalib_mvfa.data import FewShot
+from anomalib_mvfa.pre_processing import EightBitResize
 
 EMBEDDINGS = ("_text_embeddings", "_patch_embeddings")
 
@@ -65,7 +67,9 @@ def test_equals_anomalibs_with_its_own_backbone_and_weights(anomalibs_own):
         model.model.clip.visual.transformer.resblocks = model.model.clip.visual.transformer.resblocks[:2]
     picture = Image(torch.rand(3, 300, 260, generator=torch.Generator().manual_seed(1)))
     image = ours.pre_processor.transform(picture)[None]
-    torch.testing.assert_close(image, theirs.pre_processor.transform(picture)[None], rtol=0, atol=0)
+    # anomalib resizes in floating point, we as CLIP's own pre-processing does; what follows the resize is the same.
+    resized = EightBitResize((240, 240))(picture)
+    torch.testing.assert_close(image, theirs.pre_processor.transform(resized)[None], rtol=0, atol=0)
     # anomalib's ensemble takes long on a text tower of this size; the small tower below meets it.
     ours.model.ensemble = {"normal_states": ["{}"], "abnormal_states": ["damaged {}"], "templates": ["a {}."]}
     ours.model.setup("transistor", image.flip(-1))
@@ -92,7 +96,7 @@ def test_sees_the_tower_of_mvfa(small_backbone):
     mvfa.configure_model()
     for backbone, pretrained, size in ((small_backbone, "random", (56, 56)), ("tiny", None, (112, 112))):
         model = WinClipAny(backbone, pretrained)
-        assert model.pre_processor.transform.transforms[0].size == list(size)
+        assert model.pre_processor.transform(torch.rand(3, 90, 70)).shape == (3, *size)
         if backbone == small_backbone:
             assert fingerprint(model.model.clip.visual) == mvfa.model.fingerprint
 
@@ -159,3 +163,64 @@ def test_zero_shot_asks_the_datamodule_for_nothing_but_the_name(make_folder, sma
     engine.test(model, datamodule=data, verbose=False)
     assert model.model.class_name == "retinal OCT"
     assert model.model.k_shot == 0
+
+
+def test_references_validation_and_test_images_are_resized_in_one_way(make_folder, small_backbone, tmp_path):
+    """The reference that is also tested has distance zero from the memory."""
+    folder = make_folder(normal=8, abnormal=8)
+    data = FewShot(folder, k_shot=2, seed=3)
+    model = WinClipAny(small_backbone, "random", k_shot=2, visualizer=False)
+    engine = Engine(default_root_dir=tmp_path, enable_progress_bar=False, accelerator="cpu", logger=False)
+    engine.test(model, datamodule=data, verbose=False)
+    support = data.train_data.images
+    support.augmentations = None
+    for index in range(2):
+        original = torch.as_tensor(support[data.train_data.num_abnormal + index].image)
+        assert original.shape[-2:] == (64, 72)
+        expected = model.pre_processor.transform(original)
+        torch.testing.assert_close(model.model.reference_images[index], expected, rtol=0, atol=1e-6)
+        resized = EightBitResize((56, 56))(original)
+        torch.testing.assert_close(model.pre_processor.transform(resized), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["WinClipAny", "win_clip_any"])
+def test_the_host_finds_the_model_by_its_name(name, small_backbone):
+    from anomalib.models import get_model
+
+    model = get_model(name, backbone=small_backbone, pretrained="random", k_shot=1)
+    assert type(model) is WinClipAny
+    assert model.k_shot == 1
+
+
+def test_the_command_tests_the_model(make_folder, small_backbone, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_folder(normal=8, abnormal=8)
+    cli = AnomalibCLI(
+        args=[
+            *("test", "--model", "WinClipAny", "--model.backbone", small_backbone, "--model.pretrained", "random"),
+            *("--model.k_shot", "2", "--data", "FewShot", "--data.source", "Folder", "--data.source.name", "disks"),
+            *("--data.source.root", str(tmp_path / "data"), "--data.source.normal_dir", "normal"),
+            *("--data.source.abnormal_dir", "abnormal", "--data.source.num_workers", "0", "--data.k_shot", "2"),
+            *("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
+            *("--default_root_dir", str(tmp_path / "results")),
+        ]
+    )
+    assert cli.engine.trainer.callback_metrics["image_AUROC"] >= 0
+    assert cli.model.model.reference_images.shape == (2, 3, 56, 56)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "tag", "expected"), [("ViT-L-14-336", "openai", True), ("ViT-B-16", "laion2b_s34b_b88k", False)]
+)
+def test_the_activation_is_that_of_the_weights(backbone, tag, expected, monkeypatch):
+    seen = []
+
+    def stop(config):
+        seen.append(config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(win_clip, "load_clip", stop)
+    for given, wanted in ((None, expected), (True, True), (False, False)):
+        with pytest.raises(KeyboardInterrupt):
+            WinClipAny(backbone, tag, quick_gelu=given)
+        assert seen[-1].quick_gelu is wanted

@@ -3,18 +3,22 @@
 
 """Reports of comparisons with known scores."""
 
+import base64
 import csv
 import json
 import re
 from html.parser import HTMLParser
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from anomalib_mvfa.comparison import load_cells, write_page, write_tables
-from anomalib_mvfa.comparison.page import GalleryRow, Panel, Table, gallery
+from anomalib_mvfa.comparison import load_cells, report, write_page, write_tables
+from anomalib_mvfa.comparison.__main__ import main
+from anomalib_mvfa.comparison.figures import curves, heatmap, outlined
 from anomalib_mvfa.comparison.published import PUBLISHED
-from anomalib_mvfa.comparison.report import main
+from anomalib_mvfa.comparison.report import FinishedCells
+from anomalib_mvfa.comparison.statistics import area, differences, holm, image_metrics, intervals
 
 SOME = ("MVFA", "WinCLIP", "mean brightness")
 VOID = {"meta", "img", "br"}
@@ -43,6 +47,26 @@ class Page(HTMLParser):
         self.tags.append((tag, dict(attrs)))
 
 
+def written(folder):
+    write_tables(load_cells(folder), folder)
+    return (folder / "results.md").read_text(encoding="utf-8")
+
+
+def rewrite_scores(folder, prefix, scores_of):
+    """Replace the scores of cells by a function of labels and seed, with the AUROC that belongs to them."""
+    for cell in (folder / "cells").glob(f"{prefix}-*"):
+        table = pd.read_csv(cell / "scores.csv")
+        table["score"] = scores_of(table.label.to_numpy(), json.loads((cell / "cell.json").read_text())["seed"])
+        table.to_csv(cell / "scores.csv", index=False)
+        known = json.loads((cell / "cell.json").read_text())["metrics"]
+        metrics = image_metrics(table.label.to_numpy() == 1, table.score.to_numpy())
+        change(cell, metrics=known | {name: float(value[0]) for name, value in metrics.items()})
+
+
+def noisy(shift, noise_seed=0):
+    return lambda labels, seed: shift * labels + np.random.default_rng([seed, noise_seed]).normal(size=len(labels))
+
+
 def render(folder, tmp_path, **options):
     write_page(load_cells(folder), tmp_path / "page.html", tmp_path / "data", **options)
     return (tmp_path / "page.html").read_text(encoding="utf-8")
@@ -60,12 +84,14 @@ def cell_of(folder, prefix):
 def test_cells_are_read_as_they_were_written(comparison):
     folder = comparison(SOME)
     cells = load_cells(folder)
-    assert [cell.status for cell in cells] == ["done"] * 6
+    assert [cell.status for cell in cells] == ["done"] * 5
     cell = next(cell for cell in cells if cell.method == "MVFA" and cell.seed == 1)
     assert (cell.set, cell.k_shot, cell.threshold, cell.supports) == ("BrainMRI", 4, 0.6, ("good/support_1.png",))
     assert cell.scores.labels.sum() == 30
+    assert cell.scores.groups == ()
+    assert (cell.shown["abnormal"], cell.machine) == (4, "Processor, 1 threads")
     maps = cell.read_maps()
-    assert maps.values.shape == maps.masks.shape == (60, 56, 56)
+    assert maps.levels.shape == maps.masks.shape == (60, 56, 56)
     assert (maps.low, maps.high) == (0.1, 0.9)
     assert next(cell for cell in cells if cell.method == "mean brightness").read_maps() is None
 
@@ -91,25 +117,23 @@ def test_cells_are_read_as_they_were_written(comparison):
         (lambda cell: (cell / "maps.npz").write_bytes(b"PK"), "maps.npz is damaged"),
     ],
 )
-def test_a_broken_cell_is_reported_and_the_rest_is_used(comparison, tmp_path, spoil, reason):
+def test_a_broken_cell_is_reported_and_the_rest_is_used(comparison, spoil, reason):
     folder = comparison(SOME)
     broken = cell_of(folder, "WinCLIP")
     spoil(broken)
     cells = load_cells(folder)
     assert [cell.folder.name for cell in cells if cell.status == "unreadable"] == [broken.name]
     assert reason in next(cell.error for cell in cells if cell.status == "unreadable")
-    write_tables(cells, folder)
-    text = render(folder, tmp_path)
-    for written in (text, (folder / "results.md").read_text(encoding="utf-8")):
-        assert broken.name in written
-        assert "MVFA" in written
+    text = written(folder)
+    assert broken.name in text
+    assert "| MVFA |" in text
 
 
 def test_maps_that_do_not_fit_leave_the_figures(comparison, tmp_path):
     folder = comparison(SOME, seeds=1)
     cell = cell_of(folder, "WinCLIP")
     np.savez(cell / "maps.npz", maps=np.zeros((3, 4, 4), np.uint8), low=0.0, high=1.0)
-    with pytest.raises(ValueError, match=r"maps\.npz.*one picture"):
+    with pytest.raises(ValueError, match=r"maps\.npz.*one 8-bit picture"):
         next(c for c in load_cells(folder) if c.folder == cell).read_maps()
     assert "Heatmap of MVFA" in render(folder, tmp_path)
 
@@ -125,7 +149,7 @@ def test_the_csv_has_one_row_a_cell_with_all_that_was_measured(comparison):
     write_tables(cells, folder)
     with (folder / "results.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 6
+    assert len(rows) == 5
     row = next(row for row in rows if row["method"] == "MVFA" and row["seed"] == "1")
     known = next(cell for cell in cells if cell.method == "MVFA" and cell.seed == 1)
     assert float(row["image_AUROC"]) == known.metrics["image_AUROC"]
@@ -138,47 +162,148 @@ def test_tables_give_mean_and_spread_over_the_seeds(comparison):
     cells = load_cells(folder)
     write_tables(cells, folder)
     areas = [100 * cell.metrics["image_AUROC"] for cell in cells if cell.method == "MVFA"]
-    expected = f"| MVFA | {np.mean(areas):.1f} ± {np.std(areas, ddof=1):.1f} | 81.0 ± 1.0 |"
+    expected = f"| MVFA | 4 | 4 | 4 | {np.mean(areas):.1f} ± {np.std(areas, ddof=1):.1f} | 81.0 ± 1.0 |"
     assert expected in (folder / "results.md").read_text(encoding="utf-8")
 
 
-def test_published_figures_stand_beside_the_sets_they_are_of(comparison):
+def test_methods_without_supports_have_no_spread(comparison):
+    text = written(comparison(SOME, seeds=3))
+    row = next(line for line in text.splitlines() if line.startswith("| mean brightness |"))
+    assert "±" not in row
+
+
+def test_intervals_are_those_of_the_statistics_over_patients(comparison):
+    folder = comparison(SOME, patients=12)
+    text = written(folder)
+    assert "30 normal and 30 abnormal test images of 12 patients" in text
+    runs = [cell.scores for cell in load_cells(folder) if cell.method == "MVFA"]
+    assert len(set(runs[0].groups)) == 12
+    ends = intervals(runs)
+    assert f"± {100 * np.std([area([r]).value for r in runs], ddof=1):.1f} [{100 * ends['image_AUROC'][0]:.1f}," in text
+    assert f"[{100 * ends['image_AP'][0]:.1f}, {100 * ends['image_AP'][1]:.1f}]" in text
+    assert "patients resampled" in text
+    assert "taken as independent" not in text.partition("## Results")[0]
+
+
+def test_the_verdict_says_where_no_patients_are_known(comparison):
+    summary = written(comparison(SOME)).partition("## Results")[0]
+    for sentence in summary.split(". "):
+        if "95 % interval" in sentence:
+            assert "no patients are known, images are taken as independent" in sentence
+
+
+def test_published_values_stand_beside_their_own_sets(comparison):
     folder = comparison(SOME, name="Brain_AD")
     write_tables(load_cells(folder), folder)
     text = (folder / "results.md").read_text(encoding="utf-8")
-    assert "| *MVFA, published* | *92.44* | *97.30* |" in text
-    assert "| *APRIL-GAN, published* | *89.18* | *94.67* |" in text
+    assert "| *MVFA, published* | *-* | *-* | *-* | *92.44* | *97.30* |" in text
+    assert "| *APRIL-GAN, published* | *-* | *-* | *-* | *89.18* | *94.67* |" in text
     assert "published, not measured here" in text
 
 
-def test_published_figures_do_not_stand_beside_other_sets(comparison):
+def test_published_values_do_not_stand_beside_other_sets(comparison):
     folder = comparison(SOME)
     write_tables(load_cells(folder), folder)
     assert "published" not in (folder / "results.md").read_text(encoding="utf-8").partition("## Results")[2]
 
 
-def test_published_figures_have_the_published_means():
+def test_published_values_have_the_published_means():
     few, zero = PUBLISHED["MVFA", 4].values(), PUBLISHED["MVFA (zero-shot)", 0].values()
     for figures, image, pixel in ((few, 88.97, 98.67), (zero, 80.43, 93.39)):
         assert np.mean([figure.image for figure in figures]) == pytest.approx(image, abs=0.006)
         assert np.mean([figure.pixel for figure in figures if figure.pixel]) == pytest.approx(pixel, abs=0.006)
 
 
-def test_the_summary_claims_only_what_is_significant(comparison):
-    folder = comparison(("MVFA", "mean brightness", "WinCLIP"))
-    for method in ("WinCLIP", "mean brightness"):  # the former far behind, the latter the same as MVFA
-        for cell in (folder / "cells").glob(f"{method.replace(' ', '_')}-*"):
-            source = folder / "cells" / cell.name.replace(cell.name.split("-")[0], "MVFA")
-            if method == "mean brightness":
-                (cell / "scores.csv").write_text((source / "scores.csv").read_text())
-                change(cell, metrics=json.loads((source / "cell.json").read_text())["metrics"])
-                (cell / "maps.npz").write_bytes((source / "maps.npz").read_bytes())
-    write_tables(load_cells(folder), folder)
-    text = (folder / "results.md").read_text(encoding="utf-8")
-    summary = text.partition("## Results")[0]
-    assert "significantly better than WinCLIP" in summary
-    assert "Compared with mean brightness" in summary
-    assert "not significant (+0.0 points" in summary
+def test_the_summary_compares_like_with_like_first(comparison):
+    folder = comparison()
+    rewrite_scores(folder, "WinCLIP", noisy(0.3))
+    rewrite_scores(folder, "MVFA_(normal_only)", noisy(2.5))
+    rewrite_scores(folder, "MVFA", noisy(2.6))
+    first = written(folder).partition("## Results")[0]
+    like = first.index("Of methods that are shown the same normal images, the image AUROC of MVFA (normal only)")
+    labels = first.index("Given 4 abnormal images and 4 masks as well, the image AUROC of MVFA (")
+    assert like < labels
+    assert "is significantly higher than that of WinCLIP (" in first[like:labels]
+    assert "does not differ significantly from that of MVFA (normal only)" in first[labels:]
+
+
+def test_a_worse_method_is_called_lower(comparison):
+    folder = comparison(("MVFA", "WinCLIP"))
+    rewrite_scores(folder, "MVFA", noisy(0.2))
+    rewrite_scores(folder, "WinCLIP", noisy(3.0))
+    text = written(folder)
+    assert "is significantly lower than that of WinCLIP" in text
+    assert "significantly higher" not in text
+    assert "other supports may reverse it" not in text
+
+
+def test_a_difference_that_a_draw_reverses_is_said_to_be_one(comparison):
+    folder = comparison(("MVFA", "WinCLIP"), seeds=3, images=200)
+    rewrite_scores(folder, "WinCLIP", noisy(1.0))
+    rewrite_scores(folder, "MVFA", lambda labels, seed: noisy(0.2 if seed == 2 else 5.0, 5)(labels, seed))
+    assert "but only with 2 of 3 draws: other supports may reverse it" in written(folder)
+
+
+def test_the_verdict_follows_the_corrected_p_value(comparison, monkeypatch):
+    """A difference that is significant by itself, but not among the comparisons of its table."""
+    folder = comparison()
+    rewrite_scores(folder, "*", noisy(1.0))
+    rewrite_scores(folder, "MVFA", noisy(1.9, 3))
+    text = written(folder)
+    pairs = FinishedCells(load_cells(folder)).pairs["BrainMRI", 4]
+    assert len(pairs) == pairs[0].family == 9 + 4
+    expected = holm({index: pair.area.p_value for index, pair in enumerate(pairs)})
+    assert [pair.adjusted for pair in pairs] == list(expected.values())
+    turned = [pair for pair in pairs if pair.area.p_value < 0.05 < pair.adjusted]
+    assert turned
+    assert "Holm's family: the 13 comparisons of this table" in text
+    monkeypatch.setattr(report, "LEVEL", 0.0)
+    assert all("does not differ significantly" in report._verdict(pair) for pair in turned)
+    monkeypatch.setattr(report, "LEVEL", 0.05)
+    assert all("does not differ significantly" in report._verdict(pair) for pair in turned)
+
+
+def test_p_values_and_differences_in_the_tables_are_those_of_the_statistics(comparison):
+    folder = comparison(("MVFA", "WinCLIP", "mean brightness"))
+    text = written(folder)
+    cells = load_cells(folder)
+    runs = {name: [cell.scores for cell in cells if cell.method == name] for name in ("MVFA", "WinCLIP")}
+    found = differences(runs["MVFA"], runs["WinCLIP"])
+    value = found["image_AUROC"]
+    shown = f"{100 * value.mean:+.1f} [{100 * value.low:+.1f}, {100 * value.high:+.1f}]"
+    p_value = "< 0.001" if value.p_value < 0.001 else f"{value.p_value:.3f}"
+    assert f"| MVFA - WinCLIP | {shown} | {p_value} |" in text
+    assert f"| {value.ahead} of 2 |" in text
+
+
+def test_pairs_without_a_common_class_have_no_p_value(comparison):
+    folder = comparison(("MVFA", "WinCLIP"), seeds=1)
+    table = pd.read_csv(cell_of(folder, "WinCLIP") / "scores.csv")
+    table.loc[table.label == 1, "path"] = "elsewhere/" + table.path[table.label == 1]
+    table.to_csv(cell_of(folder, "WinCLIP") / "scores.csv", index=False)
+    text = written(folder)
+    assert "cannot be compared: their common test images lack a class" in text
+    assert "| MVFA - WinCLIP | - | - | - |" in text
+    assert "significantly" not in text
+
+
+def test_every_table_says_what_a_method_was_shown(comparison):
+    text = written(comparison())
+    for table in text.partition("## Paired tests")[0].split("**\n")[1:]:
+        if "| method |" in table:
+            assert "| method | normal shown | abnormal shown | masks shown |" in table
+    assert "| MVFA (normal only) | 4 | 0 | 0 |" in text
+    assert "| PatchCore, random weights | 4 | 0 | 0 | random weights |" in text
+
+
+def test_names_in_markdown_are_escaped(comparison):
+    text = written(comparison(SOME, seeds=1, name="a|b *c* <img src=x> [d](e) `f`"))
+    assert r"a\|b \*c\* \<img src=x> [d]\(e) \`f\`" in text
+    assert "<img" not in text.replace(r"\<img", "")
+    columns = {
+        line.count("|") - line.count(r"\|") for line in text.partition("## All")[0].splitlines() if "| MVFA |" in line
+    }
+    assert columns == {7}
 
 
 def test_two_cells_of_one_place_are_refused(comparison):
@@ -208,25 +333,28 @@ def test_everything_on_the_page_can_be_read_aloud(comparison, tmp_path):
     tags = Page(render(comparison(SOME), tmp_path)).tags
     assert all(attributes.get("alt") for tag, attributes in tags if tag == "img")
     assert all(attributes.get("scope") in {"col", "row"} for tag, attributes in tags if tag == "th")
-    drawings = [attributes for tag, attributes in tags if tag == "svg"]
-    assert len(drawings) > 5
-    assert all(a.get("aria-label") if a.get("role") == "img" else a.get("aria-hidden") for a in drawings)
+    assert sum(attributes.get("class") == "plot" for tag, attributes in tags) == 2 + 2 + 1
     assert ("html", {"lang": "en"}) in tags
 
 
-def test_curves_are_thin(comparison, tmp_path):
-    lines = re.findall(r'points="([^"]+)"', render(comparison(images=200), tmp_path))
-    assert len(lines) == 20
-    assert all(10 < len(line.split()) < 300 for line in lines)
+def test_curves_show_every_method_by_its_own_name():
+    line = np.linspace(0, 1, 5)
+    names = ["MVFA $k$", "_hidden", "<b>"]
+    plot = base64.b64decode(
+        curves(dict.fromkeys(names, (line, line)), dict.fromkeys(names, (line, line)), 0.5).split(",")[1]
+    )
+    text = plot.decode()
+    assert "MVFA $k$" in text
+    assert "&lt;b&gt;" in text
 
 
 def test_file_names_do_not_reach_the_page_unless_asked_for(comparison, tmp_path):
     folder = comparison(SOME)
-    change(cell_of(folder, "mean_brightness"), status="failed", error="secret/place/patient_7.png is damaged")
+    change(cell_of(folder, "WinCLIP"), status="failed", error="secret/place/patient_7.png is damaged")
     write_tables(load_cells(folder), folder)
     hidden = render(folder, tmp_path)
     for text in (hidden, (folder / "results.md").read_text(encoding="utf-8")):
-        for secret in ("patient", "secret", "support_0", str(tmp_path)):
+        for secret in ("patient_", "secret", "support_0", str(tmp_path)):
             assert secret not in text
     shown = render(folder, tmp_path, show_paths=True)
     assert "Ungood/patient_0" in shown
@@ -270,22 +398,25 @@ def test_the_demonstration_backbone_is_called_one(comparison, tmp_path):
 
 
 def test_heatmaps_have_one_colour_scale():
-    def colours(value):
-        panel = Panel("MVFA", np.full((8, 8), value, np.uint8), "0.5")
-        row = GalleryRow("Image 1", "abnormal", np.zeros((8, 8, 3), np.uint8), np.eye(8, dtype=bool), [panel])
-        return re.findall(r'base64,([^"]+)', gallery([row]))[-1]
-
-    assert colours(0) == colours(0)
-    assert colours(0) != colours(255)
+    low, high = (heatmap(np.full((8, 8), value, np.uint8), (16, 24)) for value in (0, 255))
+    assert low.shape == high.shape == (16, 24, 3)
+    assert low.max() < 10
+    assert high.min() > 150
 
 
-def test_a_bar_in_a_text_does_not_split_a_markdown_cell():
-    table = Table("a", ["method", "x\ny"], [["m|n", "1"]])
-    assert r"| m\|n | 1 |" in table.to_markdown()
-    assert "| method | x, y |" in table.to_markdown()
+def test_the_outline_surrounds_the_mask():
+    mask = np.zeros((40, 40), dtype=bool)
+    mask[10:20, 10:20] = True
+    drawn = outlined(np.zeros((80, 80, 3), np.uint8), mask)
+    marked = (drawn == (0, 255, 255)).all(axis=2)
+    assert marked[19, 20:40].all()
+    assert not marked[22:38, 22:38].any()
+    tiny = np.zeros((400, 400), dtype=bool)
+    tiny[200, 200] = True
+    assert (outlined(np.zeros((40, 40, 3), np.uint8), tiny) == (0, 255, 255)).all(axis=2).any()
 
 
 def test_a_comparison_is_reported_from_the_command_line(comparison, tmp_path):
     folder = comparison(SOME, seeds=1)
     main([str(folder), "--data_root", str(tmp_path / "data")])
-    assert {"results.csv", "results.md", "report.html"} <= {path.name for path in folder.iterdir()}
+    assert {"results.csv", "results.md", "index.html"} <= {path.name for path in folder.iterdir()}

@@ -1,24 +1,36 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The grid of a comparison: what it shares among methods, what it leaves behind, how it goes on, and how it fails."""
+"""The grid of a comparison: what methods share, what a run writes, how it resumes, and how it fails."""
 
 import csv
 import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import timm
 import torch
 import yaml
+from anomalib import LearningType
 from anomalib.cli import AnomalibCLI
+from anomalib.data import Folder
+from anomalib.models import Patchcore
 from anomalib.pipelines import Benchmark
+from anomalib.pre_processing import PreProcessor
 from jsonargparse import Namespace
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from safetensors.torch import save_file
+from sklearn.metrics import precision_recall_curve, roc_auc_score
+from torchvision.transforms.v2 import CenterCrop, Compose, Resize, functional
 
-from anomalib_mvfa.comparison import runner
+from anomalib_mvfa import MVFA
+from anomalib_mvfa.baselines import DistanceToMean
+from anomalib_mvfa.comparison import methods, runner
 from anomalib_mvfa.comparison.runner import Comparison, run_comparison, write_report
+from anomalib_mvfa.data.readers import read_image
+from anomalib_mvfa.pre_processing import EightBitResize
 
 TRIVIAL = {"mean brightness": None, "image variance": {}, "distance to mean normal": {"blur": 2.0}}
 
@@ -58,12 +70,12 @@ def test_methods_share_supports_and_test_images(config):
     assert run_comparison(Comparison.from_config(config)) == []
     done = cells(config)
     assert len(done) == 2 * 4 + 3
-    assert {len(judged(config, cell)) for cell in done} == {len(judged(config, "disks-MVFA-k3-seed0"))}
-    assert len({tuple(judged(config, cell)) for cell in done}) == 1
+    assert len({tuple(judged(config, cell)) for cell in done if "k0" not in cell}) == 1
     images = {path for path, _ in judged(config, "disks-MVFA-k1-seed0")}
     for cell, record in done.items():
         normal = [path for path in record["supports"] if path.startswith("normal")]
         assert not images & set(record["supports"])
+        assert images <= {path for path, _ in judged(config, cell)}
         assert len(normal) == record["k_shot"]
         assert len(record["supports"]) - len(normal) == (record["k_shot"] if record["method"] == "MVFA" else 0)
         assert set(normal) <= set(done["disks-MVFA-k3-seed0"]["supports"]), cell
@@ -104,8 +116,8 @@ def test_a_cell_holds_raw_scores_and_maps_on_one_scale(config):
 def test_a_rerun_computes_only_what_is_missing_failed_or_changed(config, monkeypatch):
     run_comparison(Comparison.from_config(config))
     computed = []
-    record = runner._Run.record
-    monkeypatch.setattr(runner._Run, "record", lambda run: computed.append(run.spec.folder.name) or record(run))
+    run = runner._run
+    monkeypatch.setattr(runner, "_run", lambda spec, made: computed.append(spec.folder.name) or run(spec, made))
     run_comparison(Comparison.from_config(config))
     assert computed == []
     folder = Path(config["output"]) / "cells"
@@ -122,9 +134,156 @@ def test_a_rerun_computes_only_what_is_missing_failed_or_changed(config, monkeyp
     ]
 
 
+def scores(config, cell):
+    table = pd.read_csv(Path(config["output"]) / "cells" / cell / "scores.csv")
+    return table.set_index("path").score
+
+
+def test_every_seed_draws_other_supports_for_all_methods(config):
+    config |= {"methods": {"MVFA": {}, "distance to mean normal": {}}, "seeds": [0, 1], "k_shot": [2]}
+    assert run_comparison(Comparison.from_config(config)) == []
+    done = cells(config)
+    supports = [done[f"disks-MVFA-k2-seed{seed}"]["supports"] for seed in (0, 1)]
+    assert set(supports[0]) != set(supports[1])
+    for seed in (0, 1):
+        normal = [path for path in supports[seed] if path.startswith("normal")]
+        assert done[f"disks-distance-to-mean-normal-k2-seed{seed}"]["supports"] == normal
+
+
+def test_methods_without_supports_are_run_once_on_the_whole_test_part(config):
+    config |= {"methods": {"mean brightness": {}, "distance to mean normal": {}}, "seeds": [4, 5], "k_shot": [2]}
+    assert run_comparison(Comparison.from_config(config)) == []
+    assert sorted(cells(config)) == [
+        "disks-distance-to-mean-normal-k2-seed4",
+        "disks-distance-to-mean-normal-k2-seed5",
+        "disks-mean-brightness-k0-seed4",
+    ]
+    whole = set(scores(config, "disks-mean-brightness-k0-seed4").index)
+    for seed in (4, 5):
+        assert set(scores(config, f"disks-distance-to-mean-normal-k2-seed{seed}").index) <= whole
+
+
+def test_what_methods_are_shown_is_recorded_and_true(config, monkeypatch):
+    """The record is compared with the data that each training got."""
+    config |= {
+        "k_shot": [2],
+        "methods": dict.fromkeys(("MVFA", "MVFA (normal only)", "WinCLIP", "WinCLIP (zero-shot)")),
+    }
+    trained = {}
+    fit = methods.Trainer._fit
+
+    def spy(trainer, model, options, **data):
+        supports = data["datamodule"].train_data
+        trained[type(model).__name__, supports.num_abnormal, getattr(model, "k_shot", None)] = {
+            item.image_path for item in (supports[index] for index in range(len(supports)))
+        }
+        return fit(trainer, model, options, **data)
+
+    monkeypatch.setattr(methods.Trainer, "_fit", spy)
+    assert run_comparison(Comparison.from_config(config)) == []
+    done = cells(config)
+    shown = {record["method"]: record["shown"] for record in done.values()}
+    for method, counts in {"MVFA": (2, 2, 2), "MVFA (normal only)": (2, 0, 0), "WinCLIP": (2, 0, 0)}.items():
+        assert (shown[method]["normal"], shown[method]["abnormal"], shown[method]["masks"]) == counts
+    assert shown["WinCLIP (zero-shot)"]["normal"] == 0
+    assert {(name, k_shot) for name, _, k_shot in trained if name == "WinClipAny"} == {
+        ("WinClipAny", 2),
+        ("WinClipAny", 0),
+    }
+    assert all("abnormal" not in path for path in trained["MVFA", 0, None])
+    assert any("abnormal" in path for path in trained["MVFA", 2, None])
+    few, zero = (scores(config, f"disks-WinCLIP{name}-seed0") for name in ("-k2", "-zero-shot-k0"))
+    assert (few - zero.reindex(few.index)).abs().max() > 1e-4
+
+
+def test_images_pass_the_pre_processor_of_their_method_once(config, monkeypatch):
+    config |= {"k_shot": [2], "methods": {"WinCLIP (zero-shot)": {}, "distance to mean normal": {"blur": 2.0}}}
+    ready = {}
+    train = methods.Trainer.train
+    monkeypatch.setattr(
+        methods.Trainer, "train", lambda self, method, *a: ready.setdefault(method, train(self, method, *a))
+    )
+    assert run_comparison(Comparison.from_config(config)) == []
+    root = Path(config["sets"]["disks"]["init_args"]["root"])
+    for method, cell in (
+        ("WinCLIP (zero-shot)", "WinCLIP-zero-shot-k0"),
+        ("distance to mean normal", "distance-to-mean-normal-k2"),
+    ):
+        found = scores(config, f"disks-{cell}-seed0")
+        model = ready[method].model
+        for path in found.index[:3]:
+            image = EightBitResize((56, 56))(read_image(root / path))
+            if method.startswith("WinCLIP"):
+                assert image.min() >= 0
+                image = functional.normalize(image, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
+            with torch.inference_mode():
+                expected = ready[method].network(image[None]).pred_score
+            assert found[path] == pytest.approx(float(expected), abs=1e-6)
+        assert not model.training
+
+
+def test_pixel_metrics_are_computed_at_the_size_of_the_masks(config, tmp_path):
+    config |= {"k_shot": [2], "methods": {"distance to mean normal": {"blur": 2.0}}}
+    assert run_comparison(Comparison.from_config(config)) == []
+    record = cells(config)["disks-distance-to-mean-normal-k2-seed0"]
+    root = tmp_path / "data"
+    resize = EightBitResize((56, 56))
+    model = DistanceToMean(torch.stack([resize(read_image(root / path)) for path in record["supports"]]), blur=2.0)
+    maps, masks = [], []
+    for path, _ in judged(config, "disks-distance-to-mean-normal-k2-seed0"):
+        image = read_image(root / path)
+        assert image.shape == (3, 64, 72)
+        own = model(resize(image)[None]).anomaly_map[None]
+        maps.append(torch.nn.functional.interpolate(own, (64, 72), mode="bilinear")[0, 0])
+        mask = root / "masks" / Path(path).name
+        masks.append(read_image(mask)[0] > 0 if path.startswith("abnormal") else torch.zeros(64, 72, dtype=torch.bool))
+    values, truth = torch.stack(maps).flatten().numpy(), torch.stack(masks).flatten().numpy()
+    assert record["metrics"]["pixel_AUROC"] == pytest.approx(roc_auc_score(truth, values), abs=1e-6)
+    precision, recall, thresholds = precision_recall_curve(truth, values)
+    dice = 2 * precision * recall / (precision + recall + 1e-12)
+    assert record["metrics"]["pixel_Dice"] == pytest.approx(dice.max(), abs=1e-6)
+    best = thresholds[dice[:-1].argmax()]
+    each = [
+        float(2 * ((own >= best) & mask).sum() / ((own >= best).sum() + mask.sum()))
+        for own, mask in zip(maps, masks, strict=True) if mask.any()
+    ]  # fmt: skip
+    assert record["metrics"]["pixel_Dice_mean"] == pytest.approx(np.mean(each), abs=1e-6)
+    assert record["metrics"]["pixel_Dice_sd"] == pytest.approx(np.std(each), abs=1e-6)
+    config |= {"pixel_metrics": "network", "output": str(tmp_path / "network")}
+    assert run_comparison(Comparison.from_config(config)) == []
+    other = cells(config)["disks-distance-to-mean-normal-k2-seed0"]["metrics"]
+    assert other["image_AUROC"] == record["metrics"]["image_AUROC"]
+    assert other["pixel_AUROC"] != record["metrics"]["pixel_AUROC"]
+
+
+def test_groups_of_the_samples_reach_the_scores_as_numbers(config, monkeypatch):
+    class Grouped(Folder):
+        def _setup(self, stage=None):
+            super()._setup(stage)
+            for part in (self.train_data, self.test_data):
+                part.samples["group"] = [
+                    f"Jane Doe {label}-{int(Path(path).stem) % 3}"
+                    for path, label in zip(part.samples.image_path, part.samples.label_index, strict=True)
+                ]
+
+    monkeypatch.setattr(runner, "get_datamodule", lambda source: Grouped(**source["init_args"]))
+    config |= {"k_shot": [1], "methods": {"mean brightness": {}}}
+    assert run_comparison(Comparison.from_config(config)) == []
+    cell = Path(config["output"]) / "cells" / "disks-mean-brightness-k0-seed0"
+    table = pd.read_csv(cell / "scores.csv")
+    ill = table[table.label == 1]
+    third = ill.path.str[-6:-4].astype(int) % 3
+    assert table.group.isin(range(6)).all()
+    assert len(ill.group.unique()) == 3
+    assert set(ill.group).isdisjoint(table.group[table.label == 0])
+    assert all(len(group.group.unique()) == 1 for _, group in ill.groupby(third))
+    assert "Jane" not in (cell / "scores.csv").read_text() + (cell / "cell.json").read_text()
+
+
 def test_the_command_reports_a_failed_cell_and_finishes_the_rest(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config["methods"] = {"PatchCore": {}, "MVFA (zero-shot)": {}, "mean brightness": {}}
+    peer = {"class_path": "Patchcore", "weights": "nowhere.safetensors"}
+    config["methods"] = {"PatchCore": peer, "MVFA (zero-shot)": {}, "mean brightness": {}}
     config["k_shot"] = [2]
     (tmp_path / "benchmark.yaml").write_text(yaml.safe_dump({"comparison": config}), encoding="utf-8")
     with pytest.raises(SystemExit, match=r"(?s)2 cells failed.*disks-PatchCore-k2-seed0") as error:
@@ -136,8 +295,31 @@ def test_the_command_reports_a_failed_cell_and_finishes_the_rest(config, tmp_pat
         "MVFA (zero-shot)": "failed",
         "mean brightness": "done",
     }
-    assert "needs weights, a .safetensors file" in done["disks-PatchCore-k2-seed0"]["error"]
+    assert "No weights at nowhere.safetensors" in done["disks-PatchCore-k2-seed0"]["error"]
     assert "needs either adapters" in done["disks-MVFA-zero-shot-k0-seed0"]["error"]
+    text = (Path(config["output"]) / "results.md").read_text(encoding="utf-8")
+    assert "| PatchCore | failed, see Missing |" in text
+    assert "No weights at nowhere.safetensors" in text
+
+
+def test_weights_that_cannot_be_downloaded_are_named(config, monkeypatch):
+    create = timm.create_model
+
+    def offline(name, pretrained=False, **options):
+        if pretrained:
+            raise OSError
+        return create(name, pretrained=False, **options)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    config |= {
+        "k_shot": [2],
+        "methods": {"PatchCore": {"class_path": "Patchcore", "init_args": {"backbone": "resnet18"}}},
+    }
+    assert len(run_comparison(Comparison.from_config(config))) == 1
+    error = cells(config)["disks-PatchCore-k2-seed0"]["error"]
+    assert "download model.safetensors of timm/resnet18" in error
+    assert "entry weights" in error
+    assert error in write_report(Comparison.from_config(config)).read_text(encoding="utf-8").replace("&#39;", "'")
 
 
 def test_a_stock_configuration_goes_to_anomalib(config, tmp_path, monkeypatch):
@@ -152,33 +334,71 @@ def test_a_stock_configuration_goes_to_anomalib(config, tmp_path, monkeypatch):
     assert not Path(config["output"]).exists()
 
 
-def test_zero_shot_adapters_are_found_by_the_name_of_the_set(config, tmp_path):
-    config["methods"] = {"MVFA": {}}
-    config["k_shot"] = [1]
-    model = runner.MVFA(config["backbone"], "random", memory=False)
+def test_zero_shot_adapters_are_found_by_the_name_of_the_set_and_have_no_memory(config, tmp_path, monkeypatch):
+    model = methods.MVFA(backbone=config["backbone"], pretrained="random", memory=False)
     model.configure_model()
     model.save_adapters(tmp_path / "disks.safetensors")
+    built = []
+    monkeypatch.setattr(methods, "MVFA", lambda **arguments: built.append(MVFA(**arguments)) or built[-1])
     config["methods"] = {"MVFA (zero-shot)": {"adapters": str(tmp_path / "{set}.safetensors")}}
     assert run_comparison(Comparison.from_config(config)) == []
-    assert cells(config)["disks-MVFA-zero-shot-k0-seed0"]["supports"] == []
+    record = cells(config)["disks-MVFA-zero-shot-k0-seed0"]
+    assert record["supports"] == []
+    assert record["shown"] == {"normal": 0, "abnormal": 0, "masks": 0, "remark": "adapters from a file"}
+    assert built[0].hparams["memory"] is False
+    assert built[0].learning_type == LearningType.ZERO_SHOT
 
 
-def test_patchcore_learns_from_the_normal_supports_with_weights_from_a_file(config, tmp_path):
+@pytest.mark.parametrize("trained_on", ["supports", "train"])
+def test_a_model_of_anomalib_learns_from_normal_images_with_weights_from_a_file(
+    config, tmp_path, trained_on, monkeypatch
+):
     torch.manual_seed(0)
     backbone = timm.create_model("resnet18", pretrained=False)
     save_file(backbone.state_dict(), tmp_path / "resnet18.safetensors")
-    arguments = {"backbone": "resnet18", "weights": str(tmp_path / "resnet18.safetensors"), "num_neighbors": 1}
-    config |= {"methods": {"PatchCore": arguments}, "k_shot": [2]}
+    peer = {"class_path": "Patchcore", "init_args": {"backbone": "resnet18", "num_neighbors": 1}, "image_size": 64}
+    peer |= {"weights": str(tmp_path / "resnet18.safetensors"), "trained_on": trained_on}
+    config |= {"methods": {"near": peer}, "k_shot": [2]}
+    ready = []
+    train = methods.Trainer.train
+    monkeypatch.setattr(methods.Trainer, "train", lambda *a: ready.append(train(*a)) or ready[-1])
     assert run_comparison(Comparison.from_config(config)) == []
-    record = cells(config)["disks-PatchCore-k2-seed0"]
-    assert len(record["supports"]) == 2
+    (record,) = cells(config).values()
+    weight = ready[0].network.feature_extractor.feature_extractor.conv1.weight
+    torch.testing.assert_close(weight.cpu(), backbone.conv1.weight)
+    assert record["k_shot"] == (2 if trained_on == "supports" else 0)
+    assert len(record["supports"]) == record["k_shot"]
+    assert all(path.startswith("normal") for path in record["supports"])
+    assert record["shown"]["normal"] == (2 if trained_on == "supports" else 16)
+    assert (record["shown"]["remark"] == "whole training part") == (trained_on == "train")
     assert 0 <= record["metrics"]["pixel_AUPRO"] <= 1
+
+
+def test_random_weights_are_said_and_crops_are_taken_out(config, monkeypatch):
+    peer = {"class_path": "Patchcore", "init_args": {"backbone": "resnet18"}, "weights": "random"}
+    config |= {"methods": {"near": peer}, "k_shot": [2]}
+    ready = []
+    train = methods.Trainer.train
+    monkeypatch.setattr(methods.Trainer, "train", lambda *a: ready.append(train(*a)) or ready[-1])
+    pre_processor = PreProcessor(transform=Compose([Resize((80, 80)), CenterCrop(64)]))
+    monkeypatch.setattr(Patchcore, "configure_pre_processor", lambda *a, **k: pre_processor)
+    assert run_comparison(Comparison.from_config(config)) == []
+    assert cells(config)["disks-near-k2-seed0"]["shown"]["remark"] == "random weights"
+    image = torch.rand(3, 90, 70)
+    torch.testing.assert_close(ready[0].transform(image), Resize((64, 64))(image))
+    write_report(Comparison.from_config(config))
+    assert "| near, random weights | 2 | 0 | 0 |" in (Path(config["output"]) / "results.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"methods": {"MVFB": {}}}, "unknown MVFB. Known are MVFA"),
+        ({"methods": {"MVFB": {}}}, "unknown MVFB. Known are MVFA.*needs the class_path"),
+        ({"methods": {"a": {"class_path": "Padim", "backbone": "x"}}}, r"methods.a: unknown entries \['backbone'\]"),
+        ({"methods": {"a": {"class_path": "Padim", "trained_on": "test"}}}, "trained_on must be supports or train"),
+        ({"pixel_metrics": "image"}, "pixel_metrics must be mask or network, got 'image'"),
+        ({"support_list": "x.txt"}, "support_list and comparison.draws belong together"),
+        ({"draws": ["x"]}, "support_list and comparison.draws belong together"),
         ({"seeds": []}, "comparison.seeds is empty"),
         ({"k_shot": [0]}, "at least 1, got 0"),
         ({"epoch": 3}, r"unknown entries \['epoch'\]"),
