@@ -20,6 +20,7 @@ __all__ = ["install"]
 # All that our classes build on is imported once the first was executed; torch is always imported before either.
 MODELS = "anomalib.models.image"
 BENCHMARK = "anomalib.pipelines.benchmark.pipeline"
+ENGINE = "anomalib.engine.engine"
 
 
 class _RegisterAfterImport(importlib.abc.MetaPathFinder):
@@ -31,7 +32,7 @@ class _RegisterAfterImport(importlib.abc.MetaPathFinder):
         path: Sequence[str] | None,
         target: ModuleType | None = None,
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname not in (MODELS, BENCHMARK):
+        if fullname not in (MODELS, BENCHMARK, ENGINE):
             return None
         try:
             return self._find_spec(fullname, path, target)
@@ -70,6 +71,10 @@ def _register(module: ModuleType) -> None:
     try:
         if module.__name__ == MODELS:
             import anomalib_mvfa  # noqa: F401
+        elif module.__name__ == ENGINE:
+            from anomalib_mvfa.registration import extend_export
+
+            extend_export(module.Engine)
         else:
             from anomalib_mvfa.registration import extend_benchmark
 

@@ -134,8 +134,8 @@ class _Numbers:
     """Numbers in blocks of one size, allocated whole: many pieces would leave half of the memory unused."""
 
     def __init__(self) -> None:
-        self._blocks = [np.empty(BLOCK, np.float32)]
-        self._used = 0  # of the last block
+        self._blocks: list[NDArray[np.float32]] = []
+        self._used = BLOCK  # of the last block
 
     def extend(self, values: NDArray[np.float32]) -> None:
         while len(values):
@@ -149,7 +149,7 @@ class _Numbers:
 
     def __iter__(self) -> Iterator[NDArray[np.float32]]:
         yield from self._blocks[:-1]
-        yield self._blocks[-1][: self._used]
+        yield self._blocks[-1][: self._used] if self._blocks else np.empty(0, np.float32)
 
 
 def _overlap_area(above: NDArray[np.float64], at_or_above: NDArray[np.float64], overlap: NDArray[np.float64]) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["extend_benchmark", "register"]
+__all__ = ["extend_benchmark", "extend_export", "register"]
 
 
 def register() -> None:
@@ -30,6 +30,28 @@ def register() -> None:
         setattr(sys.modules["anomalib.models"], name, getattr(baselines, name))
     for name in data.DATAMODULES:
         setattr(sys.modules["anomalib.data"], name, getattr(data, name))
+
+
+def extend_export(engine: Any) -> None:  # noqa: ANN401 - anomalib's class, which is being imported
+    """Make the export of a checkpoint honour the arguments of the model beside it.
+
+    anomalib loads the checkpoint by its class alone and drops the model that it was given.
+
+    Args:
+        engine: The class ``anomalib.engine.Engine``.
+    """
+    export = engine.export
+
+    @functools.wraps(export)
+    def run(self: Any, model: Any, *args: Any, ckpt_path: Any = None, **kwargs: Any) -> Any:  # noqa: ANN401
+        from anomalib_mvfa import MVFA
+
+        if ckpt_path is not None and isinstance(model, MVFA):
+            given = {name: model.hparams_initial[name] for name in model.explicit}
+            model, ckpt_path = type(model).load_from_checkpoint(ckpt_path, **given), None
+        return export(self, model, *args, ckpt_path=ckpt_path, **kwargs)
+
+    engine.export = run
 
 
 def extend_benchmark(pipeline: Any) -> None:  # noqa: ANN401 - anomalib's class, which is being imported

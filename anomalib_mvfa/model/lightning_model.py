@@ -501,6 +501,7 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
         """
         if keep_trained_state(self, checkpoint):
             return
+        self._untouched = False
         settled = settle(self, checkpoint)
         self.hparams.update(settled.arguments)
         self.adapter_facts = {}

@@ -273,7 +273,8 @@ def settle(module: "MVFA", checkpoint: dict[str, Any]) -> Settled:
     Raises:
         ValueError: If the checkpoint is not one of MVFA, or contradicts an argument.
     """
-    facts, saved = checkpoint_facts(checkpoint), checkpoint["hyper_parameters"]
+    facts = checkpoint_facts(checkpoint)
+    saved = facts["arguments"]
     given = {name: module.hparams_initial[name] for name in module.explicit}
     if isinstance(given.get("image_size"), int):
         given["image_size"] = [given["image_size"]] * 2
@@ -304,7 +305,7 @@ def keep_trained_state(module: "MVFA", checkpoint: dict[str, Any]) -> bool:
     testing = module._trainer is not None and module.trainer.state.fn == TrainerFn.TESTING
     if not testing or module.resumed_from is None or module.trainer.ckpt_path != module.resumed_from:
         return False
-    checkpoint["state_dict"] = module.state_dict()
+    checkpoint.update(state_dict=module.state_dict(), callbacks={})
     return True
 
 
@@ -321,8 +322,11 @@ def save_state(module: "MVFA", checkpoint: dict[str, Any]) -> None:
             del state[name]
         elif name.startswith(BANKS):
             state[name] = state[name].half()
-    checkpoint["hyper_parameters"] = {**module.arguments, "adapters": None}  # the checkpoint holds them
-    checkpoint[CHECKPOINT_KEY] = {**module.facts(), "format": FORMAT, "calibration": module.calibration.state()}
+    arguments = {**module.arguments, "adapters": None}  # the checkpoint holds them
+    # Lightning writes the arguments of `load_from_checkpoint` over its own copy before they can be compared.
+    checkpoint["hyper_parameters"] = dict(arguments)
+    own = {"format": FORMAT, "arguments": arguments, "calibration": module.calibration.state()}
+    checkpoint[CHECKPOINT_KEY] = {**module.facts(), **own}
 
 
 def restore_state(module: "MVFA", checkpoint: dict[str, Any]) -> None:
