@@ -139,6 +139,54 @@ def test_search_in_chunks_equals_the_full_matrix(monkeypatch):
         assert_close(bank_distance(queries, bank), full, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("coreset", [1.0, 0.2])
+@torch.no_grad()
+def test_supports_are_compared_with_the_entries_of_the_others_that_inference_uses(coreset):
+    torch.manual_seed(3)
+    model = MVFAModel("tiny", class_name="Brain", coreset=coreset).eval()
+    support = make_support(3, abnormal=2)
+    output = model.remember(support)
+    assert output.labels.tolist() == [False] * 3 + [True] * 2
+    count, length = 3, 1 + model.tower.grid_size[0] * model.tower.grid_size[1]
+    assert len(model.memory[0]) == int(coreset * 3 * count * length)
+    tokens = model.map_tokens(model.hidden_tokens(support.normal.flatten(0, 1)))
+    for index in range(count):
+        distances = []
+        for level, hidden in enumerate(tokens):
+            unit = torch.nn.functional.normalize(hidden, dim=-1)  # (V * K, L, E)
+            bank = model.memory[level]
+            own = unit[index::count].flatten(0, 1)  # all versions of this support
+            others = bank[(bank @ own.T).amax(dim=1) < 1 - 1e-6]
+            assert 0 < len(others) < len(bank)
+            distances.append(1 - (unit[index, 1:] @ others.T).amax(dim=-1))
+        expected = torch.stack(distances).sum(dim=0).reshape(model.tower.grid_size)
+        found = output.memory.anomaly_map[index]
+        corners = expected[[0, 0, -1, -1], [0, -1, 0, -1]]  # interpolation leaves the corners as they are
+        assert_close(found[[0, 0, -1, -1], [0, -1, 0, -1]], corners, atol=1e-4, rtol=0)
+    low, high = output.memory.anomaly_map.aminmax()
+    assert_close(model.fusion.memory_map, torch.stack([low, high]))
+
+
+@torch.no_grad()
+def test_a_coreset_of_one_image_compares_it_with_nothing(tiny):
+    tiny.memory.coreset = 0.002
+    tiny.seg_memory.coreset = 0.002
+    output = tiny.remember(make_support(2, abnormal=1, versions=2))
+    assert output is None or bool(output.memory.anomaly_map.isfinite().all())
+    assert bool(tiny.fusion.memory_map.isfinite().all())
+
+
+@pytest.mark.parametrize("window_sizes", [(1,), (1, 3, 5)])
+@torch.no_grad()
+def test_a_remembered_image_has_distance_zero(window_sizes):
+    torch.manual_seed(3)
+    model = MVFAModel("tiny", class_name="Brain", variant={"window_sizes": window_sizes}).eval()
+    support = make_support(2)
+    model.remember(support)
+    memory = model.branches(support.normal[0])[1]
+    assert float(memory.anomaly_map.abs().max()) < 1e-5
+
+
 @torch.no_grad()
 def test_an_unused_bank_leaves_the_model_zero_shot(tiny, images):
     before = tiny(images[:1])
