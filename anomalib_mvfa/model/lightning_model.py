@@ -27,14 +27,9 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from anomalib_mvfa.backbones.loading import PUBLISHED_BACKBONE, resolve_backbone
-from anomalib_mvfa.callbacks.best_epoch import BestEpoch
-from anomalib_mvfa.callbacks.completion import CompleteTraining
+from anomalib_mvfa.backbones.loading import resolve_backbone
+from anomalib_mvfa.callbacks import surrounding_callbacks
 from anomalib_mvfa.callbacks.loading import prepare_processes
-from anomalib_mvfa.callbacks.non_finite import NonFiniteLoss
-from anomalib_mvfa.callbacks.prediction_table import PredictionTable
-from anomalib_mvfa.callbacks.resuming import ResumePoint
-from anomalib_mvfa.callbacks.run_record import RunRecord
 from anomalib_mvfa.deploy.export import ExportMixin
 from anomalib_mvfa.metrics import MVFAEvaluator
 from anomalib_mvfa.post_processing import MVFAPostProcessor
@@ -42,16 +37,9 @@ from anomalib_mvfa.pre_processing import MVFAPreProcessor
 from anomalib_mvfa.training.calibration import Calibration
 from anomalib_mvfa.training.state import FitState, begin_training, prepare_evaluation, set_default_epochs
 from anomalib_mvfa.visualization import MVFAVisualizer
+from anomalib_mvfa.weights import checkpoints
 from anomalib_mvfa.weights.adapter_files import check_facts, load_adapters
-from anomalib_mvfa.weights.checkpoints import (
-    checkpoint_facts,
-    keep_trained_state,
-    read_checkpoint,
-    restore_state,
-    save_state,
-    settle,
-    write_whole_checkpoints,
-)
+from anomalib_mvfa.weights.arguments import CHOICES, DEFAULTS, NETWORK, settle
 from anomalib_mvfa.weights.facts import evaluation_facts, model_facts
 
 from .loss import training_losses
@@ -63,21 +51,6 @@ __all__ = ["MVFA"]
 logger = logging.getLogger(__name__)
 
 ADAM_BETAS = (0.5, 0.999)
-DEFAULTS: dict[str, Any] = {
-    "backbone": PUBLISHED_BACKBONE,
-    "memory": True,
-    "max_support": 32,
-    "learning_rate": 1e-3,
-    "selection": "last",
-    "fusion_scale": "support",
-    "language_weight": 0.5,
-    "coreset": 1.0,
-    "threshold": "f1",
-    "target_fpr": 0.01,
-    "variant": "released",
-}
-CHOICES = {"fusion_scale": ("support", "test"), "selection": ("last", "best")}
-NETWORK = ("backbone", "pretrained", "image_size", "levels", "variant")
 
 
 class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in anomalib
@@ -218,7 +191,7 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
         used = "model" in self._modules and not self._untouched
         self._untouched = False
         # Adapters know how their images were read, which is asked when the data are loaded.
-        if (fitting or self._adapters_given) and not self.ensure_model() and fitting and used:
+        if (fitting or self.option("adapters")) and not self.ensure_model() and fitting and used:
             self.model.reset()
 
     def ensure_model(self) -> bool:
@@ -259,13 +232,9 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
         return super().forward(batch, *args, **kwargs)
 
     @property
-    def _adapters_given(self) -> bool:
-        return self.hparams["adapters"] is not None
-
-    @property
     def learning_type(self) -> LearningType:
         """One-class while adapters have to be trained; zero- or few-shot once they were given."""
-        if not self._adapters_given:
+        if self.option("adapters") is None:
             return LearningType.ONE_CLASS
         return LearningType.FEW_SHOT if self.option("memory") else LearningType.ZERO_SHOT
 
@@ -283,11 +252,7 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
 
     @staticmethod
     def configure_pre_processor(image_size: tuple[int, int] | None = None) -> MVFAPreProcessor:
-        """Configure the default pre-processor: the published resize, nothing else.
-
-        Args:
-            image_size: Height and width; 240 x 240 by default.
-        """
+        """Configure the default pre-processor: the published resize to 240 x 240 pixels or another size."""
         return MVFAPreProcessor(image_size or (240, 240))
 
     def configure_post_processor(self) -> MVFAPostProcessor:
@@ -306,15 +271,8 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
 
     def configure_callbacks(self) -> Sequence[Callback]:
         """Add what surrounds a run to anomalib's components."""
-        callbacks = super().configure_callbacks()
-        own: list[Callback] = [PredictionTable()]
-        if self.trainer.state.fn == TrainerFn.FITTING:
-            own += [RunRecord(), NonFiniteLoss(), CompleteTraining()]
-            if self.option("selection") == "best":  # takes the place of anomalib's callback of the same class
-                own.append(BestEpoch(Path(self.trainer.default_root_dir) / "weights" / "lightning"))
-            if self.trainer.checkpoint_callback is not None:
-                own.append(ResumePoint())
-        return [*(callbacks if isinstance(callbacks, Sequence) else [callbacks]), *own]
+        components = super().configure_callbacks()
+        return [*(components if isinstance(components, Sequence) else [components]), *surrounding_callbacks(self)]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam over the adapters, as published."""
@@ -324,13 +282,9 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
     # Training
 
     def setup(self, stage: str) -> None:
-        """Make the state of a fit, and prepare loaders and checkpoints.
-
-        Args:
-            stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
-        """
+        """Make the state of a fit, and prepare loaders and checkpoints."""
         prepare_processes(self.trainer)
-        write_whole_checkpoints(self.trainer)
+        checkpoints.write_whole_checkpoints(self.trainer)
         self.fit_state = FitState() if stage == TrainerFn.FITTING else None
 
     def on_fit_start(self) -> None:
@@ -359,14 +313,6 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
         if not self.validates:
             self.calibration.complete(self)
 
-    def _text_features_of(self, batch: ImageBatch) -> Tensor | None:
-        """Return the text features ``(B, E, 2)`` of a training batch that names its classes, else ``None``."""
-        names = getattr(batch, "class_name", None)
-        features = self.fit_state.class_features if self.fit_state is not None else {}
-        if names is None or not features:
-            return None
-        return torch.stack([features[name] for name in names]).to(self.device)
-
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """Compute the loss of a batch.
 
@@ -376,9 +322,6 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
 
         Returns:
             Mean loss over the samples.
-
-        Raises:
-            ValueError: If the batch has no labels.
         """
         images: Tensor = batch.image  # type: ignore[assignment]  # a batch always has images
         masks: Tensor | None = batch.gt_mask
@@ -397,7 +340,7 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
             labels,
             masks if self.model.has_masks else None,
             getattr(batch, "has_mask", None),
-            self._text_features_of(batch),
+            state.text_features(batch),
             state.token_cache,
         )
         for name, values in terms.items():
@@ -430,9 +373,7 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
         prepare_evaluation(self)
         self.calibration.complete(self)
 
-    def on_predict_start(self) -> None:
-        """Warn of untrained adapters, and calibrate what was not calibrated before."""
-        self.on_test_start()
+    on_predict_start = on_test_start
 
     def on_test_end(self) -> None:
         """Keep the metrics of the test, which go into an adapters file."""
@@ -448,7 +389,9 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
         """Predict a batch for thresholds and normalisation."""
         del args, kwargs
         images: Tensor = batch.image  # type: ignore[assignment]  # a batch always has images
-        predictions = self.model.fuse(*self.model.branches(images, self._text_features_of(batch)))
+        predictions = self.model.fuse(
+            *self.model.branches(images, self.fit_state and self.fit_state.text_features(batch))
+        )
         return batch.update(**predictions._asdict())
 
     # Checkpoints
@@ -481,7 +424,9 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
             ValueError: If it cannot be read, was not made by MVFA, or does not fit the arguments.
         """
         if weights_only:
-            checkpoint_facts(read_checkpoint(checkpoint_path, cls.checkpoint_safe_globals()), checkpoint_path)
+            checkpoints.checkpoint_facts(
+                checkpoints.read_checkpoint(checkpoint_path, cls.checkpoint_safe_globals()), checkpoint_path
+            )
         options = {"map_location": map_location, "weights_only": weights_only, **kwargs}
         model: MVFA = super().load_from_checkpoint(checkpoint_path, **options)  # type: ignore[assignment]
         model.explicit = {name for name, value in kwargs.items() if value is not None} & model.hparams.keys()
@@ -490,16 +435,11 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen backbone out and store the bank in half precision."""
         super().on_save_checkpoint(checkpoint)
-        save_state(self, checkpoint)
+        checkpoints.save_state(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Build the network that the checkpoint describes, and settle its arguments with those given here.
-
-        Raises:
-            ValueError: If the checkpoint is not one of MVFA, was made with other backbone weights, or contradicts an
-                argument.
-        """
-        if keep_trained_state(self, checkpoint):
+        """Build the network that the checkpoint describes, and settle its arguments with those given here."""
+        if checkpoints.keep_trained_state(self, checkpoint):
             return
         self._untouched = False
         settled = settle(self, checkpoint)
@@ -508,5 +448,5 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
         self.ensure_model()
         super().on_load_checkpoint(checkpoint)  # its components
         self._apply_threshold_rule()
-        restore_state(self, checkpoint)
+        checkpoints.restore_state(self, checkpoint)
         self.calibration = Calibration.restored(checkpoint, settled)

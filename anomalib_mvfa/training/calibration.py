@@ -19,7 +19,8 @@ from anomalib_mvfa.post_processing import MVFAPostProcessor
 from anomalib_mvfa.pre_processing import MVFAPreProcessor
 from anomalib_mvfa.processes import gather_objects
 from anomalib_mvfa.training.state import training_data
-from anomalib_mvfa.weights.checkpoints import Settled, checkpoint_facts
+from anomalib_mvfa.weights.arguments import Settled
+from anomalib_mvfa.weights.checkpoints import checkpoint_facts
 
 if TYPE_CHECKING:
     from anomalib_mvfa.model import MVFA

@@ -53,6 +53,13 @@ class FitState:
     class_features: dict[str, Tensor] = field(default_factory=dict)
     token_cache: TokenCache | None = None
 
+    def text_features(self, batch: Any) -> Tensor | None:  # noqa: ANN401 - a batch of any datamodule
+        """Return the text features ``(B, E, 2)`` of a batch that names its classes, else ``None``."""
+        names = getattr(batch, "class_name", None)
+        if names is None or not self.class_features:
+            return None
+        return torch.stack([self.class_features[name] for name in names]).to(batch.image.device)
+
 
 def begin_training(module: "MVFA") -> None:
     """Take from the data what the images show, whether they have masks, and whether lesions must be synthesised.

@@ -3,11 +3,10 @@
 
 """Checkpoints: written whole, read without executing code, and what may be asked of one beside its own arguments."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from anomalib.engine.plugins import AnomalibCheckpointIO
@@ -16,25 +15,20 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from anomalib_mvfa.backbones.loading import resolve_backbone
 from anomalib_mvfa.files import replacing
-from anomalib_mvfa.model.tower import resolve_levels
-from anomalib_mvfa.model.variant import NETWORK_CHOICES, VARIANTS, Variant
 
 if TYPE_CHECKING:
     from anomalib_mvfa.model import MVFA
 
 __all__ = [
     "AtomicCheckpointIO",
-    "Settled",
     "checkpoint_facts",
     "checkpoint_folder",
+    "is_fitting",
     "keep_trained_state",
     "read_checkpoint",
     "restore_state",
     "save_state",
-    "settle",
-    "settle_arguments",
     "write_whole_checkpoints",
 ]
 
@@ -43,11 +37,6 @@ FORMAT = 2
 """Of checkpoints; those of version 0.1 have none."""
 TOWER = "model.tower."
 BANKS = ("model.seg_memory.", "model.det_memory.")
-ARCHITECTURE = ("backbone", "image_size", "levels")
-TRAINING = ("learning_rate", "selection")
-TRAINING_CHOICES = ("bce_as_logits", "background_dice")
-THRESHOLDS = ("threshold", "target_fpr", "language_weight", "map_blur")
-"""Arguments that change scores or thresholds, but neither the bank nor the ranges of the branches."""
 
 
 def checkpoint_folder(trainer: Trainer) -> Path:
@@ -172,75 +161,6 @@ def checkpoint_facts(checkpoint: dict[str, Any], path: str | Path = "This checkp
     return facts
 
 
-class Settled(NamedTuple):
-    """What follows from a checkpoint's arguments and those given beside it.
-
-    Args:
-        arguments: Arguments by name, all of them with a value where one is needed.
-        bank_holds: Whether bank and ranges of the checkpoint fit these arguments.
-        thresholds_hold: Whether its thresholds do.
-    """
-
-    arguments: dict[str, Any]
-    bank_holds: bool
-    thresholds_hold: bool
-
-
-def settle_arguments(saved: dict[str, Any], given: Mapping[str, Any], *, resuming: bool) -> Settled:
-    """Combine the arguments of a checkpoint with those given beside it: honour each of them, or refuse it.
-
-    What the weights fix may not differ. What concerns evaluation may, except when a training is resumed. Arguments that
-    only training reads have no effect on an evaluation. ``pretrained`` may name another copy of the weights, which are
-    compared by their fingerprint.
-
-    Args:
-        saved: Arguments in the checkpoint.
-        given: Arguments that a user has given, without those left at their defaults.
-        resuming: Whether a training goes on from the checkpoint.
-
-    Raises:
-        ValueError: If an argument contradicts the checkpoint.
-
-    Example:
-        >>> saved = {"memory": True, "threshold": "f1", "backbone": "tiny", "variant": Variant().plain()}
-        >>> settle_arguments(saved, {"threshold": "fpr"}, resuming=False)[1:]
-        (True, False)
-    """
-    arguments = {**saved, **{name: value for name, value in given.items() if name != "variant"}}
-    if given.get("adapters") is not None:
-        msg = "A checkpoint holds adapters of its own. Give --ckpt_path or --model.adapters, not both."
-        raise ValueError(msg)
-    own = Variant.of(saved["variant"])
-    asked = own
-    if "variant" in given:
-        asked = Variant.of(given["variant"])
-        if asked.quick_gelu is None or asked in VARIANTS.values():  # then the backbone decides
-            asked = replace(asked, quick_gelu=own.quick_gelu)
-    arguments["variant"] = asked.plain()
-    changed = {name for name in given if name != "variant" and _comparable(given[name]) != _comparable(saved.get(name))}
-    changed |= {name for name, value in asked.plain().items() if value != own.plain()[name]}
-    fixed = {*ARCHITECTURE, *NETWORK_CHOICES}
-    for name in sorted(changed if resuming else changed & fixed):
-        if name == "pretrained":
-            continue
-        of_variant = name in own.plain()
-        before, now = (own.plain()[name], asked.plain()[name]) if of_variant else (saved.get(name), given[name])
-        option = f"--model.{'variant.' if of_variant else ''}{name}"
-        why = "a training goes on with the arguments that it began with" if resuming else "its weights fit no other"
-        msg = (
-            f"The checkpoint was made with {option} {before}, but {now} was given; {why}. Leave it out, or train anew."
-        )
-        raise ValueError(msg)
-    effective = changed - {"pretrained", *TRAINING, *TRAINING_CHOICES}
-    if "memory" in changed and not given["memory"]:
-        effective = (effective - {"memory"}) | {"threshold"}  # a bank that is not used needs no change
-    return Settled(arguments, bank_holds=effective <= set(THRESHOLDS), thresholds_hold=not effective)
-
-
-def _comparable(value: Any) -> Any:  # noqa: ANN401 - any argument
-    return list(value) if isinstance(value, tuple) else value
-
-
 def _check_tensors(state: dict[str, Any], model: nn.Module) -> None:
     """Check that the tensors of a checkpoint are those of a model, but for the length of the bank."""
     expected = {name: value for name, value in model.state_dict().items() if not name.startswith(TOWER)}
@@ -260,33 +180,8 @@ def _check_tensors(state: dict[str, Any], model: nn.Module) -> None:
         raise ValueError(msg)
 
 
-def settle(module: "MVFA", checkpoint: dict[str, Any]) -> Settled:
-    """Combine the arguments of a checkpoint with those that a model was made with.
-
-    Args:
-        module: The model.
-        checkpoint: Contents of the checkpoint.
-
-    Returns:
-        The arguments in force, and whether the calibration fits them.
-
-    Raises:
-        ValueError: If the checkpoint is not one of MVFA, or contradicts an argument.
-    """
-    facts = checkpoint_facts(checkpoint)
-    saved = facts["arguments"]
-    given = {name: module.hparams_initial[name] for name in module.explicit}
-    if isinstance(given.get("image_size"), int):
-        given["image_size"] = [given["image_size"]] * 2
-    if isinstance(given.get("levels"), str):
-        config = resolve_backbone(saved["backbone"], saved["pretrained"])
-        given["levels"] = resolve_levels(given["levels"], config.model["vision_cfg"]["layers"])
-    settled = settle_arguments({**saved, "class_name": facts["class_name"]}, given, resuming=_is_fitting(module))
-    kept = given.get("class_name", saved["class_name"])
-    return settled._replace(arguments={**settled.arguments, "class_name": kept})
-
-
-def _is_fitting(module: "MVFA") -> bool:
+def is_fitting(module: "MVFA") -> bool:
+    """Return whether a trainer is training the model."""
     return module._trainer is not None and module.trainer.state.fn == TrainerFn.FITTING
 
 
@@ -348,7 +243,7 @@ def restore_state(module: "MVFA", checkpoint: dict[str, Any]) -> None:
         raise ValueError(msg)
     _check_tensors(checkpoint["state_dict"], module)
     module.trained = True
-    module.resumed_from = module.trainer.ckpt_path if _is_fitting(module) else None
+    module.resumed_from = module.trainer.ckpt_path if is_fitting(module) else None
     module.intensity = facts["intensity"]
     module.history = {name: facts[name] for name in module.history}
     network.has_masks = facts["has_masks"]
