@@ -198,7 +198,7 @@ def read_pixels(source: ImageRef | str | Path) -> Pixels:
     kind = file_kind(ref.path)
     if kind == "volume":
         return slice_pixels(ref)
-    return dicom_frame(ref)[0] if kind == "dicom" else raster_pixels(ref)
+    return dicom_frame(ref)[0] if kind == "dicom" else raster_pixels(ref, exact=True)
 
 
 def read_mask(source: ImageRef | str | Path) -> torch.Tensor:
