@@ -244,6 +244,13 @@ class TestRaster:
         )
         with pytest.raises(UnreadableImageError, match=r"signed\.tif: holds signed numbers of 8 bits"):
             read_image(tmp_path / "signed.tif")
+        tifffile.imwrite(tmp_path / "stack.tif", np.stack([RAMP, RAMP + 1]), photometric="minisblack")
+        with pytest.raises(UnreadableImageError, match=r"stack\.tif: holds 2 pages of one size"):
+            read_image(tmp_path / "stack.tif")
+        with tifffile.TiffWriter(tmp_path / "preview.tif") as file:
+            file.write(RAMP, photometric="minisblack")
+            file.write(RAMP[::2, ::2], photometric="minisblack")
+        np.testing.assert_allclose(grey(read_image(tmp_path / "preview.tif")), RAMP / 255, atol=1e-6)
         mask = np.zeros((4, 4, 3), np.uint16)
         mask[1, 2] = 1
         cv2.imwrite(str(tmp_path / "mask.png"), mask)
