@@ -128,7 +128,7 @@ def test_medical_folder_reports_what_it_cannot_read_and_the_status_says_so(check
     done = command(*predict, "--data", "MedicalFolder", "--data.path", scans, cwd=folder)
     assert done.returncode == 1
     assert "1 of 4 images could not be read" in done.stderr.splitlines()[-1]
-    (predictions,) = (folder / "results").rglob("scans/**/predictions.csv")
+    (predictions,) = (folder / "results").rglob("Prediction/**/predictions.csv")
     rows = table(predictions)
     assert [row["error"] for row in rows] == ["", "", "", "the file is empty"]
     assert all(row["score"] for row in rows[:3])

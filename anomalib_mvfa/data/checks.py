@@ -18,7 +18,7 @@ from PIL import Image
 from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
-from .readers import JPEG_SUFFIXES, UnreadableImageError, is_volume, read_image, read_mask
+from .readers import JPEG_SUFFIXES, UnreadableImageError, has_burned_in_text, is_volume, read_image, read_mask
 
 __all__ = ["CheckedDataModule", "check_images", "check_masks", "enumerate_some"]
 
@@ -34,7 +34,7 @@ _READABLE: set[tuple[object, ...]] = set()  # what this process has found in ord
 
 
 class CheckedDataModule(AnomalibDataModule):
-    """A datamodule that reads every image of a stage once before it begins, each time one begins."""
+    """A datamodule that reads every image of a stage once before it begins, and warns of text in images to be shown."""
 
     def setup(self, stage: str | None = None) -> None:
         """List the images; before training, validation and testing also read each that will be used once.
@@ -51,10 +51,24 @@ class CheckedDataModule(AnomalibDataModule):
         names = next((names for fn, names in CHECKED_PARTS.items() if stage == fn), ())
         parts = (self._checked_part(name) for name in names)
         check_images(*(part for part in parts if part is not None), num_workers=self.num_workers)
+        shown = getattr(self, "predict_data", None) or getattr(self, "test_data", None)
+        if stage in {TrainerFn.TESTING, TrainerFn.PREDICTING} and shown is not None:
+            warn_of_text(shown)
 
     def _checked_part(self, name: str) -> AnomalibDataset | None:
         """Return the data set of a part, ``None`` if there is none."""
         return getattr(self, f"{name}_data", None)
+
+
+def warn_of_text(data: AnomalibDataset) -> None:
+    """Warn once of text burned into images whose heatmaps will be written, unless parts of them are blacked out."""
+    count = sum(has_burned_in_text(path) for path in data.samples["image_path"].unique())
+    if count and not getattr(data, "blackout", ()):
+        logger.warning(
+            "%d DICOM files may have text such as a patient's name burned into their pixels, which heatmaps then show. "
+            "Look at them, and set blackout to the rectangles with text.",
+            count,
+        )
 
 
 def check_images(*parts: AnomalibDataset, num_workers: int = 0) -> None:

@@ -32,7 +32,6 @@ from .readers import (
     ImageRef,
     IntensityRule,
     UnreadableImageError,
-    has_burned_in_text,
     is_dicom,
     is_volume,
     list_images,
@@ -250,22 +249,13 @@ class MedicalFolder(CheckedDataModule):
         return ImageRef(self.path, None, self.axis, root, self.volume, self.max_pixels)
 
     def setup(self, stage: str | None = None) -> None:
-        """List the images, check those of the stage, and warn of text burned into images whose heatmaps are written.
+        """List the images, check those of the stage, and in prediction write anomaly maps of volumes.
 
         Args:
             stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``; ``None`` lists only.
         """
         super().setup(stage)
         trainer = self.trainer
-        if stage in {TrainerFn.PREDICTING, TrainerFn.TESTING} and not self.blackout:
-            data = self.predict_data if hasattr(self, "predict_data") else self.test_data
-            count = sum(has_burned_in_text(path) for path in data.samples["image_path"].unique())
-            if count:
-                logger.warning(
-                    "%d DICOM files may have text such as a patient's name burned into their pixels, which heatmaps "
-                    "then show. Look at them, and set blackout to the rectangles with text.",
-                    count,
-                )
         if stage == TrainerFn.PREDICTING and trainer is not None:
             callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning
             if not any(isinstance(callback, AnomalyVolumes) for callback in callbacks):

@@ -3,7 +3,7 @@
 
 """Orders of the training images that depend on seed and epoch alone.
 
-A resumed training sees what it would have seen, and several processes agree without talking to each other.
+A resumed training continues the same order, and several processes agree without communication.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,10 +16,10 @@ __all__ = ["BalancedSampler", "EpochSampler"]
 
 
 class EpochSampler(DistributedSampler):  # type: ignore[type-arg]
-    """Lightning tells it the epoch, and it tells the dataset, in case the images depend on it."""
+    """Passes the epoch, which Lightning sets, on to the data set, in case the images depend on it."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Take the number of the epoch.
+        """Set the number of the epoch.
 
         Args:
             epoch: Zero-based.

@@ -739,12 +739,21 @@ def test_folders_named_after_patients_reach_no_file_of_a_training(tmp_path, pati
             assert name not in said, path
 
 
-def test_burned_in_text_brings_one_warning_and_can_be_blacked_out(tmp_path, predict, caplog):
+def test_burned_in_text_brings_one_warning_and_can_be_blacked_out(tmp_path, patients, predict, caplog):
     for index in range(3):
         write_dicom(tmp_path / f"us/{index}.dcm", body(index), Modality="US")
     write_dicom(tmp_path / "us/clean.dcm", body(9), Modality="CT")
     predict(MedicalFolder(tmp_path / "us", num_workers=0))
     assert caplog.text.count("3 DICOM files may have text such as a patient's name burned into their pixels") == 1
+    caplog.clear()
+    few_shot = FewShot(MedicalFolder(patients, group_by="patient", **FOLDERS), k_shot=1)
+    for path in patients.rglob("abnormal/*/1.dcm"):
+        dataset = pydicom.dcmread(path)
+        dataset.BurnedInAnnotation = "YES"
+        dataset.save_as(path)
+    few_shot.setup("test")
+    count = sum("abnormal" in path for path in few_shot.test_data.samples["image_path"])
+    assert f"{count} DICOM files may have text" in caplog.text
     caplog.clear()
     box = [[4, 30, 20, 10]]
     _, folder = predict(MedicalFolder(tmp_path / "us", num_workers=0, blackout=box))

@@ -14,8 +14,10 @@ import zlib
 from pathlib import Path
 from typing import Any, ClassVar
 
+import cv2
 import numpy as np
 import pytest
+import tifffile
 import torch
 from anomalib.data.utils import read_image as anomalib_read_image
 from PIL import Image
@@ -222,6 +224,42 @@ class TestRaster:
     def test_eight_bit_image_is_taken_for_windowed_already(self, tmp_path: Path) -> None:
         Image.fromarray(RAMP).save(tmp_path / "a.png")
         assert torch.equal(read_image(tmp_path / "a.png", "lung"), read_image(tmp_path / "a.png"))
+
+    @pytest.mark.parametrize(
+        ("dtype", "largest", "photometric", "order"),
+        [("u2", 4095, "miniswhite", "<"), ("u4", 2**31 + 5, "minisblack", "<"), ("u2", 4095, "minisblack", ">")],
+    )
+    def test_tiff_values_are_those_of_the_file(
+        self, tmp_path: Path, dtype: str, largest: int, photometric: str, order: str
+    ) -> None:
+        stored = np.linspace(0, largest, 48).astype(dtype).reshape(6, 8)
+        tifffile.imwrite(tmp_path / "a.tif", stored, photometric=photometric, byteorder=order)
+        grey_levels = grey(read_image(tmp_path / "a.tif", {"percentile": [0, 100]}))
+        expected = stored / largest
+        np.testing.assert_allclose(grey_levels, 1 - expected if photometric == "miniswhite" else expected, atol=1e-6)
+
+    def test_values_that_pillow_would_change_are_refused(self, tmp_path: Path) -> None:
+        tifffile.imwrite(
+            tmp_path / "signed.tif", np.arange(-8, 8, dtype=np.int8).reshape(4, 4), photometric="minisblack"
+        )
+        with pytest.raises(UnreadableImageError, match=r"signed\.tif: holds signed numbers of 8 bits"):
+            read_image(tmp_path / "signed.tif")
+        tifffile.imwrite(tmp_path / "stack.tif", np.stack([RAMP, RAMP + 1]), photometric="minisblack")
+        with pytest.raises(UnreadableImageError, match=r"stack\.tif: holds 2 pages of one size"):
+            read_image(tmp_path / "stack.tif")
+        with tifffile.TiffWriter(tmp_path / "preview.tif") as file:
+            file.write(RAMP, photometric="minisblack")
+            file.write(RAMP[::2, ::2], photometric="minisblack")
+        np.testing.assert_allclose(grey(read_image(tmp_path / "preview.tif")), RAMP / 255, atol=1e-6)
+        mask = np.zeros((4, 4, 3), np.uint16)
+        mask[1, 2] = 1
+        cv2.imwrite(str(tmp_path / "mask.png"), mask)
+        with pytest.raises(UnreadableImageError, match=r"mask\.png: holds colours or transparency of 16 bits"):
+            read_mask(tmp_path / "mask.png")
+        cv2.imwrite(str(tmp_path / "colour.png"), RGB.astype(np.uint16) * 257)
+        np.testing.assert_allclose(
+            read_image(tmp_path / "colour.png").permute(1, 2, 0), RGB[..., ::-1] / 255, atol=1e-6
+        )
 
     def test_nan_pixels_become_the_minimum(self, tmp_path: Path) -> None:
         Image.fromarray(np.array([[np.nan, 2], [3, 4]], dtype=np.float32)).save(tmp_path / "a.tif")

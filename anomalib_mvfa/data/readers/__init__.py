@@ -156,7 +156,7 @@ def read_image(
     """Read one image.
 
     Ordinary 8-bit files equal those of anomalib's own ``read_image``: divided by 255, EXIF orientation not applied.
-    Transparent pixels are laid on black. Of a file with several pages the first is read. Pixels that a DICOM file
+    Transparent pixels are laid on black. Of a TIFF file with previews the first page is read. Pixels that a DICOM file
     declares as padding are black and excluded from percentiles; NaN and -inf are set to the smallest finite value,
     +inf to the largest. Slices of volumes show anterior (axial) or superior (coronal, sagittal) up and the patient's
     right, or anterior for sagittal slices, on the left.
@@ -198,7 +198,7 @@ def read_pixels(source: ImageRef | str | Path) -> Pixels:
     kind = file_kind(ref.path)
     if kind == "volume":
         return slice_pixels(ref)
-    return dicom_frame(ref)[0] if kind == "dicom" else raster_pixels(ref)
+    return dicom_frame(ref)[0] if kind == "dicom" else raster_pixels(ref, exact=True)
 
 
 def read_mask(source: ImageRef | str | Path) -> torch.Tensor:
