@@ -167,15 +167,12 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
             found |= {**sizes, "variant": self.model.variant.plain()}
         return found
 
-    # The network is built late, so that `anomalib predict --model MVFA --ckpt_path ...` needs no argument but the
-    # checkpoint, which knows the backbone.
-
     def configure_model(self) -> None:
         """Build the network for training, or from given adapters, unless it is there.
 
         A fit starts with new adapters, unless the network was built by hand and is trained for the first time, or the
-        fit goes on from a checkpoint. Validation, testing and prediction may still be given a checkpoint: they build
-        when they start.
+        fit goes on from a checkpoint. Validation, testing and prediction may still be given a checkpoint, which has the
+        name of the backbone: they build when they start.
 
         Raises:
             FileNotFoundError: If the backbone's weights are not there.
@@ -389,9 +386,8 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
         """Predict a batch for thresholds and normalisation."""
         del args, kwargs
         images: Tensor = batch.image  # type: ignore[assignment]  # a batch always has images
-        predictions = self.model.fuse(
-            *self.model.branches(images, self.fit_state and self.fit_state.text_features(batch))
-        )
+        features = None if self.fit_state is None else self.fit_state.text_features(batch)
+        predictions = self.model.fuse(*self.model.branches(images, features))
         return batch.update(**predictions._asdict())
 
     # Checkpoints
