@@ -524,7 +524,7 @@ def mean_roc(runs: Sequence[ImageScores], points: int = 201) -> tuple[Array, Arr
         False-positive rates and mean sensitivities, both ``(points + 1,)``, from (0, 0) to (1, 1).
     """
     grid = np.linspace(0, 1, points)
-    curves = [np.interp(grid, *roc_curve(run.labels, run.scores, drop_intermediate=False)[:2]) for run in runs]
+    curves = [np.interp(grid, *roc_curve(run.labels, run.scores)[:2]) for run in runs]
     return np.append(0.0, grid), np.append(0.0, np.mean(curves, axis=0))
 
 

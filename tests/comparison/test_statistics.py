@@ -312,6 +312,24 @@ def test_differences_of_all_metrics_are_paired():
     assert (found["image_AUROC"].ahead, found["image_AUROC"].seeds, found["image_AUROC"].images) == (1, 1, 200)
 
 
+def test_the_interval_of_a_difference_is_bca_of_the_differences():
+    labels, first = draw(17, shift=2.0)
+    second = first + np.random.default_rng(17).normal(size=100)
+    ours, theirs = (bootstrap([run(labels, scores)])["image_AP"] for scores in (first, second))
+    by_hand = statistics.Resampled(
+        ours.value - theirs.value,
+        ours.draws - theirs.draws,
+        tuple(a - b for a, b in zip(ours.left_out, theirs.left_out, strict=True)),
+    )
+    found = differences([run(labels, first)], [run(labels, second)])["image_AP"]
+    assert (found.low, found.high) == pytest.approx(bca_interval(by_hand), abs=1e-12)
+    for name in IMAGE_METRICS:
+        alone = intervals([run(labels, first)])[name]
+        expected = bca_interval(bootstrap([run(labels, first)])[name])
+        assert alone == (area([run(labels, first)]).interval() if name == "image_AUROC" else expected)
+    assert list(intervals([run(labels, first)])) == list(IMAGE_METRICS)
+
+
 def test_a_method_does_not_differ_from_itself():
     labels, scores = draw(11)
     for name, difference in differences([run(labels, scores)], [run(labels, scores)]).items():
@@ -371,6 +389,11 @@ def test_holm_multiplies_by_the_comparisons_that_are_left():
     assert math.isnan(holm({"a": math.nan})["a"])
 
 
+def test_spread_is_that_of_a_sample():
+    assert mean_and_spread([1.0, 2.0]) == (1.5, pytest.approx(math.sqrt(0.5)))
+    assert mean_and_spread([1.0, 2.0, 6.0]) == (3.0, pytest.approx(math.sqrt(7)))
+
+
 def test_spread_of_one_value_is_unknown():
     mean, spread = mean_and_spread([0.5])
     assert mean == 0.5
@@ -399,3 +422,13 @@ def test_mean_pr_averages_to_the_average_precision():
     assert precisions.mean() == pytest.approx(image_metrics(labels, scores)["image_AP"][0], abs=1e-9)
     assert recalls[-1] == 1
     assert precisions[-1] >= 0.5
+
+
+def test_mean_curves_are_the_means_of_their_runs():
+    runs = [run(*draw(seed, normal=30, abnormal=30)) for seed in (18, 19)]
+    for curve in (mean_roc, mean_pr):
+        x, y = curve(runs)
+        singles = [curve([each]) for each in runs]
+        assert y == pytest.approx((singles[0][1] + singles[1][1]) / 2)
+        assert x.tolist() == singles[0][0].tolist()
+        assert len(x) == len(y) == (202 if curve is mean_roc else 201)
