@@ -399,9 +399,7 @@ def bca_interval(sample: Resampled, level: float = LEVEL) -> tuple[float, float]
     if not len(known) or math.isnan(sample.value):
         return math.nan, math.nan
     share = ((known < sample.value).mean() + (known <= sample.value).mean()) / 2
-    if not 0 < share < 1:
-        low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
-        return float(low), float(high)
+    share = min(max(share, 0.5 / len(known)), 1 - 0.5 / len(known))  # keeps the bias finite
     cubes = squares = 0.0
     for values in sample.left_out:
         finite = values[np.isfinite(values)]
@@ -462,8 +460,7 @@ def differences(first: Sequence[ImageScores], second: Sequence[ImageScores]) -> 
     Raises:
         ValueError: If a pair has no image in common, or labels an image differently.
     """
-    cache: dict[tuple[int, int], tuple[ImageScores, ImageScores]] = {}
-    pairs = [cache.setdefault((id(a), id(b)), _on_common_images(a, b)) for a, b in zip(first, second, strict=True)]
+    pairs = [_on_common_images(a, b) for a, b in zip(first, second, strict=True)]
     first, second = [a for a, _ in pairs], [b for _, b in pairs]
     each = [(image_metrics(a.labels, a.scores), image_metrics(b.labels, b.scores)) for a, b in pairs]
     images = len({path for run in first for path in run.paths})

@@ -168,6 +168,25 @@ def test_bca_interval_is_that_of_scipy():
     assert found[0] < percentile[0] - 0.008
 
 
+def test_draws_equal_to_the_estimate_count_by_half():
+    draws = np.concatenate([np.full(400, 0.5), np.linspace(0, 1, 1601)])
+    below, at_or_below = (draws < 0.5).mean(), (draws <= 0.5).mean()
+    bias = norm.ppf((below + at_or_below) / 2)
+    low, high = bca_interval(statistics.Resampled(0.5, draws, ()))
+    expected = np.quantile(draws, norm.cdf(2 * bias + norm.ppf([0.025, 0.975])))
+    assert (low, high) == pytest.approx(tuple(expected))
+    assert bca_interval(statistics.Resampled(0.3, np.full(50, 0.3), ())) == (0.3, 0.3)
+
+
+@pytest.mark.parametrize(("value", "near"), [(2.0, 1.0), (-2.0, 0.0)])
+def test_an_estimate_beyond_all_draws_has_an_interval_at_their_end(value, near):
+    low, high = bca_interval(statistics.Resampled(value, np.linspace(0, 1, 1001), ()))
+    assert 0 <= low <= high <= 1
+    assert abs(low - near) < 0.01 or abs(high - near) < 0.01
+    assert all(math.isnan(end) for end in bca_interval(statistics.Resampled(math.nan, np.zeros(5), ())))
+    assert all(math.isnan(end) for end in bca_interval(statistics.Resampled(0.0, np.full(5, math.nan), ())))
+
+
 def test_leaving_out_blocks_gives_the_acceleration_of_leaving_out_images(monkeypatch):
     labels, scores = draw(6, normal=120, abnormal=120, shift=2.0)
     whole = bca_interval(bootstrap([run(labels, scores)])["image_AP"])
@@ -364,9 +383,9 @@ def test_one_run_is_compared_with_every_seed_of_another_method():
 def test_pairs_without_common_truth_are_refused():
     labels, scores = draw(13)
     one = run(labels, scores)
-    with pytest.raises(ValueError, match="label the same images differently"):
+    with pytest.raises(ValueError, match="^Two methods label the same images differently: run"):
         differences([one], [run(~labels, scores)])
-    with pytest.raises(ValueError, match="no image in common"):
+    with pytest.raises(ValueError, match="^Two methods have no image in common: run"):
         differences([one], [ImageScores(tuple("x" + path for path in one.paths), labels, scores)])
 
 
