@@ -383,9 +383,9 @@ def test_one_run_is_compared_with_every_seed_of_another_method():
 def test_pairs_without_common_truth_are_refused():
     labels, scores = draw(13)
     one = run(labels, scores)
-    with pytest.raises(ValueError, match="^Two methods label the same images differently: run"):
+    with pytest.raises(ValueError, match=r"^Two methods label the same images differently: run"):
         differences([one], [run(~labels, scores)])
-    with pytest.raises(ValueError, match="^Two methods have no image in common: run"):
+    with pytest.raises(ValueError, match=r"^Two methods have no image in common: run"):
         differences([one], [ImageScores(tuple("x" + path for path in one.paths), labels, scores)])
 
 
