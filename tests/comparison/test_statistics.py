@@ -178,6 +178,20 @@ def test_draws_equal_to_the_estimate_count_by_half():
     assert bca_interval(statistics.Resampled(0.3, np.full(50, 0.3), ())) == (0.3, 0.3)
 
 
+def test_the_acceleration_is_the_skewness_of_the_influence_over_all_strata():
+    draws = np.linspace(-1, 1, 4001) ** 3
+    left_out = (np.array([0.0, 0.0, 3.0, math.nan]), np.array([1.0, 2.0, 2.0, 9.0]), np.array([5.0, 6.0]), np.ones(1))
+    first, second = (2 * (1 - np.array([0, 0, 3.0])) / 3, 3 * (3.5 - np.array([1, 2, 2, 9.0])) / 4)
+    influence = np.concatenate([first, second, [0.25, -0.25]])
+    acceleration = (influence**3).sum() / (6 * (influence**2).sum() ** 1.5)
+    bias = norm.ppf(0.6)
+    value = float(np.quantile(draws, 0.6))
+    shifted = bias + norm.ppf([0.05, 0.95])
+    expected = np.quantile(draws, norm.cdf(bias + shifted / (1 - acceleration * shifted)))
+    found = bca_interval(statistics.Resampled(value, draws, left_out), level=0.9)
+    assert found == pytest.approx(tuple(expected), rel=1e-3)
+
+
 @pytest.mark.parametrize(("value", "near"), [(2.0, 1.0), (-2.0, 0.0)])
 def test_an_estimate_beyond_all_draws_has_an_interval_at_their_end(value, near):
     low, high = bca_interval(statistics.Resampled(value, np.linspace(0, 1, 1001), ()))
