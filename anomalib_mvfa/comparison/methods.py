@@ -201,7 +201,7 @@ class Trainer:
         if trained_on == "supports":
             indices = list(range(support.num_abnormal, support.num_abnormal + support.num_normal))
             return support.images.subsample(indices)
-        train = data.source.train_data
+        train = data._source_parts()[0]
         return train.subsample((train.samples.label_index == 0).to_numpy().nonzero()[0].tolist())
 
     def _trainer_options(self, arguments: dict[str, Any]) -> dict[str, Any]:

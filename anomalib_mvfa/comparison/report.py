@@ -61,7 +61,7 @@ TITLES = {
 }
 COSTS = {
     "train_seconds": "training, seconds",
-    "train_peak_mb": "training peak, MB",
+    "train_peak_mb": "training peak on the card, MB",
     "predict_ms": "prediction, ms per image",
     "size_mb": "shipped, MB",
 }

@@ -49,7 +49,6 @@ def protocols(options: argparse.Namespace) -> dict[str, Comparison]:
     """
 
     def make(name: str, method: str, arguments: Mapping[str, Any], draws: Sequence[str], **source: Any) -> Comparison:  # noqa: ANN401
-        listed = {"support_list": f"{options.lists}/{{set}}/{{draw}}.txt", "draws": tuple(draws)}
         common = {"root": str(options.data), "eval_batch_size": 16, "num_workers": options.num_workers, **source}
         sets = {each: {"class_path": "MedicalBMAD", "init_args": {"category": each, **common}} for each in options.sets}
         return Comparison(
@@ -62,7 +61,8 @@ def protocols(options: argparse.Namespace) -> dict[str, Comparison]:
             pixel_metrics="network",
             epochs=options.epochs,
             accelerator=options.accelerator,
-            **listed,
+            support_list=f"{options.lists}/{{set}}/{{draw}}.txt",
+            draws=tuple(draws),
         )
 
     whole_test = {"val_split_mode": "same_as_test"}
@@ -119,8 +119,8 @@ def estimate(made: Mapping[str, Comparison], options: argparse.Namespace) -> str
     if not pending:
         return "Everything has been computed."
     images: dict[str, tuple[int, int]] = {}  # test and validation images
-    for name, source in pending[0][1].comparison.sets.items():
-        data = get_datamodule(dict(source))
+    for name, config in pending[0][1].comparison.sets.items():
+        data = get_datamodule(dict(config))
         data.setup()
         images[name] = (len(data.test_data), len(data.val_data))
     spec = pending[0][1]

@@ -9,14 +9,11 @@ remain beside the supports of the largest number. Methods that see no supports a
 
 import contextlib
 import copy
-import ctypes
-import gc
 import json
 import logging
 import os
 import platform
 import re
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import psutil
 import torch
 from anomalib.data import AnomalibDataModule, AnomalibDataset, ImageItem, get_datamodule
 from lightning import seed_everything
@@ -76,6 +72,8 @@ class Comparison:
         pretrained: As of MVFA.
         image_size: As of MVFA.
         k_shot: Numbers of supports.
+        group_by: As of ``FewShot``: which part of a file name the images of a patient share, for sets whose datamodules
+            know no patients.
         seeds: Each draws other supports.
         support_list: File with published supports instead of drawn ones; ``{set}`` and ``{draw}`` in its name stand for
             the set and for one of ``draws``, which then take the place of the seeds.
@@ -96,6 +94,7 @@ class Comparison:
     pretrained: str | None = None
     image_size: int | None = None
     k_shot: Sequence[int] = (4,)
+    group_by: str | None = None
     seeds: Sequence[int] = (0, 1, 2, 3, 4)
     support_list: str | None = None
     draws: Sequence[str] = ()
@@ -190,8 +189,18 @@ class Spec:
     def config(self) -> dict[str, Any]:
         """Everything that its result depends on, as plain data."""
         common = asdict(self.comparison)
-        chosen = ("backbone", "pretrained", "image_size", "epochs", "accelerator", "support_list", "pixel_metrics")
+        chosen = (
+            "backbone",
+            "pretrained",
+            "image_size",
+            "epochs",
+            "accelerator",
+            "support_list",
+            "pixel_metrics",
+            "group_by",
+        )
         facts = {name: common[name] for name in chosen} | {"arguments": self.arguments, "source": self.source}
+        facts["group_by"] = self.comparison.group_by
         facts["draw"] = self.comparison.draws[self.seed] if self.comparison.draws else None
         facts["largest_k_shot"] = max(self.comparison.k_shot) if self.k_shot else None  # decides which images remain
         result: dict[str, Any] = json.loads(json.dumps(facts, default=str))
@@ -291,7 +300,7 @@ class _Episodes:
         return self._made[key]
 
     def _make(self, spec: Spec, k_shot: int, abnormal_source: str) -> FewShot:
-        listed: dict[str, Any] = {"seed": spec.seed}
+        listed: dict[str, Any] = {"seed": spec.seed, "group_by": spec.comparison.group_by}
         if spec.comparison.support_list:
             draw = spec.comparison.draws[spec.seed]
             listed["support_list"] = spec.comparison.support_list.format(set=spec.set, draw=draw)
@@ -320,10 +329,12 @@ def _run(spec: Spec, episodes: _Episodes) -> dict[str, Any]:
     data = episodes.get(spec)
     trainer = Trainer(chosen, image_size, comparison.epochs, comparison.accelerator)
     seed_everything(spec.seed, verbose=False)
-    with _Peak() as peak:
-        began = time.monotonic()
-        ready = trainer.train(spec.method, spec.arguments, data, spec.set, spec.k_shot)
-        seconds = time.monotonic() - began
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    began = time.monotonic()
+    ready = trainer.train(spec.method, spec.arguments, data, spec.set, spec.k_shot)
+    seconds = time.monotonic() - began
+    peak = torch.cuda.max_memory_allocated() / MEGABYTE if torch.cuda.is_available() else None
     metrics, predict_ms = _Test(spec, ready, data, image_size).run()
     tensors = {tensor.data_ptr(): tensor for tensor in [*ready.network.parameters(), *ready.network.buffers()]}
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -331,7 +342,7 @@ def _run(spec: Spec, episodes: _Episodes) -> dict[str, Any]:
         "metrics": metrics,
         "cost": {
             "train_seconds": seconds,
-            "train_peak_mb": peak.megabytes,
+            "train_peak_mb": peak,  # of the graphics card
             "predict_ms": predict_ms,
             "size_mb": size / MEGABYTE,
         },
@@ -361,10 +372,11 @@ class _Test:
 
     def __init__(self, spec: Spec, ready: Ready, data: FewShot, image_size: tuple[int, int]) -> None:
         self.spec, self.ready, self.datamodule, self.image_size = spec, ready, data, image_size
-        whole = data.test_data if sees_supports(spec.method, spec.arguments) else data.source.test_data
-        self.data: AnomalibDataset = copy.copy(whole)
+        self.whole = data._source_parts()[2]  # with the supports and their copies, read as all parts are
+        tested = data.test_data if sees_supports(spec.method, spec.arguments) else self.whole
+        self.data: AnomalibDataset = copy.copy(tested)
         self.data.augmentations = None  # images and masks as they were read
-        self.has_masks = whole.samples.attrs["task"] == "segmentation"
+        self.has_masks = tested.samples.attrs["task"] == "segmentation"
         use_gpu = spec.comparison.accelerator != "cpu" and torch.cuda.is_available()
         self.device = torch.device("cuda" if use_gpu else "cpu")
         self.pixels = _Pixels()
@@ -423,7 +435,7 @@ class _Test:
             }
         )
         if "group" in self.data.samples:  # numbered, for names of groups may be those of patients; alone where unknown
-            known = self.datamodule.source.test_data.samples.group.dropna().unique()
+            known = self.whole.samples.group.dropna().unique()
             numbers = {name: str(number) for number, name in enumerate(sorted(known, key=str))}
             table["group"] = [
                 numbers.get(name, path) for name, path in zip(self.data.samples.group, table.path, strict=True)
@@ -460,37 +472,3 @@ def _machine() -> str:
         processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), processor)
     card = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{processor}, {torch.get_num_threads()} threads{card}"
-
-
-class _Peak:
-    """Measures the peak of memory: on the device where there is one, otherwise of the process beyond its start."""
-
-    INTERVAL = 0.02
-
-    def __enter__(self) -> "_Peak":
-        gc.collect()
-        with contextlib.suppress(OSError, AttributeError):  # returns memory of earlier cells; glibc alone offers it
-            ctypes.CDLL(None).malloc_trim(0)
-        self._process = psutil.Process()
-        self._start = self._most = self._process.memory_info().rss
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._stop.wait(self.INTERVAL):
-            self._most = max(self._most, self._process.memory_info().rss)
-
-    def __exit__(self, *_: object) -> None:
-        self._most = max(self._most, self._process.memory_info().rss)
-        self._stop.set()
-        self._thread.join()
-
-    @property
-    def megabytes(self) -> float:
-        """The peak."""
-        on_device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-        return (on_device or self._most - self._start) / MEGABYTE

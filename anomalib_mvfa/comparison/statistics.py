@@ -399,9 +399,7 @@ def bca_interval(sample: Resampled, level: float = LEVEL) -> tuple[float, float]
     if not len(known) or math.isnan(sample.value):
         return math.nan, math.nan
     share = ((known < sample.value).mean() + (known <= sample.value).mean()) / 2
-    if not 0 < share < 1:
-        low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
-        return float(low), float(high)
+    share = min(max(share, 0.5 / len(known)), 1 - 0.5 / len(known))  # keeps the bias finite
     cubes = squares = 0.0
     for values in sample.left_out:
         finite = values[np.isfinite(values)]
@@ -462,8 +460,7 @@ def differences(first: Sequence[ImageScores], second: Sequence[ImageScores]) -> 
     Raises:
         ValueError: If a pair has no image in common, or labels an image differently.
     """
-    cache: dict[tuple[int, int], tuple[ImageScores, ImageScores]] = {}
-    pairs = [cache.setdefault((id(a), id(b)), _on_common_images(a, b)) for a, b in zip(first, second, strict=True)]
+    pairs = [_on_common_images(a, b) for a, b in zip(first, second, strict=True)]
     first, second = [a for a, _ in pairs], [b for _, b in pairs]
     each = [(image_metrics(a.labels, a.scores), image_metrics(b.labels, b.scores)) for a, b in pairs]
     images = len({path for run in first for path in run.paths})
@@ -524,7 +521,7 @@ def mean_roc(runs: Sequence[ImageScores], points: int = 201) -> tuple[Array, Arr
         False-positive rates and mean sensitivities, both ``(points + 1,)``, from (0, 0) to (1, 1).
     """
     grid = np.linspace(0, 1, points)
-    curves = [np.interp(grid, *roc_curve(run.labels, run.scores, drop_intermediate=False)[:2]) for run in runs]
+    curves = [np.interp(grid, *roc_curve(run.labels, run.scores)[:2]) for run in runs]
     return np.append(0.0, grid), np.append(0.0, np.mean(curves, axis=0))
 
 

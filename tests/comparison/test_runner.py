@@ -280,6 +280,22 @@ def test_groups_of_the_samples_reach_the_scores_as_numbers(config, monkeypatch):
     assert "Jane" not in (cell / "scores.csv").read_text() + (cell / "cell.json").read_text()
 
 
+def test_groups_may_be_read_from_file_names(config):
+    """The last digit of a name stands for the patient."""
+    config |= {"k_shot": [1], "methods": {"distance to mean normal": {}, "mean brightness": {}}}
+    config["group_by"] = r"\d(\d)"
+    assert run_comparison(Comparison.from_config(config)) == []
+    groups = {}
+    for cell, record in cells(config).items():
+        table = pd.read_csv(Path(config["output"]) / "cells" / cell / "scores.csv")
+        assert record["config"]["group_by"] == config["group_by"]
+        groups[cell] = dict(zip(table.path, table.group, strict=True))
+    whole = groups["disks-mean-brightness-k0-seed0"]
+    some = groups["disks-distance-to-mean-normal-k1-seed0"]
+    assert all(whole[path] == group for path, group in some.items())
+    assert len(set(whole.values())) < len(whole)
+
+
 def test_the_command_reports_a_failed_cell_and_finishes_the_rest(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     peer = {"class_path": "Patchcore", "weights": "nowhere.safetensors"}

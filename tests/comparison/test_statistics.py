@@ -168,6 +168,39 @@ def test_bca_interval_is_that_of_scipy():
     assert found[0] < percentile[0] - 0.008
 
 
+def test_draws_equal_to_the_estimate_count_by_half():
+    draws = np.concatenate([np.full(400, 0.5), np.linspace(0, 1, 1601)])
+    below, at_or_below = (draws < 0.5).mean(), (draws <= 0.5).mean()
+    bias = norm.ppf((below + at_or_below) / 2)
+    low, high = bca_interval(statistics.Resampled(0.5, draws, ()))
+    expected = np.quantile(draws, norm.cdf(2 * bias + norm.ppf([0.025, 0.975])))
+    assert (low, high) == pytest.approx(tuple(expected))
+    assert bca_interval(statistics.Resampled(0.3, np.full(50, 0.3), ())) == (0.3, 0.3)
+
+
+def test_the_acceleration_is_the_skewness_of_the_influence_over_all_strata():
+    draws = np.linspace(-1, 1, 4001) ** 3
+    left_out = (np.array([0.0, 0.0, 3.0, math.nan]), np.array([1.0, 2.0, 2.0, 9.0]), np.array([5.0, 6.0]), np.ones(1))
+    first, second = (2 * (1 - np.array([0, 0, 3.0])) / 3, 3 * (3.5 - np.array([1, 2, 2, 9.0])) / 4)
+    influence = np.concatenate([first, second, [0.25, -0.25]])
+    acceleration = (influence**3).sum() / (6 * (influence**2).sum() ** 1.5)
+    bias = norm.ppf(0.6)
+    value = float(np.quantile(draws, 0.6))
+    shifted = bias + norm.ppf([0.05, 0.95])
+    expected = np.quantile(draws, norm.cdf(bias + shifted / (1 - acceleration * shifted)))
+    found = bca_interval(statistics.Resampled(value, draws, left_out), level=0.9)
+    assert found == pytest.approx(tuple(expected), rel=1e-3)
+
+
+@pytest.mark.parametrize(("value", "near"), [(2.0, 1.0), (-2.0, 0.0)])
+def test_an_estimate_beyond_all_draws_has_an_interval_at_their_end(value, near):
+    low, high = bca_interval(statistics.Resampled(value, np.linspace(0, 1, 1001), ()))
+    assert 0 <= low <= high <= 1
+    assert abs(low - near) < 0.01 or abs(high - near) < 0.01
+    assert all(math.isnan(end) for end in bca_interval(statistics.Resampled(math.nan, np.zeros(5), ())))
+    assert all(math.isnan(end) for end in bca_interval(statistics.Resampled(0.0, np.full(5, math.nan), ())))
+
+
 def test_leaving_out_blocks_gives_the_acceleration_of_leaving_out_images(monkeypatch):
     labels, scores = draw(6, normal=120, abnormal=120, shift=2.0)
     whole = bca_interval(bootstrap([run(labels, scores)])["image_AP"])
@@ -312,6 +345,24 @@ def test_differences_of_all_metrics_are_paired():
     assert (found["image_AUROC"].ahead, found["image_AUROC"].seeds, found["image_AUROC"].images) == (1, 1, 200)
 
 
+def test_the_interval_of_a_difference_is_bca_of_the_differences():
+    labels, first = draw(17, shift=2.0)
+    second = first + np.random.default_rng(17).normal(size=100)
+    ours, theirs = (bootstrap([run(labels, scores)])["image_AP"] for scores in (first, second))
+    by_hand = statistics.Resampled(
+        ours.value - theirs.value,
+        ours.draws - theirs.draws,
+        tuple(a - b for a, b in zip(ours.left_out, theirs.left_out, strict=True)),
+    )
+    found = differences([run(labels, first)], [run(labels, second)])["image_AP"]
+    assert (found.low, found.high) == pytest.approx(bca_interval(by_hand), abs=1e-12)
+    for name in IMAGE_METRICS:
+        alone = intervals([run(labels, first)])[name]
+        expected = bca_interval(bootstrap([run(labels, first)])[name])
+        assert alone == (area([run(labels, first)]).interval() if name == "image_AUROC" else expected)
+    assert list(intervals([run(labels, first)])) == list(IMAGE_METRICS)
+
+
 def test_a_method_does_not_differ_from_itself():
     labels, scores = draw(11)
     for name, difference in differences([run(labels, scores)], [run(labels, scores)]).items():
@@ -346,9 +397,9 @@ def test_one_run_is_compared_with_every_seed_of_another_method():
 def test_pairs_without_common_truth_are_refused():
     labels, scores = draw(13)
     one = run(labels, scores)
-    with pytest.raises(ValueError, match="label the same images differently"):
+    with pytest.raises(ValueError, match=r"^Two methods label the same images differently: run"):
         differences([one], [run(~labels, scores)])
-    with pytest.raises(ValueError, match="no image in common"):
+    with pytest.raises(ValueError, match=r"^Two methods have no image in common: run"):
         differences([one], [ImageScores(tuple("x" + path for path in one.paths), labels, scores)])
 
 
@@ -369,6 +420,11 @@ def test_holm_multiplies_by_the_comparisons_that_are_left():
     assert math.isnan(found["d"])
     assert holm({}) == {}
     assert math.isnan(holm({"a": math.nan})["a"])
+
+
+def test_spread_is_that_of_a_sample():
+    assert mean_and_spread([1.0, 2.0]) == (1.5, pytest.approx(math.sqrt(0.5)))
+    assert mean_and_spread([1.0, 2.0, 6.0]) == (3.0, pytest.approx(math.sqrt(7)))
 
 
 def test_spread_of_one_value_is_unknown():
@@ -399,3 +455,13 @@ def test_mean_pr_averages_to_the_average_precision():
     assert precisions.mean() == pytest.approx(image_metrics(labels, scores)["image_AP"][0], abs=1e-9)
     assert recalls[-1] == 1
     assert precisions[-1] >= 0.5
+
+
+def test_mean_curves_are_the_means_of_their_runs():
+    runs = [run(*draw(seed, normal=30, abnormal=30)) for seed in (18, 19)]
+    for curve in (mean_roc, mean_pr):
+        x, y = curve(runs)
+        singles = [curve([each]) for each in runs]
+        assert y == pytest.approx((singles[0][1] + singles[1][1]) / 2)
+        assert x.tolist() == singles[0][0].tolist()
+        assert len(x) == len(y) == (202 if curve is mean_roc else 201)

@@ -13,7 +13,7 @@ from anomalib_mvfa.data.readers import ImageRef, read_image
 
 pydicom = pytest.importorskip("pydicom")
 
-STORED = np.array([[0, 50, 100], [150, 200, 250]], dtype=np.uint16)  # of 8 bits they would have no unit
+STORED = np.array([[0, 50, 100], [150, 200, 250]], dtype=np.uint16)  # 8 bits would count as windowed already
 WINDOW = {"WindowCenter": 125, "WindowWidth": 250, "VOILUTFunction": "LINEAR_EXACT"}
 RULES = ("auto", "dicom", {"window": [125, 250]}, {"percentile": [0, 100]})
 
