@@ -22,8 +22,8 @@ help: ## print this help
 
 env: $(ENV) ## create or update the environment in .venv
 
-demo: $(ENV) ## run the main job offline: few-shot training, testing and prediction on the embedded backbone
-	$(BIN)/python -m anomalib_mvfa.demo
+demo: $(ENV) ## compare, train, predict and export, offline: make demo [DATA=folder with normal/ abnormal/ masks/]
+	$(BIN)/python -m anomalib_mvfa.demo $(if $(DATA),--data "$(DATA)") $(if $(PRETRAINED),--pretrained "$(PRETRAINED)")
 
 test: $(ENV) ## run every test and doctest
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile

@@ -5,14 +5,17 @@
 
 ``import torch`` calls :func:`install` through the entry point group ``torch.backends``. It only installs an import
 hook; the package itself is imported when anomalib's models are. Programs without anomalib pay nothing, and a failure
-here becomes a warning.
+here becomes a warning. Where the command runs one of our models, other packages' warnings about their own code are off.
 """
 
 import importlib.abc
 import importlib.machinery
+import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 
 __all__ = ["install"]
@@ -21,10 +24,20 @@ __all__ = ["install"]
 MODELS = "anomalib.models.image"
 BENCHMARK = "anomalib.pipelines.benchmark.pipeline"
 ENGINE = "anomalib.engine.engine"
+LOGGERS = "anomalib.loggers"  # the first of the command's modules that is imported after torch
+OURS = re.compile(r"\b(MVFA|mvfa|WinClipAny|anomalib_mvfa|comparison)\b")
+CONFIG_LIMIT = 2**20  # bytes
+DEBUG = "ANOMALIB_MVFA_DEBUG"
+# What packages say about their own code, which a user of the command cannot act on: message, category, module.
+NOT_FOR_USERS = (
+    ("", FutureWarning, r"(timm|torch|lightning|anomalib)\."),
+    ("", DeprecationWarning, r"(timm|torch|lightning|anomalib)\."),
+    (r"Found \d+ module\(s\) in eval mode", UserWarning, ""),
+)
 
 
 class _RegisterAfterImport(importlib.abc.MetaPathFinder):
-    """Finds two of anomalib's modules as usual and registers our classes once these modules were executed."""
+    """Finds four of anomalib's modules as usual and adds what is ours once they were executed."""
 
     def find_spec(
         self,
@@ -32,7 +45,7 @@ class _RegisterAfterImport(importlib.abc.MetaPathFinder):
         path: Sequence[str] | None,
         target: ModuleType | None = None,
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname not in (MODELS, BENCHMARK, ENGINE):
+        if fullname not in (MODELS, BENCHMARK, ENGINE, LOGGERS) or (fullname == LOGGERS and not _is_our_command()):
             return None
         try:
             return self._find_spec(fullname, path, target)
@@ -75,6 +88,10 @@ def _register(module: ModuleType) -> None:
             from anomalib_mvfa.registration import extend_export
 
             extend_export(module.Engine)
+        elif module.__name__ == LOGGERS:
+            from anomalib_mvfa.console import quieten
+
+            quieten(module)
         else:
             from anomalib_mvfa.registration import extend_benchmark
 
@@ -87,7 +104,38 @@ def _warn(error: Exception) -> None:
     warnings.warn(f"anomalib-mvfa could not be registered with anomalib: {error!r}", stacklevel=3)
 
 
+def _is_our_command() -> bool:
+    """Return whether this is a command of this package, or ``anomalib`` with one of our models or a comparison."""
+    arguments = sys.orig_argv[1:]
+    if os.environ.get(DEBUG) or not arguments:
+        return False
+    if arguments[0] == "-m":
+        return "".join(arguments[1:2]).split(".")[0] == "anomalib_mvfa"
+    if Path(arguments[0]).stem != "anomalib":
+        return False
+    if any(OURS.search(argument) for argument in arguments):
+        return True
+    for argument in arguments:
+        path = Path(argument.removeprefix("--config="))
+        if (
+            path.suffix in (".yaml", ".yml", ".json")
+            and path.is_file()
+            and path.stat().st_size < CONFIG_LIMIT
+            and OURS.search(path.read_text(encoding="utf-8", errors="replace"))
+        ):
+            return True
+    return False
+
+
 def install() -> None:
     """Install the import hook, once."""
     if not any(isinstance(finder, _RegisterAfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _RegisterAfterImport())
+        try:
+            ours = _is_our_command()
+        except Exception as error:  # such as a configuration that may not be read
+            _warn(error)
+            ours = False
+        if ours:
+            for message, category, module in NOT_FOR_USERS:
+                warnings.filterwarnings("ignore", message, category, module)

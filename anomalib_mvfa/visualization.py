@@ -1,7 +1,7 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a person gets to see: heatmaps at the image's own size and a table of predictions."""
+"""Pictures of predictions: the image, its heatmap, and the outlines of mask and prediction, at the image's own size."""
 
 import dataclasses
 import logging
@@ -15,35 +15,50 @@ from anomalib.data import ImageBatch, ImageItem, PredictDataset
 from anomalib.utils.path import generate_output_filename
 from anomalib.visualization import ImageVisualizer
 from anomalib.visualization.image import visualize_image_item
+from anomalib.visualization.image.functional import (
+    add_text_to_image,
+    create_image_grid,
+    overlay_image,
+    visualize_anomaly_map,
+    visualize_image,
+    visualize_mask,
+)
 from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2.functional import to_pil_image
 
 from anomalib_mvfa.files import replacing
 
 if TYPE_CHECKING:
     from anomalib.models.components import AnomalibModule
 
-__all__ = ["MVFAVisualizer", "loaded_dataset", "results_dir"]
+__all__ = ["MVFAVisualizer", "heatmap", "loaded_dataset", "outlines", "results_dir"]
 
 logger = logging.getLogger(__name__)
 
 DRAWING_THREADS = 2
 MAX_DRAWING = 16
 """Pictures under way, whose maps are kept until they are drawn."""
+THRESHOLD = 0.5
+"""Normalised score from which on a pixel is called abnormal."""
+OPACITY = 0.75
+"""Of the heatmap at the largest score."""
+MASK_COLOUR, PREDICTION_COLOUR = (0, 230, 255), (255, 60, 0)
 
 
 def results_dir(trainer: Trainer) -> Path:
-    """Give the folder for pictures and tables of a run."""
+    """Return the folder for pictures and tables of a run."""
     return Path(trainer.default_root_dir) / "images"
 
 
 def claim_name(target: Path, source: str, taken: dict[Path, str]) -> Path:
-    """Give a file name that no other source has.
+    """Return a file name that no other source has.
 
     Args:
         target: The name wanted.
         source: What the file is made from.
-        taken: Names that were given out, with their sources; extended here.
+        taken: Names in use, with their sources; extended here.
 
     Returns:
         The name wanted, or one with ``_2``, ``_3`` and so on before its suffix.
@@ -57,8 +72,47 @@ def claim_name(target: Path, source: str, taken: dict[Path, str]) -> Path:
     return candidate
 
 
+def heatmap(image: Image.Image, anomaly_map: Tensor) -> Image.Image:
+    """Colour an image where its map is high, and leave it as it is where the score is below half of the threshold.
+
+    Args:
+        image: Of any size.
+        anomaly_map: ``(h, w)`` normalised scores in [0, 1], whose threshold is one half. The opacity grows from half of
+            the threshold, in proportion, up to `OPACITY` at 1.
+
+    Returns:
+        The image in RGB.
+    """
+    scores = anomaly_map.detach().float().cpu().clamp(0, 1)
+    heat = visualize_anomaly_map(scores).resize(image.size, Image.Resampling.BILINEAR)
+    opacity = ((scores - THRESHOLD / 2) / (1 - THRESHOLD / 2)).clamp(min=0) * OPACITY
+    heat.putalpha(to_pil_image(opacity[None]).resize(image.size, Image.Resampling.BILINEAR))
+    return Image.alpha_composite(image.convert("RGBA"), heat).convert("RGB")
+
+
+def outlines(image: Image.Image, mask: Tensor | None, prediction: Tensor | None) -> Image.Image:
+    """Outline mask (cyan) and prediction (red) in one image.
+
+    Args:
+        image: Of any size.
+        mask: ``(h, w)``, true in lesions; ``None`` if it is not known.
+        prediction: ``(h, w)``, true where the score is above the threshold; ``None`` without a threshold.
+
+    Returns:
+        The image in RGB.
+    """
+    for region, colour in ((mask, MASK_COLOUR), (prediction, PREDICTION_COLOUR)):
+        if region is not None:
+            shown = to_pil_image(region.detach().squeeze().bool().cpu().byte() * 255)
+            shown = shown.resize(image.size, Image.Resampling.BILINEAR).point(
+                [255 * (level > 127) for level in range(256)]
+            )
+            image = overlay_image(image, visualize_mask(shown, mode="contour", color=colour), alpha=1.0)
+    return image.convert("RGB")
+
+
 def loaded_dataset(trainer: Trainer) -> Any:  # noqa: ANN401 - any dataset
-    """Give the dataset that is tested or predicted, or ``None`` if there are several or none."""
+    """Return the dataset that is tested or predicted, or ``None`` if there are several or none."""
     loaders = trainer.predict_dataloaders if trainer.predicting else trainer.test_dataloaders
     if isinstance(loaders, list) and len(loaders) == 1:
         loaders = loaders[0]
@@ -66,7 +120,7 @@ def loaded_dataset(trainer: Trainer) -> Any:  # noqa: ANN401 - any dataset
 
 
 def image_paths(dataset: Any) -> list[str]:  # noqa: ANN401 - any dataset
-    """Give the ``image_path`` of every item, as far as a dataset tells them without reading."""
+    """List the ``image_path`` of every item, as far as a dataset knows them without reading."""
     if hasattr(dataset, "image_paths"):
         paths: list[str] = dataset.image_paths
         return paths
@@ -78,9 +132,10 @@ def image_paths(dataset: Any) -> list[str]:  # noqa: ANN401 - any dataset
 class MVFAVisualizer(ImageVisualizer):
     """anomalib's visualizer, each panel at the size of the image it shows, drawn while the model goes on.
 
-    Pictures are written as PNG; images of the same name from different folders get names of their own. A dataset that
-    has ``original(image_path)`` and ``output_name(image_path)`` is asked for image and name; other images are opened
-    with Pillow.
+    The panels are the image, its :func:`heatmap` and its :func:`outlines`, unless ``fields`` or ``overlay_fields`` name
+    those of anomalib. Pictures are written as PNG; images of the same name from different folders get names of their
+    own. A dataset that has ``original(image_path)`` and ``output_name(image_path)`` is asked for image and name; other
+    images are opened with Pillow.
 
     Args:
         field_size: Width and height of a panel in pixels; ``None`` takes the image's own.
@@ -89,6 +144,7 @@ class MVFAVisualizer(ImageVisualizer):
 
     def __init__(self, field_size: tuple[int, int] | None = None, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init__(field_size=field_size or (256, 256), **kwargs)
+        self.own_panels = not (kwargs.get("fields") or kwargs.get("overlay_fields"))
         self.own_size = field_size is None
         self._sources: dict[Path, str] = {}
         self._named: object = None
@@ -120,28 +176,46 @@ class MVFAVisualizer(ImageVisualizer):
             self._drawing.append(self._pool.submit(self._draw, item, dataset, target))
 
     def _draw(self, item: ImageItem, dataset: Any, target: Path) -> None:  # noqa: ANN401 - any dataset
-        shown, size = item, self.field_size
         if hasattr(dataset, "original"):
-            original = dataset.original(item.image_path)
-            shown = dataclasses.replace(item, image=original, image_path=None)
-            own_size = (original.shape[-1], original.shape[-2])
+            original: Tensor = dataset.original(item.image_path)
+            item, image = dataclasses.replace(item, image=original, image_path=None), visualize_image(original)
         else:
-            with Image.open(str(item.image_path)) as image:
-                own_size = image.size
-        if self.own_size:
-            size = own_size
-        picture = visualize_image_item(
-            shown,
-            fields=self.fields,
-            overlay_fields=self.overlay_fields,
-            field_size=size,
-            fields_config=self.fields_config,
-            overlay_fields_config=self.overlay_fields_config,
-            text_config={**self.text_config, "size": self.text_config["size"] or max(8, size[0] // 20)},
-        )
+            with Image.open(str(item.image_path)) as file:
+                image = file.convert("RGB")
+        size = image.size if self.own_size else self.field_size
+        text = {**self.text_config, "size": self.text_config["size"] or max(8, size[0] // 20)}
+        picture: Image.Image | None
+        if self.own_panels:
+            picture = self._panels(item, image.resize(size), text)
+        else:
+            picture = visualize_image_item(
+                item,
+                fields=self.fields,
+                overlay_fields=self.overlay_fields,
+                field_size=size,
+                fields_config=self.fields_config,
+                overlay_fields_config=self.overlay_fields_config,
+                text_config=text,
+            )
         if picture is not None:
             with replacing(target) as partial:
                 picture.save(partial)
+
+    @staticmethod
+    def _panels(item: ImageItem, image: Image.Image, text: dict[str, Any]) -> Image.Image:
+        """Draw image, heatmap and outlines side by side."""
+        panels = {"Image": image}
+        if item.anomaly_map is not None:
+            panels["Heatmap"] = heatmap(image, item.anomaly_map.as_subclass(Tensor).squeeze())
+        shown = {"mask": item.gt_mask, "prediction": item.pred_mask}
+        if title := " and ".join(name for name, region in shown.items() if region is not None):
+            panels[title.capitalize()] = outlines(image, *shown.values())
+        options = {name: value for name, value in text.items() if name != "enable"}
+        drawn = [
+            add_text_to_image(panel.copy(), title, **options) if text.get("enable", True) else panel
+            for title, panel in panels.items()
+        ]
+        return create_image_grid(drawn, nrow=len(drawn))
 
     def _finish(self) -> None:
         """Wait for the pictures that are under way."""
@@ -167,13 +241,15 @@ class MVFAVisualizer(ImageVisualizer):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Complete the pictures of what was predicted before an interruption."""
         del trainer, pl_module, exception
-        with suppress(Exception):  # the first failure is the one to tell
+        with suppress(Exception):  # the first failure is the one to report
             self._finish()
 
     def _target(self, source: str, folder: Path, trainer: Trainer) -> Path:
         """Choose the file of a picture, never one that another image has."""
         dataset = loaded_dataset(trainer)
-        if trainer.world_size > 1 and dataset is not self._named:  # the others give out names, too, in the same order
+        if (
+            trainer.world_size > 1 and dataset is not self._named
+        ):  # the other processes claim names, too, in the same order
             self._named = dataset
             for path in image_paths(dataset):
                 self._claim(path, folder, trainer)

@@ -1,68 +1,40 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Draw docs/images/overview.png: a test image of each modality, its mask outlined, and the model's heatmap.
+"""Draw docs/images/overview.png from the results of `make demo`: test images, MVFA's heatmaps and WinCLIP's.
 
-One small model a modality, 4 + 4 drawn supports, six epochs each. The pictures are the first
-abnormal test image of each modality; none was chosen.
+The images lie at even distances in the list of test files; none was chosen.
 
 python docs/draw_overview.py
 """
 
-import logging
-import tempfile
+import sys
 from pathlib import Path
 
-import cv2
-import numpy as np
-import torch
-from anomalib.data.utils import read_image, read_mask
-from anomalib.engine import Engine
 from PIL import Image, ImageDraw
 
-from anomalib_mvfa import MVFA
-from anomalib_mvfa.data import FewShot, MedicalBMAD
-from anomalib_mvfa.demo.phantoms import MODALITIES, SET_NAMES, write_phantoms
+from anomalib_mvfa.demo.page import summarise
 
-SIZE, MARGIN, HEADER, EPOCHS = 112, 62, 14, 6
-ROWS = ("image", "heatmap")
+SIZE, MARGIN, HEADER = 112, 62, 14
 
 
-def main() -> None:
-    """Train on each modality and draw one column of it."""
-    logging.disable(logging.WARNING)
-    sheet = Image.new("RGB", (MARGIN + SIZE * len(MODALITIES), HEADER + SIZE * len(ROWS)), "white")
+def main(root: Path, target: Path) -> None:
+    """Put one example a column: the image with its lesion outlined, then a heatmap a method."""
+    summaries = {folder.parent.name: summarise(folder.parent) for folder in sorted(root.glob("*/cells"))}
+    columns = [(name, example) for name, summary in summaries.items() for example in summary.examples]
+    rows = ("image", *columns[0][1].heatmaps)
+    sheet = Image.new("RGB", (MARGIN + SIZE * len(columns), HEADER + SIZE * len(rows)), "white")
     pen = ImageDraw.Draw(sheet)
-    for row, name in enumerate(ROWS):
+    for row, name in enumerate(rows):
         pen.text((4, HEADER + row * SIZE + SIZE // 2 - 6), name, fill="black")
-    with tempfile.TemporaryDirectory() as folder:
-        for column, modality in enumerate(MODALITIES):
-            root = write_phantoms(folder, [modality], {"train": 16, "valid": 12, "test": 8})
-            heatmap, image, mask = _predict(root, SET_NAMES[modality])
-            image[cv2.dilate(mask, np.ones((3, 3), np.uint8)) > mask] = (255, 220, 0)
-            colours = cv2.cvtColor(cv2.applyColorMap(heatmap, cv2.COLORMAP_INFERNO), cv2.COLOR_BGR2RGB)
-            left = MARGIN + column * SIZE
-            pen.text((left + 4, 1), modality.replace("_", " "), fill="black")
-            for row, pixels in enumerate((image, colours)):
-                sheet.paste(Image.fromarray(pixels), (left, HEADER + row * SIZE))
-    sheet.quantize(200, dither=Image.Dither.NONE).save(Path(__file__).parent / "images/overview.png", optimize=True)
-
-
-def _predict(root: Path, category: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Train on a set and give heatmap ``(H, W)``, image ``(H, W, 3)`` and mask ``(H, W)`` of a test image, uint8."""
-    data = FewShot(MedicalBMAD(root, category, num_workers=0, eval_batch_size=8), k_shot=4, train_batch_size=4)
-    torch.manual_seed(0)
-    model = MVFA(backbone="tiny")
-    engine = Engine(max_epochs=EPOCHS, check_val_every_n_epoch=EPOCHS, default_root_dir=root, enable_progress_bar=False)
-    engine.fit(model, datamodule=data)
-    folder = root / category / "test/Ungood"
-    image = read_image(folder / "img/0000.png", as_tensor=True)
-    with torch.inference_mode():
-        heatmap = model.eval()(image[None].to(model.device)).anomaly_map.squeeze().cpu().clamp(0, 1)
-    pixels = (image * 255).round().byte().permute(1, 2, 0).numpy().copy()
-    mask = np.asarray(read_mask(folder / "label/0000.png") > 0, dtype=np.uint8)
-    return (heatmap * 255).round().byte().numpy(), pixels, mask.squeeze()
+    for column, (name, example) in enumerate(columns):
+        left = MARGIN + column * SIZE
+        if column == 0 or columns[column - 1][0] != name:
+            pen.text((left + 4, 1), name, fill="black")
+        for row, picture in enumerate((example.image, *(heat for heat, _ in example.heatmaps.values()))):
+            sheet.paste(picture.resize((SIZE, SIZE)), (left, HEADER + row * SIZE))
+    sheet.quantize(200, dither=Image.Dither.NONE).save(target, optimize=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "results/demo"), Path(__file__).parent / "images/overview.png")

@@ -3,7 +3,7 @@
 
 """Few-shot MVFA on folders of images: train, test, predict, keep the adapters.
 
-Replace the drawn images by your own: normal ones, abnormal ones, and masks with the names of the abnormal ones. For
+Replace the generated images by your own: normal ones, abnormal ones, and masks with the names of the abnormal ones. For
 real results leave ``backbone`` out, which takes the published one and downloads its weights.
 """
 

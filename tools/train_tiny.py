@@ -1,13 +1,13 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Train a tiny CLIP on phantoms and captions; no one's data is used.
+"""Train a tiny CLIP on generated images and captions; no real image is used.
 
     python -m tools.train_tiny --output runs/tiny
     python -m tools.train_tiny --output runs/tiny          # goes on where it was stopped
 
-The package carries the result of such a run as ``tiny``; ``README.md`` beside this file is its card. Another result is
-used with ``--model.backbone runs/tiny/tiny.json --model.pretrained runs/tiny/tiny.safetensors``.
+The package carries the result of such a run as ``tiny``; ``anomalib_mvfa/backbones/README.md`` is its card. Another
+result is used with ``--model.backbone runs/tiny/tiny.json --model.pretrained runs/tiny/tiny.safetensors``.
 
 What it learns: whole images match their captions (modality, state, kind, size and place of the lesion), and patches
 match sentences for the normal or the abnormal state, after every block, by linear heads that are thrown away. The
@@ -30,253 +30,38 @@ from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import cv2
 import numpy as np
-import numpy.typing as npt
 import torch
 from open_clip import SimpleTokenizer
 from open_clip.model import CLIP
 from open_clip.transformer import VisionTransformer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import binary_auroc
 
-from anomalib_mvfa.backbones.tiny import TINY_CONFIG
-from anomalib_mvfa.demo.phantoms import MODALITIES, describe_extent, describe_place, draw_phantom
 from anomalib_mvfa.files import replacing
 from anomalib_mvfa.model.prompts import class_prompts
-from anomalib_mvfa.training.lesions import LesionSynthesizer
 
-__all__ = ["CONFIG", "Settings", "TinyTraining", "ViewDataset", "initialise_structured", "main"]
+from .views import CONFIG, GRID, NAMES, PATCH, SUBJECTS, Batch, ViewDataset, collate
 
-Field = npt.NDArray[np.floating[Any]]
-Mask = npt.NDArray[np.bool_]
+__all__ = ["Settings", "TinyTraining", "export", "initialise_structured", "main", "train"]
 
-CONFIG = TINY_CONFIG
-"""open_clip configuration of what is trained; `train` writes it beside the weights."""
-
-SIZE: int = CONFIG["vision_cfg"]["image_size"]
-PATCH: int = CONFIG["vision_cfg"]["patch_size"]
-GRID = SIZE // PATCH
-
-NAMES: dict[str, tuple[str, ...]] = {
-    "brain_mri": ("Brain", "brain MRI", "MRI of the head", "brain"),
-    "chest_xray": ("Chest X-ray film", "chest X-ray", "radiograph of the chest", "chest"),
-    "liver_ct": ("Liver", "liver CT", "CT of the abdomen", "liver"),
-    "retinal_oct": ("retinal OCT", "OCT of the retina", "retina"),
-    "histology": ("histopathological image", "histology", "stained tissue"),
-    "breast_ultrasound": ("breast ultrasound", "ultrasound of the breast", "breast"),
-}
-KINDS = {"bright": "bright", "dark": "dark", "ring": "ring-shaped", "texture": "textural", "displaced": "displacing"}
-SHARES = (0.35, 0.13, 0.13, 0.13, 0.13, 0.13)
-"""How often each modality is drawn."""
-ABNORMAL_SHARE = 0.6
-SYNTHETIC_SHARE = 0.4
-"""How many of the normal phantoms receive a lesion of `LesionSynthesizer`, drawn into the picture."""
-LESION_WINDOW_SHARE = 0.7
 CAPTION_STRIDE = 3
 """Every third view is compared with captions: the text tower costs as much as the image tower."""
 STATE_SIMILARITY = 0.98
 HELD_OUT_SEED = 10**9
 HELD_OUT = 192
 
-
-# Images and captions
-
-
-class View(NamedTuple):
-    """Part of a phantom as the tower sees it.
-
-    Args:
-        image: ``(3, n, n)`` in [0, 1], ``n`` pixels.
-        target: ``(g * g,)``, the share of lesion in each patch.
-        origin: Row and column of the first patch in the grid of the whole image.
-        modality: Index into `MODALITIES`.
-        caption: A sentence.
-    """
-
-    image: Tensor
-    target: Tensor
-    origin: tuple[int, int]
-    modality: int
-    caption: str
-
-
-class ViewDataset(Dataset[list[View]]):
-    """Phantoms by number, each in several views. A view depends on the seed and the number alone.
-
-    Args:
-        seed: Not negative.
-        views: Views a phantom.
-        window: Side of a view in patches; `GRID` gives whole images.
-    """
-
-    def __init__(self, seed: int, views: int, window: int = GRID) -> None:
-        self.seed = seed
-        self.views = views
-        self.window = window
-        self.synthesizer = LesionSynthesizer()
-
-    def __getitem__(self, index: int) -> list[View]:
-        """Draw a phantom and look at it in several ways."""
-        cv2.setNumThreads(0)
-        rng = np.random.default_rng((self.seed, index))
-        modality = int(rng.choice(len(MODALITIES), p=SHARES))
-        abnormal = rng.uniform() < ABNORMAL_SHARE
-        phantom = draw_phantom(MODALITIES[modality], SIZE, "random" if abnormal else None, rng)
-        image: Field = phantom.image.astype(np.float32) / 255
-        mask, kind = phantom.mask, KINDS.get(phantom.lesion or "", "")
-        if not abnormal and rng.uniform() < SYNTHETIC_SHARE:
-            generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-            changed, seen = self.synthesizer(torch.from_numpy(image).permute(2, 0, 1).contiguous(), generator)
-            image, mask = changed.permute(1, 2, 0).numpy(), seen.numpy()
-        return [self._view(image, mask, modality, phantom.variant, kind, rng) for _ in range(self.views)]
-
-    def _view(
-        self,
-        image: Field,
-        mask: Mask,
-        modality: int,
-        variant: str,
-        kind: str,
-        rng: np.random.Generator,
-    ) -> View:
-        image, weight = _move(image, mask.astype(np.float32), rng)
-        row, column = self._origin(weight, rng)
-        rows = slice(row * PATCH, (row + self.window) * PATCH)
-        columns = slice(column * PATCH, (column + self.window) * PATCH)
-        seen = np.zeros_like(mask)
-        seen[rows, columns] = weight[rows, columns] > 0.5
-        pixels = _expose(np.ascontiguousarray(image[rows, columns]), rng)
-        target = weight[rows, columns].reshape(self.window, PATCH, self.window, PATCH).mean((1, 3)).ravel()
-        return View(
-            torch.from_numpy(pixels).permute(2, 0, 1).contiguous(),
-            torch.from_numpy(target),
-            (row, column),
-            modality,
-            _caption(modality, variant, kind, seen, rng),
-        )
-
-    def _origin(self, weight: Field, rng: np.random.Generator) -> tuple[int, int]:
-        """Choose a window, most often one that holds the lesion's centre."""
-        free = GRID - self.window
-        rows, columns = np.nonzero(weight > 0.5)
-        if not len(rows) or rng.uniform() > LESION_WINDOW_SHARE:
-            return int(rng.integers(free + 1)), int(rng.integers(free + 1))
-        pick = int(rng.integers(len(rows)))
-        centre = (int(rows[pick]) // PATCH, int(columns[pick]) // PATCH)
-        row, column = (int(np.clip(c - rng.integers(self.window), 0, free)) for c in centre)
-        return row, column
-
-
-def _move(
-    image: Field,
-    weight: Field,
-    rng: np.random.Generator,
-) -> tuple[Field, Field]:
-    """Turn, stretch, shift and mirror an image and its mask alike."""
-    angle = rng.uniform(-np.pi, np.pi) if rng.uniform() < 0.2 else rng.uniform(-0.3, 0.3)
-    scale = float(np.exp(rng.uniform(-0.25, 0.25)))
-    stretch = float(np.exp(rng.uniform(-0.15, 0.15)))
-    cos, sin = float(np.cos(angle)), float(np.sin(angle))
-    mirror = rng.choice((-1, 1))
-    upside = -1 if rng.uniform() < 0.15 else 1
-    matrix = np.array([[cos, -sin], [sin, cos]]) @ np.diag([scale * stretch * mirror, scale / stretch * upside])
-    centre = np.full(2, (SIZE - 1) / 2)
-    offset = centre - matrix @ centre + rng.uniform(-8, 8, 2)
-    affine = np.concatenate([matrix, offset[:, None]], axis=1)
-    border = cv2.BORDER_REFLECT if rng.uniform() < 0.5 else cv2.BORDER_CONSTANT
-    moved, weights = (
-        np.asarray(cv2.warpAffine(field, affine, (SIZE, SIZE), borderMode=border), dtype=np.float32)
-        for field in (image, weight)
-    )
-    return moved, weights
-
-
-def _expose(image: Field, rng: np.random.Generator) -> Field:
-    """Change grey values, sharpness and noise as scanners, screens and files do."""
-    if rng.uniform() < 0.3:
-        image = np.repeat(image.mean(2, keepdims=True), 3, axis=2)
-    elif rng.uniform() < 0.3:
-        image = image[..., rng.permutation(3)]
-    if rng.uniform() < 0.3:
-        sigma = rng.uniform(0.3, 1.2)
-        image = np.asarray(cv2.GaussianBlur(image, (0, 0), sigma), dtype=np.float32)
-    if rng.uniform() < 0.5:
-        image = np.power(np.clip(image, 0, 1), float(np.exp(rng.uniform(-0.7, 0.7))))
-    if rng.uniform() < 0.3:
-        knots = np.sort(rng.uniform(0, 1, 5))
-        knots = 0.5 * knots + 0.5 * np.linspace(0, 1, 5)
-        image = np.interp(image, np.linspace(0, 1, 5), knots).astype(np.float32)
-    if rng.uniform() < 0.1:
-        image = 1 - image
-    if rng.uniform() < 0.7:
-        image = image * rng.uniform(0.5, 1.4) + rng.uniform(-0.1, 0.15)
-    if rng.uniform() < 0.4:
-        noise = rng.standard_normal((*image.shape[:2], 1), dtype=np.float32)
-        image = image + noise * rng.uniform(0, 0.05)
-    image = np.clip(image, 0, 1).astype(np.float32)
-    if rng.uniform() < 0.15:
-        quality = [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(25, 90))]
-        encoded = cv2.imencode(".jpg", (image * 255).astype(np.uint8), quality)[1]
-        image = np.asarray(cv2.imdecode(encoded, cv2.IMREAD_COLOR), dtype=np.float32) / 255
-    return image
-
-
-def _caption(
-    modality: int,
-    variant: str,
-    kind: str,
-    seen: Mask,
-    rng: np.random.Generator,
-) -> str:
-    """Name modality and state, and for a lesion its kind, size and place."""
-    name = str(rng.choice(NAMES[MODALITIES[modality]]))
-    if rng.uniform() < 0.3:
-        name = f"{name}, {variant}"
-    if seen.sum() < PATCH * PATCH / 4:
-        return str(rng.choice((f"a healthy {name}", f"a normal {name}", f"a {name} without lesion")))
-    finding = " ".join(word for word in ("a", describe_extent(seen), kind, "lesion") if word)
-    return f"a {name} with {finding} in the {describe_place(seen)}"
-
-
-class Batch(NamedTuple):
-    """Views side by side: images ``(B, 3, n, n)``, targets ``(B, P)``, grid positions ``(B, P)`` and the texts."""
-
-    images: Tensor
-    targets: Tensor
-    positions: Tensor
-    modalities: Tensor
-    captions: list[str]
-
-
-def collate(groups: Sequence[list[View]]) -> Batch:
-    """Put the views of several phantoms into one batch."""
-    views = [view for group in groups for view in group]
-    side = math.isqrt(len(views[0].target))
-    cells = torch.arange(side)
-    positions = [
-        ((row + cells[:, None]) * GRID + column + cells).flatten() for row, column in (v.origin for v in views)
-    ]
-    return Batch(
-        torch.stack([view.image for view in views]),
-        torch.stack([view.target for view in views]),
-        torch.stack(positions),
-        torch.tensor([view.modality for view in views]),
-        [view.caption for view in views],
-    )
-
-
 # The network
 
 
 def _cosine_filters(count: int) -> Tensor:
-    """Give patch filters ``(count, 3, PATCH, PATCH)``: grey in the whole cosine basis, then two colour differences."""
+    """Return patch filters ``(count, 3, PATCH, PATCH)``: grey in the whole cosine basis, two colour differences."""
     axis = torch.arange(PATCH, dtype=torch.float32)
     basis = torch.cos(math.pi / PATCH * (axis + 0.5)[None] * axis[:, None]) * (2 / PATCH) ** 0.5
     basis[0] *= 0.5**0.5
@@ -294,12 +79,12 @@ def _cosine_filters(count: int) -> Tensor:
 
 
 def _frequencies(count: int) -> Tensor:
-    """Give the frequencies of `count` channels: sine and cosine of rows, then of columns."""
+    """Return the frequencies of `count` channels: sine and cosine of rows, then of columns."""
     return torch.arange(1, count // 4 + 1) * (math.pi / GRID)
 
 
 def _waves(count: int) -> Tensor:
-    """Give the waves of every grid position ``(GRID * GRID, count)``."""
+    """Return the waves of every grid position ``(GRID * GRID, count)``."""
     centred = torch.arange(GRID) - (GRID - 1) / 2
     phase = _frequencies(count) * centred[:, None]
     waves = torch.stack([phase.cos(), phase.sin()], dim=-1).flatten(1)  # (GRID, count / 2)
@@ -314,7 +99,7 @@ def _looks(
     reach: float = 0,
     mirror: bool = False,
 ) -> Tensor:
-    """Give a query matrix that turns the waves, so that a head looks elsewhere.
+    """Return a query matrix that turns the waves, so that a head looks elsewhere.
 
     Args:
         count: Channels of the waves.
@@ -338,7 +123,7 @@ def _looks(
 
 @torch.no_grad()
 def initialise_structured(visual: VisionTransformer, seed: int = 0) -> None:
-    """Give an image tower a start from which it learns fast, in place.
+    """Initialise an image tower so that it learns fast, in place.
 
     The first `head_width` channels of a token hold waves of its row and column, the others its patch in a cosine basis.
     Queries turn the waves, so that a head looks at an offset; the sum of many waves is narrow, that of few is wide.
@@ -382,7 +167,7 @@ def initialise_structured(visual: VisionTransformer, seed: int = 0) -> None:
 
 @torch.no_grad()
 def initialise_text(clip: CLIP, seed: int = 0) -> None:
-    """Give a text tower a start in which the words of a sentence reach its end, in place.
+    """Initialise a text tower so that the words of a sentence reach its end, in place.
 
     Args:
         clip: Model of `CONFIG`.
@@ -432,6 +217,7 @@ class Settings:
         final: Share of the steps at the end that sees whole images.
         learning_rate: Step size of AdamW.
         seed: Seed of everything.
+        start: Weights to start from instead of the structured start.
     """
 
     steps: int = 4000
@@ -441,6 +227,7 @@ class Settings:
     final: float = 0.4
     learning_rate: float = 1e-3
     seed: int = 0
+    start: Path | None = None
 
     @property
     def window_steps(self) -> int:
@@ -448,7 +235,7 @@ class Settings:
         return round(self.steps * (1 - self.final))
 
     def rate(self, step: int) -> float:
-        """Give the factor on the step size: a rise over 200 steps, then half a cosine."""
+        """Return the factor on the step size: a rise over 200 steps, then half a cosine."""
         return min(1.0, (step + 1) / 200) * (1 + math.cos(math.pi * min(step / self.steps, 1))) / 2
 
 
@@ -465,6 +252,9 @@ class TinyTraining(nn.Module):
         self.clip = CLIP(**CONFIG)
         initialise_structured(self.clip.visual, settings.seed)
         initialise_text(self.clip, settings.seed)
+        if settings.start is not None:
+            weights = {name: value.float() for name, value in load_file(settings.start).items()}
+            self.clip.load_state_dict({**self.clip.state_dict(), **weights})
         nn.init.constant_(self.clip.logit_scale, math.log(20))
         self.clip.token_embedding.requires_grad_(requires_grad=False)
         vision = CONFIG["vision_cfg"]
@@ -476,6 +266,8 @@ class TinyTraining(nn.Module):
         self.probes = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(vision["width"]), nn.Linear(vision["width"], 1)) for _ in range(vision["layers"])
         )
+        # As MVFA's detection adapters: the image is read from all patches, apart from the lesion's outline.
+        self.image_probes = deepcopy(self.probes)
         # Slope and offset from the logarithm of the mean probability of the patches to the image's logit.
         self.image_line = nn.Parameter(torch.tensor([1.0, 3.0]))
         self.tokenizer = SimpleTokenizer(context_length=CONFIG["text_cfg"]["context_length"])
@@ -500,12 +292,12 @@ class TinyTraining(nn.Module):
         present, index = modalities.unique(return_inverse=True)
         chosen = []
         for modality in present.tolist():
-            for state in class_prompts(str(rng.choice(NAMES[MODALITIES[modality]]))):
+            for state in class_prompts(str(rng.choice(NAMES[SUBJECTS[modality]]))):
                 chosen += [state[i] for i in rng.choice(len(state), sentences, replace=False)]
         features = self.encode(chosen).unflatten(0, (len(present), 2, sentences)).mean(2)
         return functional.normalize(features, dim=-1).transpose(1, 2)[index]
 
-    def patch_logits(self, batch: Batch, states: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    def patch_logits(self, batch: Batch, states: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
         """Compare patches with the two states.
 
         Args:
@@ -514,7 +306,8 @@ class TinyTraining(nn.Module):
 
         Returns:
             Logits ``(B, P, 2)`` after each block by the heads, then by CLIP's own projection; logits ``(B, P)`` after
-            each block by the probes; image embeddings ``(B, E)`` of unit length.
+            each block by the probes; logits ``(B,)`` of the images by those after each block; image embeddings
+            ``(B, E)`` of unit length.
         """
         visual = self.clip.visual
         outputs = block_tokens(visual, batch.images, batch.positions)
@@ -523,7 +316,12 @@ class TinyTraining(nn.Module):
         scale = self.clip.logit_scale.exp()
         logits = [scale * functional.normalize(level[:, 1:], dim=-1) @ states for level in [*hidden, final]]
         probed = [probe(tokens[:, 1:])[..., 0] for probe, tokens in zip(self.probes, outputs, strict=True)]
-        return logits, probed, functional.normalize(final[:, 0], dim=-1)
+        slope, offset = self.image_line
+        pooled = [
+            probe(tokens[:, 1:])[..., 0].float().sigmoid().mean(1).clamp_min(1e-6).log() * slope + offset
+            for probe, tokens in zip(self.image_probes, outputs, strict=True)
+        ]
+        return logits, probed, pooled, functional.normalize(final[:, 0], dim=-1)
 
     def forward(self, batch: Batch, rng: np.random.Generator) -> dict[str, Tensor]:
         """Compute the terms of the loss.
@@ -535,13 +333,11 @@ class TinyTraining(nn.Module):
         Returns:
             ``patch``, ``probe`` and ``image``, each the mean over the blocks, and ``caption``.
         """
-        logits, probed, images = self.patch_logits(batch, self.states(batch.modalities, rng))
+        logits, probed, pooled, images = self.patch_logits(batch, self.states(batch.modalities, rng))
         patch = torch.stack([patch_loss(level[..., 1] - level[..., 0], batch.targets) for level in logits]).mean()
         probe = torch.stack([patch_loss(level, batch.targets) for level in probed]).mean()
         abnormal = (batch.targets.sum(1) > 0.25).float()
-        slope, offset = self.image_line
-        means = [level.float().sigmoid().mean(1).clamp_min(1e-6).log() * slope + offset for level in probed]
-        image = torch.stack([functional.binary_cross_entropy_with_logits(mean, abnormal) for mean in means]).mean()
+        image = torch.stack([functional.binary_cross_entropy_with_logits(level, abnormal) for level in pooled]).mean()
         captions = batch.captions[::CAPTION_STRIDE]
         unique = sorted(set(captions))
         own = torch.tensor([unique.index(caption) for caption in captions], device=images.device)
@@ -552,7 +348,7 @@ class TinyTraining(nn.Module):
         return {"patch": patch, "probe": probe, "image": image, "caption": caption / 2}
 
 
-LOSS_WEIGHTS = {"patch": 0.5, "probe": 1.0, "image": 0.2, "caption": 0.3}
+LOSS_WEIGHTS = {"patch": 0.5, "probe": 1.0, "image": 0.5, "caption": 0.3}
 
 
 def patch_loss(margin: Tensor, targets: Tensor) -> Tensor:
@@ -574,25 +370,25 @@ def patch_loss(margin: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(training: TinyTraining, batch: Batch) -> dict[str, float]:
-    """Measure how well held-out phantoms are read without adapters.
+    """Measure the accuracy on held-out images without adapters.
 
     Args:
         training: The network.
         batch: Whole images.
 
     Returns:
-        AUROC of patches by each block's head, by CLIP's own projection and by the last probe; of images by the mean of
-        the last probe; and the share of modalities named rightly.
+        AUROC of patches by each block's head, by CLIP's own projection and by the last probe; of images by the last
+        probe of images; and the accuracy of the modality.
     """
     training.eval()
     rng = np.random.default_rng(0)
-    logits, probed, images = training.patch_logits(batch, training.states(batch.modalities, rng, sentences=12))
+    logits, probed, pooled, images = training.patch_logits(batch, training.states(batch.modalities, rng, sentences=12))
     truth = batch.targets > 0.5
     margins = [level[..., 1] - level[..., 0] for level in logits]
-    names = training.encode([f"a {NAMES[modality][0]}" for modality in MODALITIES])
+    names = training.encode([f"a {NAMES[modality][0]}" for modality in SUBJECTS])
     result = {f"patch_auroc_{index}": float(binary_auroc(m, truth.long())) for index, m in enumerate(margins, start=1)}
     result["probe_auroc"] = float(binary_auroc(probed[-1], truth.long()))
-    result["image_auroc"] = float(binary_auroc(probed[-1].sigmoid().mean(1), truth.any(1).long()))
+    result["image_auroc"] = float(binary_auroc(pooled[-1], truth.any(1).long()))
     result["modality_accuracy"] = float(((images @ names.T).argmax(1) == batch.modalities).float().mean())
     training.train()
     return result
@@ -654,7 +450,7 @@ def export(clip: CLIP, path: Path) -> Path:
 
 
 def _batches(settings: Settings, step: int, seen: int, workers: int) -> Iterator[tuple[int, Batch]]:
-    """Give the batches from a step on, with the number of phantoms drawn so far."""
+    """Yield the batches from a step on, with the number of phantoms generated so far."""
     phases = (
         (settings.window_steps, settings.window, settings.batch, settings.views),
         (settings.steps, GRID, settings.batch // 4, 2),  # as many patches a step, of more phantoms
@@ -689,7 +485,7 @@ def train(
         settings: How to train.
         output: Folder for ``tiny.json``, ``checkpoint.pt``, ``history.json`` and ``tiny.safetensors``.
         device: Where to compute; bfloat16 on a GPU.
-        workers: Processes that draw phantoms.
+        workers: Processes that generate images.
         save_every: Steps between checkpoints.
 
     Returns:
@@ -775,14 +571,16 @@ def _to(batch: Batch, device: torch.device) -> Batch:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train from the command line."""
     default = Settings()
-    parser = argparse.ArgumentParser(description="Train the tiny CLIP on phantoms.")
+    parser = argparse.ArgumentParser(description="Train the tiny CLIP on generated images.")
     parser.add_argument("--output", type=Path, required=True, help="folder of the run; an existing run goes on")
     parser.add_argument("--steps", type=int, default=default.steps)
     parser.add_argument("--batch", type=int, default=default.batch, help="views a step")
     parser.add_argument("--views", type=int, default=default.views, help="views of each phantom")
     parser.add_argument("--learning_rate", type=float, default=default.learning_rate)
+    parser.add_argument("--final", type=float, default=default.final, help="share of the steps on whole images")
+    parser.add_argument("--start", type=Path, help="weights to start from, such as the embedded ones")
     parser.add_argument("--seed", type=int, default=default.seed)
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw phantoms")
+    parser.add_argument("--workers", type=int, default=1, help="processes that generate images")
     parser.add_argument("--save_every", type=int, default=200, help="steps between checkpoints")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = vars(parser.parse_args(arguments))

@@ -3,9 +3,9 @@
 
 """The embedded ``tiny`` CLIP, a demonstration that needs no download.
 
-It was trained on drawn images alone (`training.py`; `README.md` is its card). It shows that the software works, not how
-good the method is. With ``pretrained="random"`` it has seeded random weights instead, whose blocks stay close to the
-identity, so that a token still describes its patch after the whole tower.
+It was trained on generated images alone (`tools/train_tiny.py`; `README.md` is its card). It shows that the software
+works, not how good the method is. With ``pretrained="random"`` it has seeded random weights instead, whose blocks stay
+close to the identity, so that a token still describes its patch after the whole tower.
 """
 
 import json
@@ -33,16 +33,16 @@ POSITION_STD = 0.1
 
 
 def announce_tiny() -> None:
-    """Say what the embedded weights are, and what their results are not."""
+    """Log what the embedded weights are, and what their results do not show."""
     logger.warning(
-        "Backbone 'tiny' is a small demonstration model inside this package, trained on drawn images. "
+        "Backbone 'tiny' is a small demonstration model inside this package, trained on generated images. "
         "Its results show that the software works, not how good MVFA is.",
     )
 
 
 @torch.no_grad()
 def initialise_tiny(model: CLIP) -> None:
-    """Give a tiny CLIP seeded random weights, in place.
+    """Initialise a tiny CLIP with seeded random weights, in place.
 
     Args:
         model: open_clip model built from ``tiny.json``.

@@ -101,7 +101,9 @@ class ExportMixin(AnomalibExportMixin):
             ValueError: If the model is not trained, or its bank or thresholds do not fit.
         """
         self._ready()
-        return super().to_onnx(export_root, model_file_name, input_size, **{"opset_version": 18, **kwargs})
+        return super().to_onnx(
+            export_root, model_file_name, input_size, **{"opset_version": 18, "verbose": False, **kwargs}
+        )
 
     def _compress_ov_model(  # anomalib's hook for its compression types
         self,

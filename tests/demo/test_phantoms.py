@@ -1,7 +1,7 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Procedural images: reproducible, lesions only where the mask says, no shortcut through brightness."""
+"""Generated images: reproducible, lesions only where the mask says, one scanner a set, no trivial shortcut."""
 
 from pathlib import Path
 
@@ -13,8 +13,8 @@ from PIL import Image
 from anomalib_mvfa.demo.phantoms import (
     LESIONS,
     MODALITIES,
+    TYPICAL,
     Phantom,
-    contact_sheet,
     draw_phantom,
     main,
     write_phantoms,
@@ -37,7 +37,7 @@ def test_equal_generator_states_give_equal_images(modality: str) -> None:
     first, second, other = (draw_phantom(modality, 112, "random", np.random.default_rng(s)) for s in (3, 3, 4))
     assert np.array_equal(first.image, second.image)
     assert np.array_equal(first.mask, second.mask)
-    assert (first.lesion, first.place, first.extent) == (second.lesion, second.place, second.extent)
+    assert first.lesion == second.lesion
     assert not np.array_equal(first.image, other.image)
 
 
@@ -54,7 +54,7 @@ def test_normal_images_have_no_lesion(modality: str) -> None:
     assert phantom.image.shape == (64, 64, 3)
     assert phantom.image.dtype == np.uint8
     assert not phantom.mask.any()
-    assert (phantom.lesion, phantom.place, phantom.extent) == (None, None, None)
+    assert phantom.lesion is None
     assert phantom.modality == modality
 
 
@@ -120,22 +120,6 @@ def test_brightness_does_not_tell_normal_from_abnormal(modality: str) -> None:
 def test_random_lesions_are_of_every_kind() -> None:
     rng = np.random.default_rng(0)
     assert {draw_phantom("retinal_oct", 64, "random", rng).lesion for _ in range(60)} == set(LESIONS)
-
-
-def test_place_and_extent_describe_the_mask() -> None:
-    rng = np.random.default_rng(0)
-    areas: dict[str | None, list[float]] = {}
-    for _ in range(60):
-        phantom = draw_phantom("histology", 64, "random", rng)
-        rows, columns = np.nonzero(phantom.mask)
-        words = (phantom.place or "").split()
-        assert ("upper" in words) == (rows.mean() < 64 / 3)
-        assert ("lower" in words) == (rows.mean() >= 128 / 3)
-        assert ("left" in words) == (columns.mean() < 64 / 3)
-        assert ("right" in words) == (columns.mean() >= 128 / 3)
-        areas.setdefault(phantom.extent, []).append(float(phantom.mask.mean()))
-    assert max(areas["small"]) < min(areas["medium"])
-    assert max(areas["medium"]) < min(areas["large"])
 
 
 @pytest.mark.parametrize("size", [32, 224])
@@ -215,16 +199,55 @@ def test_the_command_writes_what_it_is_asked_for(tmp_path: Path, capsys: pytest.
     assert str(tmp_path) in capsys.readouterr().out
 
 
-def test_contact_sheet_shows_each_modality_normal_and_with_each_lesion(tmp_path: Path) -> None:
-    path = contact_sheet(tmp_path / "sheet.png", size=48)
-    sheet = np.asarray(Image.open(path).convert("RGB")).astype(int)
-    height, width = sheet.shape[:2]
-    top, left = height - 48 * len(MODALITIES), width - 48 * (4 + len(LESIONS))
-    assert 0 < top < 48
-    assert left > 0
-    # Grey modalities: only the outline of a lesion has a colour.
-    for row in (0, 1, 2, 3, 5):
-        for column in range(9):
-            tile = sheet[top + row * 48 : top + (row + 1) * 48, left + column * 48 : left + (column + 1) * 48]
-            outlined = (tile[..., 0] - tile[..., 2] > 60).sum()
-            assert (outlined > 8) == (column >= 4)
+def _contrasts(modality: str, scanner: int | None) -> np.ndarray:
+    """Ratio of bright to dark tissue in 24 normal images, which gain does not change."""
+    images = [draw_phantom(modality, 64, None, np.random.default_rng((4, i)), scanner).image for i in range(24)]
+    return np.array([np.divide(*np.percentile(image[image > 20], (85, 35))) for image in images])
+
+
+@pytest.mark.parametrize("modality", ["brain_mri", "liver_ct", "retinal_oct", "breast_ultrasound"])
+def test_images_of_one_scanner_have_one_contrast(modality: str) -> None:
+    one, many = _contrasts(modality, 7), _contrasts(modality, None)
+    assert one.std() / one.mean() < 0.8 * many.std() / many.mean()
+
+
+def test_scanners_differ_and_keep_one_protocol() -> None:
+    rngs = [np.random.default_rng((9, i)) for i in range(12)]
+    assert {draw_phantom("brain_mri", 64, None, rng, scanner=3).variant for rng in rngs} == {"FLAIR"}
+    contrasts = [_contrasts("liver_ct", scanner).mean() for scanner in range(5)]
+    assert max(contrasts) / min(contrasts) > 1.05
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_no_trivial_score_solves_a_set_from_one_scanner(modality: str) -> None:
+    areas = []
+    for scanner in range(3):
+        kinds = ((None, 4), (None, 50), (TYPICAL[modality], 50))
+        few, normal, abnormal = (
+            np.stack(
+                [
+                    draw_phantom(modality, 64, kind, np.random.default_rng((scanner, part, i)), scanner).image
+                    for i in range(n)
+                ]
+            )
+            for part, (kind, n) in enumerate(kinds)
+        )
+        centre = few.mean(0)
+        far = [np.square(images - centre).mean((1, 2, 3)) for images in (normal, abnormal)]
+        areas.append((_auroc(normal.mean((1, 2, 3)), abnormal.mean((1, 2, 3))), _auroc(*far)))
+    brightness, distance = np.mean(areas, axis=0)
+    assert 0.33 < brightness < 0.67
+    assert distance < 0.72
+
+
+def test_sets_have_one_scanner_and_typical_lesions_unless_mixed(tmp_path: Path) -> None:
+    counts = {"train": 2, "valid": 0, "test": 1}
+    write_phantoms(tmp_path / "one", ["liver_ct"], counts, size=48, seed=5)
+    write_phantoms(tmp_path / "mixed", ["liver_ct"], counts, size=48, seed=5, mixed=True)
+    key = np.random.default_rng((5, 2, 2, 1, 0))
+    expected = draw_phantom("liver_ct", 48, "dark", key, scanner=5).image
+    written = [
+        np.asarray(Image.open(tmp_path / name / "LiverCT/test/Ungood/img/0000.png")) for name in ("one", "mixed")
+    ]
+    assert np.array_equal(written[0], expected)
+    assert not np.array_equal(written[1], expected)

@@ -13,18 +13,9 @@ from safetensors.torch import load_file
 from anomalib_mvfa.backbones.loading import load_clip, resolve_backbone
 from anomalib_mvfa.demo.phantoms import draw_phantom
 from anomalib_mvfa.model import MVFAModel
-from tools.train_tiny import (
-    CONFIG,
-    GRID,
-    PATCH,
-    Settings,
-    TinyTraining,
-    ViewDataset,
-    collate,
-    export,
-    main,
-    train,
-)
+from tools.textures import draw_texture
+from tools.train_tiny import Settings, TinyTraining, export, main, train
+from tools.views import CONFIG, GRID, PATCH, SUBJECTS, ViewDataset, collate
 
 CPU = torch.device("cpu")
 SHORT = Settings(steps=4, batch=8, views=2, learning_rate=1e-3)
@@ -45,13 +36,13 @@ def test_a_view_depends_on_seed_and_number_alone():
     assert not torch.equal(first[0].image, first[1].image)
 
 
-def test_captions_tell_of_a_lesion_where_one_is_seen():
+def test_captions_mention_a_lesion_where_one_is_seen():
     views = [view for index in range(30) for view in ViewDataset(0, 2, 7)[index]]
     share = torch.stack([view.target.sum() for view in views])
-    told = torch.tensor([" lesion in the " in view.caption for view in views])
-    assert 0.3 < told.float().mean() < 0.9
-    assert share[told].min() > 0.1
-    assert share[~told].max() < 0.5
+    mentioned = torch.tensor([" lesion in the " in view.caption for view in views])
+    assert 0.3 < mentioned.float().mean() < 0.9
+    assert share[mentioned].min() > 0.1
+    assert share[~mentioned].max() < 0.5
 
 
 def test_a_window_lies_where_its_positions_say():
@@ -151,3 +142,30 @@ def test_fresh_adapters_on_the_embedded_weights_can_learn_at_every_level():
             abnormal = model.level_probabilities(tokens)[0][:, 1]
             # The gradient of a probability p is in proportion to p (1 - p): a fresh adapter must be able to learn.
             assert float((abnormal * (1 - abnormal)).mean()) > 1e-3
+
+
+def test_textures_differ_in_kind_and_stay_within_grey_values():
+    images = np.stack([draw_texture(56, np.random.default_rng(seed)) for seed in range(24)])
+    assert images.min() >= 0
+    assert images.max() <= 1
+    assert np.array_equal(images[3], draw_texture(56, np.random.default_rng(3)))
+    detail = np.abs(np.diff(images.mean(-1), axis=2)).mean((1, 2)) / images.std((1, 2, 3))
+    assert detail.max() > 4 * detail.min()  # from smooth fields to grain
+
+
+def test_views_hold_textures_with_and_without_lesions():
+    views = [ViewDataset(0, 1)[index][0] for index in range(60)]
+    share = [float(view.target.max()) for view in views if SUBJECTS[view.modality] == "texture"]
+    assert len(share) > 5
+    assert min(share) == 0
+    assert max(share) > 0.5
+
+
+def test_training_starts_from_given_weights(tmp_path):
+    torch.manual_seed(3)
+    trained = TinyTraining(SHORT)
+    with torch.no_grad():
+        trained.clip.visual.proj.add_(1)
+    export(trained.clip, tmp_path / "start.safetensors")
+    started = TinyTraining(Settings(steps=4, batch=8, views=2, start=tmp_path / "start.safetensors"))
+    torch.testing.assert_close(started.clip.visual.proj, trained.clip.visual.proj, atol=2e-3, rtol=0)

@@ -1,0 +1,185 @@
+# Copyright (C) 2026 The anomalib-mvfa authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Results of the demonstration as table rows, pictures and a page."""
+
+import base64
+import io
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import torch
+from anomalib.data.utils import read_image
+from jinja2 import Environment
+from numpy.typing import NDArray
+from PIL import Image
+from torchvision.transforms.v2.functional import to_pil_image
+
+from anomalib_mvfa.comparison.cells import Cell, load_cells
+from anomalib_mvfa.visualization import heatmap, outlines
+
+__all__ = ["Example", "Summary", "summarise", "write_page"]
+
+METHODS = {
+    "MVFA": "MVFA, 4-shot",
+    "MVFA (normal only)": "MVFA, 4 normal images",
+    "MVFA (zero-shot)": "MVFA, zero-shot from other modalities",
+    "WinCLIP": "WinCLIP, 4-shot, same backbone",
+    "mean brightness": "mean brightness",
+    "image variance": "image variance",
+    "distance to mean normal": "distance to the mean normal image",
+}
+PICTURED = ("MVFA", "WinCLIP")
+ABNORMAL_EXAMPLES, NORMAL_EXAMPLES = 3, 1
+COLOURED = 0.99
+"""Share of the pixels of normal images that a heatmap leaves below its threshold, for every method alike."""
+PIXELS = 224
+"""Side of a picture."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A test image beside the heatmaps of the methods.
+
+    Args:
+        title: Its name and state.
+        image: With its lesion outlined.
+        heatmaps: By the name of the method, with the label that the method gave.
+    """
+
+    title: str
+    image: Image.Image
+    heatmaps: dict[str, tuple[Image.Image, str]]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What was measured on a set.
+
+    Args:
+        rows: Method, image AUROC, pixel AUROC, share of correct labels; a line each.
+        examples: Test images at even distances in the list of files.
+        images: Number of test images.
+    """
+
+    rows: list[tuple[str, str, str, str]]
+    examples: list[Example]
+    images: int
+
+
+def summarise(folder: Path) -> Summary:
+    """Read a comparison of one set.
+
+    Args:
+        folder: Its output folder.
+
+    Raises:
+        ValueError: If a cell failed.
+    """
+    cells = load_cells(folder)
+    failed = [cell for cell in cells if cell.status != "done"]
+    if failed:
+        msg = f"{failed[0].folder.name} failed: {failed[0].error}"
+        raise ValueError(msg)
+    groups = {title: [cell for cell in cells if cell.method == method] for method, title in METHODS.items()}
+    rows = [(title, *_figures(group)) for title, group in groups.items() if group]
+    pictured = {method: next(cell for cell in cells if cell.method == method) for method in PICTURED}
+    return Summary(rows, _examples(pictured), len(cells[0].scores.scores))
+
+
+def _figures(cells: Sequence[Cell]) -> tuple[str, str, str]:
+    """Format mean and standard deviation over the draws: image AUROC, pixel AUROC, share of correct labels."""
+    correct = [
+        float(np.mean((cell.scores.scores > cell.threshold) == cell.scores.labels))
+        for cell in cells
+        if cell.threshold is not None
+    ]
+    columns = ([cell.metrics.get(f"{level}_AUROC") for cell in cells] for level in ("image", "pixel"))
+    image, pixel = ([value for value in column if value is not None] for column in columns)
+    return _spread(image), _spread(pixel), f"{100 * statistics.mean(correct):.0f} %" if correct else "-"
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(set(values)) > 1 else "")
+
+
+def _examples(cells: Mapping[str, Cell]) -> list[Example]:
+    """Show some images with the heatmaps of the first draw."""
+    first = next(iter(cells.values()))
+    root = Path(first.config["source"]["init_args"]["root"])
+    scores = first.scores
+    order = np.argsort(scores.paths)
+    chosen: list[int] = []
+    for abnormal, count in ((True, ABNORMAL_EXAMPLES), (False, NORMAL_EXAMPLES)):
+        rows = [int(row) for row in order if bool(scores.labels[row]) == abnormal]
+        chosen += [rows[(2 * index + 1) * len(rows) // (2 * count)] for index in range(min(count, len(rows)))]
+    maps = {method: _display(cell) for method, cell in cells.items()}
+    masks = first.read_maps()
+    truth = None if masks is None else masks.masks
+    examples = []
+    for row in chosen:
+        image = (
+            to_pil_image(read_image(root / scores.paths[row], as_tensor=True)).convert("RGB").resize((PIXELS, PIXELS))
+        )
+        shown = {}
+        for method, cell in cells.items():
+            index = cell.scores.paths.index(scores.paths[row])
+            score, threshold = cell.scores.scores[index], cell.threshold
+            label = "" if threshold is None else ("abnormal" if score > threshold else "normal")
+            shown[method] = heatmap(image, torch.from_numpy(maps[method][index])), label
+        outlined = outlines(image, None if truth is None else torch.from_numpy(truth[row]), None)
+        state = "abnormal" if scores.labels[row] else "normal"
+        examples.append(Example(f"{Path(scores.paths[row]).stem}, {state}", outlined, shown))
+    return examples
+
+
+def _display(cell: Cell) -> NDArray[np.float32]:
+    """Scale maps ``(N, h, w)`` to [0, 1], with one half at the quantile `COLOURED` of the pixels of normal images."""
+    stored = cell.read_maps()
+    if stored is None:
+        msg = f"{cell.folder} has no maps."
+        raise ValueError(msg)
+    maps = stored.levels.astype(np.float32)
+    middle = max(float(np.quantile(maps[~cell.scores.labels], COLOURED)), 1.0)
+    return np.interp(maps, [0, middle, max(255.0, middle + 1)], [0, 0.5, 1]).astype(np.float32)
+
+
+def write_page(
+    path: Path,
+    summaries: Mapping[str, Summary],
+    commands: Sequence[str],
+    results: Mapping[str, Path],
+    limits: str,
+) -> Path:
+    """Write the page, one file without scripts.
+
+    Args:
+        path: The file.
+        summaries: By the name of the set.
+        commands: As they were run.
+        results: Files by what they hold.
+        limits: What the results do not show.
+
+    Returns:
+        The path.
+    """
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["picture"] = _inline
+    template = environment.from_string(files(__package__).joinpath("page.html.jinja").read_text(encoding="utf-8"))
+    relative = {name: file.resolve() for name, file in results.items()}
+    text = template.render(summaries=summaries, commands=commands, results=relative, limits=limits, coloured=COLOURED)
+    path.write_text(text, encoding="utf-8")
+    return path.resolve()
+
+
+def _inline(image: Image.Image) -> str:
+    """Encode an image for ``src``."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=88)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
