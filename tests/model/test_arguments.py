@@ -273,3 +273,12 @@ def test_training_in_bfloat16_keeps_ranges_and_thresholds_in_float32(few_shot, n
     results = engine.test(model, datamodule=few_shot())
     assert 0.5 < results[0]["pixel_AUROC"] <= 1
     assert model.post_processor.image_threshold.isfinite()
+
+
+def test_a_fit_that_sets_no_thresholds_leaves_none_of_an_earlier_fit(few_shot, folder, new_engine, new_model):
+    model = new_model(memory=False)
+    new_engine(max_epochs=1).fit(model, datamodule=few_shot())
+    assert model.post_processor.image_threshold.isfinite()
+    new_engine(max_epochs=1, limit_val_batches=0).fit(model, datamodule=few_shot())
+    assert model.post_processor.image_threshold.isnan()
+    assert model.post_processor.image_max.isnan()
