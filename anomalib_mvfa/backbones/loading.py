@@ -1,7 +1,7 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Where the frozen CLIP comes from: open_clip names, hub names, local files, and the embedded ``tiny``."""
+"""Loading of the frozen CLIP by open_clip's names, from the hub, from local files, and the embedded ``tiny``."""
 
 import difflib
 import hashlib
@@ -9,7 +9,7 @@ import json
 import logging
 import pickle
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -18,19 +18,19 @@ from typing import Any
 
 import open_clip
 import torch
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.factory import HF_HUB_PREFIX
 from open_clip.model import CLIP, CustomTextCLIP, convert_to_custom_text_state_dict, resize_pos_embed
-from open_clip.pretrained import (
-    download_pretrained,
-    download_pretrained_from_hf,
-    get_pretrained_cfg,
-    list_pretrained_tags_by_model,
-)
+from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
+from open_clip.timm_model import TimmModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .text import LOCAL_DIR_PREFIX, make_tokenizer, text_settings
 from .tiny import TINY, TINY_CONFIG, TINY_WEIGHTS, announce_tiny, initialise_tiny
+from .towers import timm_patch_size
 
 __all__ = ["BackboneConfig", "fingerprint", "load_clip", "read_state_dict", "resolve_backbone"]
 
@@ -40,6 +40,8 @@ PUBLISHED_BACKBONE = "ViT-L-14-336"
 PUBLISHED_IMAGE_SIZE = 240
 """240 is not a multiple of the patch size 14: as in the released code, the last two rows and columns are not read."""
 OPENAI = "openai"
+CONFIG_FILE = "open_clip_config.json"
+WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 RANDOM_WEIGHTS = "random"
 
 
@@ -55,6 +57,7 @@ class BackboneConfig:
         quick_gelu: Whether both towers run QuickGELU instead of the exact GELU.
         mean: Mean of the images that the weights were trained with, a number a channel.
         std: Their standard deviation.
+        folder: Where the files of a ``local-dir:`` or ``hf-hub:`` backbone lie.
     """
 
     name: str
@@ -64,6 +67,7 @@ class BackboneConfig:
     quick_gelu: bool = False
     mean: tuple[float, ...] = OPENAI_DATASET_MEAN
     std: tuple[float, ...] = OPENAI_DATASET_STD
+    folder: Path | None = None
 
     @property
     def is_published(self) -> bool:
@@ -86,36 +90,34 @@ def resolve_backbone(
     """Check a backbone's name and sizes without reading weights.
 
     Args:
-        backbone: A vision transformer of open_clip (``"ViT-L-14-336"``), ``"tiny"``, ``"hf-hub:owner/name"``, or the
-            path of an open_clip configuration in JSON.
+        backbone: A model of open_clip with a vision transformer, its own or timm's (``"ViT-L-14-336"``,
+            ``"EVA02-B-16"``), ``"tiny"``, ``"hf-hub:owner/name"``, ``"local-dir:PATH"`` for a folder laid out as on the
+            hub, or the path of an open_clip configuration in JSON.
         pretrained: A tag of open_clip (``"openai"``), a local file, or ``"random"`` for seeded random weights, which
             serve tests and benchmarks. ``None`` takes the backbone's own, or ``"openai"``.
         image_size: Input size; ``None`` takes 240 for the published backbone, otherwise the backbone's own.
         quick_gelu: Whether both towers run QuickGELU. ``None`` takes what the weights were trained with: the
             configuration's or the tag's own setting; OpenAI's weights, by tag or as a TorchScript archive, need it.
+            Towers of timm have an activation of their own.
 
     Returns:
         The resolved configuration.
 
     Raises:
-        ValueError: If the backbone is unknown, is no plain vision transformer, or the image size does not fit it.
+        ValueError: If the backbone is unknown or lacks something, or the image size does not fit it.
+        FileNotFoundError: If a file of the backbone is missing.
     """
-    config = _read_config(backbone)
+    config, folder = _read_config(backbone)
     model = config["model_cfg"]
     vision = model["vision_cfg"]
-    if not isinstance(vision.get("layers"), int) or "timm_model_name" in vision or vision.get("attentional_pool"):
-        msg = (
-            f"Backbone '{backbone}' is not a plain open_clip vision transformer, which MVFA's adapters need. Use for "
-            f"instance {PUBLISHED_BACKBONE}, ViT-B-16 or ViT-L-14."
-        )
-        raise ValueError(msg)
+    patch = _check_architecture(backbone, model, quick_gelu)
     if image_size is None:
         image_size = PUBLISHED_IMAGE_SIZE if backbone == PUBLISHED_BACKBONE else vision.get("image_size", 224)
-    size = _check_image_size(backbone, image_size, vision.get("patch_size", 16))
+    size = _check_image_size(backbone, image_size, patch)
     vision.update(image_size=size, patch_dropout=0.0)
     weights = pretrained
     if pretrained is None and backbone != TINY:
-        weights = backbone if backbone.startswith(HF_HUB_PREFIX) else OPENAI
+        weights = backbone if folder else OPENAI
     tag = _facts_of_weights(backbone, weights or "")
     own_activation = model.pop("quick_gelu", False) or tag["quick_gelu"]
     images = {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD, **tag, **config.get("preprocess_cfg", {})}
@@ -127,7 +129,33 @@ def resolve_backbone(
         own_activation if quick_gelu is None else quick_gelu,
         tuple(images["mean"]),
         tuple(images["std"]),
+        folder,
     )
+
+
+def _check_architecture(backbone: str, model: Mapping[str, Any], quick_gelu: bool | None) -> int:
+    """Return the patch size of the image tower if adapters can sit between its blocks, and if there is a text tower."""
+    vision = model["vision_cfg"]
+    if "timm_model_name" in vision:
+        if quick_gelu:
+            msg = (
+                f"quick_gelu=True cannot be set for backbone '{backbone}': timm's towers have an activation of their "
+                "own. Leave it out."
+            )
+            raise ValueError(msg)
+        return timm_patch_size(vision["timm_model_name"])
+    lacking = [
+        what
+        for what, is_there in (
+            ("an image tower of transformer blocks", isinstance(vision.get("layers", 12), int)),
+            ("a text tower that only encodes", "multimodal_cfg" not in model),
+        )
+        if not is_there
+    ]
+    if lacking:
+        msg = f"Backbone '{backbone}' lacks {' and '.join(lacking)}. Use for instance {PUBLISHED_BACKBONE} or ViT-B-16."
+        raise ValueError(msg)
+    return int(vision.get("patch_size", 16))
 
 
 def _facts_of_weights(backbone: str, weights: str) -> dict[str, Any]:
@@ -159,16 +187,18 @@ def _check_image_size(backbone: str, image_size: int | tuple[int, int], patch: i
     return height, width
 
 
-def _read_config(backbone: str) -> dict[str, Any]:
-    """Read open_clip's configuration: ``model_cfg`` and, in files and on the hub, ``preprocess_cfg``."""
-    if backbone.endswith(".json"):
+def _read_config(backbone: str) -> tuple[dict[str, Any], Path | None]:
+    """Read open_clip's configuration, ``model_cfg`` and possibly ``preprocess_cfg``, and return it with its folder."""
+    folder = None
+    if backbone.startswith((LOCAL_DIR_PREFIX, HF_HUB_PREFIX)):
+        folder = _folder(backbone)
+        config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    elif backbone.endswith(".json"):
         path = Path(backbone)
         if not path.is_file():
             msg = f"No backbone configuration at {path}. Give the path of an open_clip model configuration in JSON."
             raise ValueError(msg)
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    elif backbone.startswith(HF_HUB_PREFIX):
-        config = json.loads(_from_hub(backbone, "open_clip_config.json").read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     else:
         known = deepcopy(TINY_CONFIG) if backbone == TINY else open_clip.get_model_config(backbone)
         if known is None:
@@ -186,7 +216,24 @@ def _read_config(backbone: str) -> dict[str, Any]:
     if missing:
         msg = f"The configuration of backbone '{backbone}' lacks {', '.join(sorted(missing))}."
         raise ValueError(msg)
-    return config
+    return config, folder
+
+
+def _folder(backbone: str) -> Path:
+    """Return the folder of a ``local-dir:`` backbone, or of an ``hf-hub:`` one whose small files were downloaded."""
+    if backbone.startswith(LOCAL_DIR_PREFIX):
+        folder = Path(backbone.removeprefix(LOCAL_DIR_PREFIX))
+        if not (folder / CONFIG_FILE).is_file():
+            msg = (
+                f"{folder / CONFIG_FILE} is missing: {LOCAL_DIR_PREFIX} takes a folder as open_clip has it on the hub."
+            )
+            raise FileNotFoundError(msg)
+        return folder
+    repository = backbone.removeprefix(HF_HUB_PREFIX)
+    try:
+        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.txt", "*.model"]))
+    except Exception as error:
+        raise FileNotFoundError(_download_advice(backbone, f"hub repository {repository}")) from error
 
 
 def load_clip(config: BackboneConfig) -> tuple[CLIP | CustomTextCLIP, Callable[[list[str]], Tensor]]:
@@ -203,6 +250,7 @@ def load_clip(config: BackboneConfig) -> tuple[CLIP | CustomTextCLIP, Callable[[
         ValueError: If the file holds weights of another model.
     """
     arguments = deepcopy(config.model) | {"quick_gelu": config.quick_gelu}
+    text_settings(arguments["text_cfg"], config.name, config.folder)
     custom_text = arguments.pop("custom_text", False) or "hf_model_name" in arguments["text_cfg"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -217,27 +265,25 @@ def load_clip(config: BackboneConfig) -> tuple[CLIP | CustomTextCLIP, Callable[[
         if custom_text and "positional_embedding" in state:
             state = convert_to_custom_text_state_dict(state)
         _load(model, state, config, path)
-    return model.float().eval(), _tokenizer(config)
+    if isinstance(model.visual, TimmModel):
+        model.visual.trunk.set_input_size(img_size=config.image_size)
+        model.visual.image_size = config.image_size
+    return model.float().eval(), make_tokenizer(arguments["text_cfg"], config.name, config.folder)
 
 
 def _load(model: nn.Module, state: dict[str, Tensor], config: BackboneConfig, path: Path) -> None:
     """Load a state dict, the position grid resized to the image size."""
+    state.pop("text.transformer.embeddings.position_ids", None)  # a buffer that transformers no longer saves
+    if getattr(model, "logit_bias", None) is not None:
+        state.setdefault("logit_bias", torch.zeros_like(state["logit_scale"]))
     try:
-        resize_pos_embed(state, model)
+        if not isinstance(model.visual, TimmModel):
+            resize_pos_embed(state, model)
         model.load_state_dict(state)
     except (RuntimeError, KeyError) as error:
         reasons = str(error).splitlines()
         msg = f"{path} does not hold weights of backbone '{config.name}': {reasons[min(1, len(reasons) - 1)].strip()}"
         raise ValueError(msg) from error
-
-
-def _tokenizer(config: BackboneConfig) -> Callable[[list[str]], Tensor]:
-    text = config.model["text_cfg"]
-    length = text.get("context_length", 77)
-    kind = open_clip.tokenizer.HFTokenizer if "hf_tokenizer_name" in text else open_clip.SimpleTokenizer
-    names = (text["hf_tokenizer_name"],) if "hf_tokenizer_name" in text else ()
-    tokenizer: Callable[[list[str]], Tensor] = kind(*names, context_length=length, **text.get("tokenizer_kwargs", {}))
-    return tokenizer
 
 
 def _weights_path(config: BackboneConfig) -> Path:
@@ -249,8 +295,16 @@ def _weights_path(config: BackboneConfig) -> Path:
     if Path(weights).is_file():
         return Path(weights)
     if weights.startswith(HF_HUB_PREFIX):
-        return _from_hub(weights, None)
-    known = {} if config.name.endswith(".json") else get_pretrained_cfg(config.name, weights)
+        return _from_hub(weights)
+    if weights.startswith(LOCAL_DIR_PREFIX):
+        folder = Path(weights.removeprefix(LOCAL_DIR_PREFIX))
+        found = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
+        if not found:
+            names = " or ".join(WEIGHT_FILES)
+            msg = f"{folder} holds no weights: expected {names}, or a file named by --model.pretrained."
+            raise FileNotFoundError(msg)
+        return found[0]
+    known = get_pretrained_cfg(config.name, weights)
     if not known:
         tags = list_pretrained_tags_by_model(config.name)
         msg = (
@@ -265,12 +319,13 @@ def _weights_path(config: BackboneConfig) -> Path:
         raise FileNotFoundError(_download_advice(f"{config.name} ({weights})", source)) from error
 
 
-def _from_hub(name: str, filename: str | None) -> Path:
+def _from_hub(name: str) -> Path:
     repository = name.removeprefix(HF_HUB_PREFIX)
     try:
-        if filename is None:
-            return Path(download_pretrained_from_hf(repository))
-        return Path(download_pretrained_from_hf(repository, filename=filename))
+        try:
+            return Path(hf_hub_download(repository, WEIGHT_FILES[0]))
+        except EntryNotFoundError:
+            return Path(hf_hub_download(repository, WEIGHT_FILES[1]))
     except Exception as error:
         raise FileNotFoundError(_download_advice(name, f"hub repository {repository}")) from error
 
@@ -390,7 +445,7 @@ def fingerprint(tower: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, value in tower.named_parameters():
-        if name.endswith("positional_embedding"):
+        if name.endswith(("positional_embedding", "pos_embed")):
             continue
         flat = value.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.float32)

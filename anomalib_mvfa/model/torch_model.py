@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as image_functional
 
 from anomalib_mvfa.backbones.loading import fingerprint, load_clip, resolve_backbone
+from anomalib_mvfa.backbones.towers import image_tower
 from anomalib_mvfa.training.token_cache import TokenCache
 
 from .adapters import ResidualAdapter
@@ -30,7 +31,7 @@ from .alignment import abnormal_map, abnormal_score, patch_windows, state_logits
 from .fusion import Fusion
 from .memory import MemoryBank, Support, bank_distance
 from .prompts import encode_states
-from .tower import FrozenTower, resolve_levels
+from .tower import FrozenTower
 from .variant import Variant
 
 __all__ = ["BranchOutput", "HiddenTokens", "MVFAModel", "SupportOutput"]
@@ -39,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 class HiddenTokens(NamedTuple):
-    """Hidden vectors of all levels, the class token first.
+    """Hidden vectors of all levels, the patches last.
 
     Args:
         segmentation: One ``(B, L, E)`` a level, from the segmentation adapters.
@@ -126,15 +127,10 @@ class MVFAModel(nn.Module):
         self.image_size = self.backbone.image_size
         clip, tokenizer = load_clip(self.backbone)
         self.fingerprint = fingerprint(clip.visual)
-        self.tower = FrozenTower(
-            clip.visual,
-            resolve_levels(levels, len(clip.visual.transformer.resblocks)),
-            self.variant.normalize_input,
-            self.backbone.mean,
-            self.backbone.std,
-        )
+        tower = image_tower(clip.visual)
+        self.tower = FrozenTower(tower, levels, self.variant.normalize_input, self.backbone.mean, self.backbone.std)
         self.levels = self.tower.levels
-        width, text_width = self.tower.width, self.tower.text_width
+        width, text_width = self.tower.width, self.backbone.model["embed_dim"]
         self.seg_adapters = self._make_adapters(width, text_width)
         self.det_adapters = self._make_adapters(width, text_width)
         self.seg_memory = MemoryBank(len(self.levels), coreset)
@@ -338,7 +334,7 @@ class MVFAModel(nn.Module):
         """Compare one level's patches with text.
 
         Args:
-            hidden: ``(B, L, E)``, the class token first; it is not compared.
+            hidden: ``(B, L, E)``, the patches last; the class token before them is not compared.
             text_features: ``(E, 2)`` or ``(B, E, 2)``; ``None`` takes the model's own.
 
         Returns:
@@ -353,7 +349,9 @@ class MVFAModel(nn.Module):
                 raise RuntimeError(msg)
             text_features = self.text_features
         with self._full_precision(hidden):
-            patches = patch_windows(hidden[:, 1:].float(), self.tower.grid_size, self.variant.window_sizes)
+            patches = patch_windows(
+                hidden[:, self.tower.prefix :].float(), self.tower.grid_size, self.variant.window_sizes
+            )
             logits = state_logits(patches, text_features.float())
             probabilities = abnormal_map(logits, self.tower.grid_size, self.image_size)
             return probabilities, abnormal_score(logits, self.variant.pooling)
@@ -392,7 +390,9 @@ class MVFAModel(nn.Module):
         maps = []
         for level, tokens in enumerate(hidden):
             with self._full_precision(tokens):
-                patches = patch_windows(tokens[:, 1:].float(), self.tower.grid_size, self.variant.window_sizes)
+                patches = patch_windows(
+                    tokens[:, self.tower.prefix :].float(), self.tower.grid_size, self.variant.window_sizes
+                )
                 distance = bank_distance(patches, bank[level], None if excluded is None else excluded[level])  # (B, P)
                 grid = distance.unflatten(1, self.tower.grid_size).unsqueeze(1)  # (B, 1, h, w)
                 maps.append(upsample(grid, self.image_size).squeeze(1))
@@ -454,8 +454,8 @@ class MVFAModel(nn.Module):
 
     def _with_windows(self, tokens: Tensor) -> Tensor:
         """Average the patches of ``(B, L, E)`` as those of a query are, so that a remembered image has distance 0."""
-        patches = patch_windows(tokens[:, 1:].float(), self.tower.grid_size, self.variant.window_sizes)
-        return torch.cat([tokens[:, :1].float(), patches], dim=1)
+        patches = patch_windows(tokens[:, self.tower.prefix :].float(), self.tower.grid_size, self.variant.window_sizes)
+        return torch.cat([tokens[:, : self.tower.prefix].float(), patches], dim=1)
 
     @torch.inference_mode(mode=False)
     @torch.no_grad()

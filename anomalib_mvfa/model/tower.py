@@ -1,7 +1,7 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""A frozen CLIP image tower seen as stages of transformer blocks.
+"""A frozen image tower seen as stages of transformer blocks.
 
 MVFA reads the tokens after a few *levels* (blocks 6, 12, 18 and 24 of ViT-L/14) and changes them on their way to the
 next stage. The tower therefore offers its parts separately: :meth:`FrozenTower.embed` computes tokens from images,
@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 import torch
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
+
+from anomalib_mvfa.backbones.towers import ImageTower
 
 __all__ = ["FrozenTower", "quarter_levels", "resolve_levels"]
 
@@ -71,16 +72,16 @@ class FrozenTower(nn.Module):
     Blocks behind the last level are dropped: nothing reads their output.
 
     Args:
-        visual: Vision transformer of open_clip. Its parameters are frozen in place.
-        levels: One-based numbers of the blocks after which tokens are read, ascending.
+        tower: Image tower. Its parameters are frozen in place.
+        levels: One-based numbers of the blocks after which tokens are read, ascending; see :func:`resolve_levels`.
         normalize_input: Whether to apply mean and standard deviation to the images. The released MVFA does not.
         mean: Mean of the images that the weights were trained with, a number a channel. Defaults to OpenAI's.
         std: Their standard deviation. Defaults to OpenAI's.
 
     Attributes:
         grid_size: Patch rows and columns ``(h, w)``.
+        prefix: Number ``p`` of tokens before the patches: the class token, where there is one, and registers.
         width: Size ``D`` of a token.
-        text_width: Size ``E`` of CLIP's common space of images and texts.
 
     Raises:
         ValueError: If the levels are not ascending block numbers of this tower.
@@ -88,29 +89,25 @@ class FrozenTower(nn.Module):
 
     def __init__(
         self,
-        visual: VisionTransformer,
-        levels: Sequence[int],
+        tower: ImageTower,
+        levels: Sequence[int] | str | None = None,
         normalize_input: bool = False,
         mean: Sequence[float] = OPENAI_DATASET_MEAN,
         std: Sequence[float] = OPENAI_DATASET_STD,
     ) -> None:
         super().__init__()
-        depth = len(visual.transformer.resblocks)
-        if not levels or list(levels) != sorted(set(levels)) or levels[0] < 1 or levels[-1] > depth:
-            msg = f"levels must be ascending block numbers between 1 and {depth} for this backbone, got {list(levels)}."
+        self.depth = len(tower.blocks)
+        self.levels = levels = resolve_levels(levels, self.depth)
+        if list(levels) != sorted(set(levels)) or levels[0] < 1 or levels[-1] > self.depth:
+            msg = (
+                f"levels must be ascending block numbers between 1 and {self.depth} for this backbone, got "
+                f"{list(levels)}."
+            )
             raise ValueError(msg)
-        self.levels = tuple(levels)
-        self.depth = depth
-        self.grid_size = tuple(visual.grid_size)
-        self.image_size = tuple(visual.image_size)
-        self.width = visual.transformer.width
-        self.text_width = visual.output_dim
-
-        self.conv1 = visual.conv1
-        self.class_embedding = visual.class_embedding
-        self.positional_embedding = visual.positional_embedding
-        self.ln_pre = visual.ln_pre
-        self.blocks = nn.ModuleList(visual.transformer.resblocks[: levels[-1]])
+        self.grid_size, self.image_size = tower.grid_size, tower.image_size
+        self.width, self.prefix = tower.width, tower.prefix
+        tower.drop_behind(levels[-1])
+        self.tower = tower
 
         self.normalize_input = normalize_input
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
@@ -121,19 +118,24 @@ class FrozenTower(nn.Module):
         self.requires_grad_(requires_grad=False)
         self.eval()
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The blocks up to the last level."""
+        return self.tower.blocks
+
     def train(self, mode: bool = True) -> "FrozenTower":
         """Stay in evaluation mode: a frozen tower has no training mode."""
         del mode
         return super().train(mode=False)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Turn images into the tokens that enter the first block.
+        """Compute the tokens that enter the first block.
 
         Args:
             images: Images ``(B, 3, H, W)`` in [0, 1], of the tower's image size.
 
         Returns:
-            Tokens ``(B, 1 + h * w, D)``, the class token first.
+            Tokens ``(B, p + h * w, D)``, the patches last.
 
         Raises:
             ValueError: If the images have another size.
@@ -147,11 +149,7 @@ class FrozenTower(nn.Module):
             raise ValueError(msg)
         if self.normalize_input:
             images = (images - self.mean) / self.std
-        patches = self.conv1(images).flatten(2).transpose(1, 2)  # (B, h * w, D)
-        class_token = self.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)  # (B, 1, D)
-        tokens = torch.cat([class_token, patches], dim=1) + self.positional_embedding.to(patches.dtype)
-        embedded: Tensor = self.ln_pre(tokens)
-        return embedded
+        return self.tower.embed(images)
 
     def run_stage(self, tokens: Tensor, stage: int) -> Tensor:
         """Run the blocks that lead to a level.
@@ -165,7 +163,5 @@ class FrozenTower(nn.Module):
         """
         first = self.levels[stage - 1] if stage else 0
         for block in self.blocks[first : self.levels[stage]]:
-            # open_clip up to 2.24 attends over (L, B, D), later releases over (B, L, D).
-            batch_first = block.attn.batch_first  # type: ignore[union-attr]
-            tokens = block(tokens) if batch_first else block(tokens.transpose(0, 1)).transpose(0, 1)
+            tokens = self.tower.run_block(block, tokens)
         return tokens

@@ -1,0 +1,182 @@
+# Copyright (C) 2026 The anomalib-mvfa authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Image towers of open_clip and of timm behind one interface: embed, blocks, width."""
+
+from abc import ABC, abstractmethod
+from functools import cache
+from typing import Any
+
+import timm
+import torch
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import VisionTransformer
+from torch import Tensor, nn
+
+__all__ = ["ImageTower", "OpenClipTower", "TimmTower", "image_tower", "timm_patch_size"]
+
+TIMM_NEEDS = {
+    "blocks": "transformer blocks, all of one width",
+    "_pos_embed": "position embeddings that are added before the first block",
+    "norm_pre": "a place before the first block",
+    "set_input_size": "a size that can be changed",
+}
+"""What a trunk of timm must have, by attribute: convolutional and hierarchical ones have not."""
+
+
+class ImageTower(ABC, nn.Module):
+    """What MVFA needs of an image tower.
+
+    Attributes:
+        blocks: The transformer blocks.
+        width: Size ``D`` of a token.
+        prefix: Number of tokens before the patches, such as the class token and registers.
+        image_size: Height and width of the images in pixels.
+        grid_size: Patch rows and columns ``(h, w)``.
+    """
+
+    width: int
+    prefix: int
+    image_size: tuple[int, int]
+    grid_size: tuple[int, int]
+
+    @property
+    @abstractmethod
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks."""
+
+    @abstractmethod
+    def embed(self, images: Tensor) -> Tensor:
+        """Compute the tokens ``(B, prefix + h * w, D)`` that enter the first block from images ``(B, 3, H, W)``."""
+
+    @abstractmethod
+    def run_block(self, block: nn.Module, tokens: Tensor) -> Tensor:
+        """Run one of the blocks on tokens ``(B, L, D)``."""
+
+    @abstractmethod
+    def drop_behind(self, depth: int) -> None:
+        """Drop all blocks but the first ``depth``, and the pooling."""
+
+
+class OpenClipTower(ImageTower):
+    """open_clip's own vision transformer, with a class token.
+
+    Args:
+        visual: The tower. It is changed in place.
+    """
+
+    prefix = 1
+
+    def __init__(self, visual: VisionTransformer) -> None:
+        super().__init__()
+        self.visual = visual
+        self.width = visual.transformer.width
+        self.image_size = tuple(visual.image_size)
+        self.grid_size = tuple(visual.grid_size)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks."""
+        blocks: nn.ModuleList = self.visual.transformer.resblocks
+        return blocks
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Compute the tokens ``(B, 1 + h * w, D)`` that enter the first block."""
+        visual = self.visual
+        patches = visual.conv1(images).flatten(2).transpose(1, 2)  # (B, h * w, D)
+        class_token = visual.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)  # (B, 1, D)
+        tokens = torch.cat([class_token, patches], dim=1) + visual.positional_embedding.to(patches.dtype)
+        embedded: Tensor = visual.ln_pre(tokens)
+        return embedded
+
+    def run_block(self, block: nn.Module, tokens: Tensor) -> Tensor:
+        """Run one of the blocks on tokens ``(B, L, D)``."""
+        # open_clip up to 2.24 attends over (L, B, D), later releases over (B, L, D).
+        batch_first = block.attn.batch_first  # type: ignore[union-attr]
+        result: Tensor = block(tokens) if batch_first else block(tokens.transpose(0, 1)).transpose(0, 1)
+        return result
+
+    def drop_behind(self, depth: int) -> None:
+        """Drop all blocks but the first ``depth``, and the pooling."""
+        self.visual.transformer.resblocks = self.blocks[:depth]
+        self.visual.attn_pool = self.visual.proj = None
+        self.visual.ln_post = nn.Identity()
+
+
+class TimmTower(ImageTower):
+    """A vision transformer of timm: with or without class token, registers, rotary positions, pooling by attention.
+
+    Args:
+        visual: open_clip's wrapper of timm's trunk. It is changed in place.
+    """
+
+    def __init__(self, visual: TimmModel) -> None:
+        super().__init__()
+        self.trunk = visual.trunk
+        self.width = self.trunk.embed_dim
+        self.prefix = self.trunk.num_prefix_tokens
+        self.image_size = tuple(self.trunk.patch_embed.img_size)
+        self.grid_size = tuple(self.trunk.patch_embed.grid_size)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks."""
+        blocks: nn.ModuleList = self.trunk.blocks
+        return blocks
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Compute the tokens ``(B, prefix + h * w, D)`` that enter the first block."""
+        tokens = self.trunk._pos_embed(self.trunk.patch_embed(images))
+        if isinstance(tokens, tuple):  # together with rotary positions
+            tokens = tokens[0]
+        embedded: Tensor = self.trunk.norm_pre(tokens)
+        return embedded
+
+    def run_block(self, block: nn.Module, tokens: Tensor) -> Tensor:
+        """Run one of the blocks on tokens ``(B, L, D)``."""
+        rope = getattr(self.trunk, "rope", None)
+        result: Tensor = block(tokens) if rope is None else block(tokens, rope=rope.get_embed(shape=self.grid_size))
+        return result
+
+    def drop_behind(self, depth: int) -> None:
+        """Drop all blocks but the first ``depth``, and the pooling."""
+        self.trunk.blocks = self.blocks[:depth]
+        self.trunk.attn_pool = None
+        self.trunk.norm = self.trunk.fc_norm = self.trunk.head = nn.Identity()
+
+
+def image_tower(visual: nn.Module) -> ImageTower:
+    """Return the tower of a CLIP model behind the common interface.
+
+    Args:
+        visual: Image tower as open_clip builds it.
+    """
+    return TimmTower(visual) if isinstance(visual, TimmModel) else OpenClipTower(visual)
+
+
+@cache
+def timm_patch_size(name: str) -> int:
+    """Check that a trunk of timm has what MVFA needs, without allocating it.
+
+    Args:
+        name: timm's name of the model.
+
+    Returns:
+        Side length of a patch in pixels.
+
+    Raises:
+        ValueError: If timm has no such model, or if it lacks something.
+    """
+    try:
+        with torch.device("meta"):
+            trunk: Any = timm.create_model(name)
+    except RuntimeError as error:
+        msg = f"timm {timm.__version__} has no model '{name}'. Update timm, or correct timm_model_name."
+        raise ValueError(msg) from error
+    lacking = [need for attribute, need in TIMM_NEEDS.items() if not hasattr(trunk, attribute)]
+    if getattr(trunk, "rope_mixed", False):
+        lacking.append("positions that are the same for all blocks")
+    if lacking:
+        msg = f"The image tower '{name}' cannot hold adapters between its blocks: it lacks {', '.join(lacking)}."
+        raise ValueError(msg)
+    return int(trunk.patch_embed.patch_size[0])
