@@ -58,6 +58,7 @@ class BackboneConfig:
         mean: Mean of the images that the weights were trained with, a number a channel.
         std: Their standard deviation.
         folder: Where the files of a ``local-dir:`` or ``hf-hub:`` backbone lie.
+        patch_size: Side length of a patch in pixels.
     """
 
     name: str
@@ -68,6 +69,7 @@ class BackboneConfig:
     mean: tuple[float, ...] = OPENAI_DATASET_MEAN
     std: tuple[float, ...] = OPENAI_DATASET_STD
     folder: Path | None = None
+    patch_size: int = 16
 
     @property
     def is_published(self) -> bool:
@@ -130,6 +132,7 @@ def resolve_backbone(
         tuple(images["mean"]),
         tuple(images["std"]),
         folder,
+        patch,
     )
 
 

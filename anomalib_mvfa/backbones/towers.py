@@ -50,8 +50,12 @@ class ImageTower(ABC, nn.Module):
         """Compute the tokens ``(B, prefix + h * w, D)`` that enter the first block from images ``(B, 3, H, W)``."""
 
     @abstractmethod
-    def run_block(self, block: nn.Module, tokens: Tensor) -> Tensor:
-        """Run one of the blocks on tokens ``(B, L, D)``."""
+    def run_block(self, block: nn.Module, tokens: Tensor, patches: Tensor | None = None) -> Tensor:
+        """Run one of the blocks on tokens ``(B, L, D)``; ``patches`` holds the indices of the patches if not all."""
+
+    @abstractmethod
+    def pool(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute CLIP's embedding ``(B, E)`` and normalised tokens ``(B, L, D)`` from those after the last block."""
 
     @abstractmethod
     def drop_behind(self, depth: int) -> None:
@@ -89,12 +93,23 @@ class OpenClipTower(ImageTower):
         embedded: Tensor = visual.ln_pre(tokens)
         return embedded
 
-    def run_block(self, block: nn.Module, tokens: Tensor) -> Tensor:
-        """Run one of the blocks on tokens ``(B, L, D)``."""
+    def run_block(self, block: nn.Module, tokens: Tensor, patches: Tensor | None = None) -> Tensor:
+        """Run one of the blocks on tokens ``(B, L, D)``, whichever patches they are of."""
+        del patches
         # open_clip up to 2.24 attends over (L, B, D), later releases over (B, L, D).
         batch_first = block.attn.batch_first  # type: ignore[union-attr]
         result: Tensor = block(tokens) if batch_first else block(tokens.transpose(0, 1)).transpose(0, 1)
         return result
+
+    def pool(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the embedding as open_clip pools, and the normalised tokens."""
+        visual = self.visual
+        if visual.attn_pool is not None:
+            tokens = visual.attn_pool(tokens)
+        tokens = tokens if visual.final_ln_after_pool else visual.ln_post(tokens)
+        pooled = visual._global_pool(tokens)[0]
+        pooled = visual.ln_post(pooled) if visual.final_ln_after_pool else pooled
+        return pooled @ visual.proj, tokens
 
     def drop_behind(self, depth: int) -> None:
         """Drop all blocks but the first ``depth``, and the pooling."""
@@ -112,11 +127,16 @@ class TimmTower(ImageTower):
 
     def __init__(self, visual: TimmModel) -> None:
         super().__init__()
-        self.trunk = visual.trunk
+        self.visual = visual
         self.width = self.trunk.embed_dim
         self.prefix = self.trunk.num_prefix_tokens
         self.image_size = tuple(self.trunk.patch_embed.img_size)
         self.grid_size = tuple(self.trunk.patch_embed.grid_size)
+
+    @property
+    def trunk(self) -> Any:  # noqa: ANN401 - a module of timm
+        """The part of the tower that is timm's."""
+        return self.visual.trunk
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -132,17 +152,26 @@ class TimmTower(ImageTower):
         embedded: Tensor = self.trunk.norm_pre(tokens)
         return embedded
 
-    def run_block(self, block: nn.Module, tokens: Tensor) -> Tensor:
-        """Run one of the blocks on tokens ``(B, L, D)``."""
-        rope = getattr(self.trunk, "rope", None)
-        result: Tensor = block(tokens) if rope is None else block(tokens, rope=rope.get_embed(shape=self.grid_size))
+    def run_block(self, block: nn.Module, tokens: Tensor, patches: Tensor | None = None) -> Tensor:
+        """Run one of the blocks on tokens ``(B, L, D)``, with the rotary positions of these patches."""
+        result: Tensor
+        if getattr(self.trunk, "rope", None) is None:
+            result = block(tokens)
+        else:
+            positions = self.trunk.rope.get_embed(shape=self.grid_size)  # (h * w, ...)
+            result = block(tokens, rope=positions if patches is None else positions[patches])
         return result
+
+    def pool(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the embedding as timm pools, and the normalised tokens."""
+        tokens = self.trunk.norm(tokens)
+        return self.visual.head(self.trunk.forward_head(tokens)), tokens
 
     def drop_behind(self, depth: int) -> None:
         """Drop all blocks but the first ``depth``, and the pooling."""
         self.trunk.blocks = self.blocks[:depth]
         self.trunk.attn_pool = None
-        self.trunk.norm = self.trunk.fc_norm = self.trunk.head = nn.Identity()
+        self.trunk.norm = self.trunk.fc_norm = self.trunk.head = self.visual.head = nn.Identity()
 
 
 def image_tower(visual: nn.Module) -> ImageTower:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import Compose, Normalize
 
 from anomalib_mvfa.backbones.loading import BackboneConfig, load_clip, resolve_backbone
+from anomalib_mvfa.backbones.towers import ImageTower, image_tower
 from anomalib_mvfa.metrics import MVFAEvaluator
 from anomalib_mvfa.model.prompts import class_prompts, prompt_name
 from anomalib_mvfa.pre_processing import EightBitResize, ExportableResize
@@ -67,12 +68,43 @@ class WinClipAnyModel(WinClipModel):
         self.apply_transform = False
         self.k_shot = 0
         self.clip, self.tokenizer = load_clip(config)
-        self.clip.visual.output_tokens = True
-        self.grid_size = self.clip.visual.grid_size
+        self.grid_size = self.tower.grid_size
         self.register_buffer_list("masks", self._generate_masks(), persistent=False)
         self.register_buffer("_text_embeddings", torch.empty(0))
         self.register_buffer_list("_visual_embeddings", [torch.empty(0) for _ in self.scales])
         self.register_buffer("_patch_embeddings", torch.empty(0))
+
+    @property
+    def tower(self) -> ImageTower:
+        """The image tower behind the interface that all kinds of tower share."""
+        return image_tower(self.clip.visual)
+
+    def encode_image(self, batch: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Encode images, windows and patches.
+
+        anomalib's own finds the windows by the inner layout of open_clip's towers, which changes between releases.
+
+        Args:
+            batch: ``(B, 3, H, W)``, pre-processed.
+
+        Returns:
+            Embeddings of the images ``(B, E)``, of the windows ``(B, W, E)`` for each scale, and the last tokens of the
+            patches ``(B, P, D)``.
+        """
+        tower = self.tower
+        tokens = tower.embed(batch)
+        prefix, patches = tokens[:, : tower.prefix], tokens[:, tower.prefix :]
+
+        def run(selected: Tensor | None) -> tuple[Tensor, Tensor]:
+            chosen = tokens if selected is None else torch.cat([prefix, patches[:, selected]], dim=1)
+            for block in tower.blocks:
+                chosen = tower.run_block(block, chosen, selected)
+            return tower.pool(chosen)
+
+        images, last = run(None)
+        scales: list[Tensor] = self.masks  # type: ignore[assignment]  # window indices (side * side, W)
+        windows = [torch.stack([run(window)[0] for window in masks.T], dim=1) for masks in scales]
+        return images, windows, last[:, tower.prefix :]
 
     @torch.no_grad()
     def _collect_text_embeddings(self, class_name: str) -> None:  # type: ignore[override]  # decorated there, too
@@ -106,7 +138,8 @@ class WinClipAny(WinClip, AnomalibModule):  # type: ignore[misc]  # directly, or
             lists ``normal_states``, ``abnormal_states`` and ``templates``. Defaults to ``"winclip"``.
         quick_gelu: Whether the tower runs QuickGELU. Defaults to what the weights were trained with: nothing in WinCLIP
             could learn around another activation.
-        normalize_input: Whether images are normalised by CLIP's mean and standard deviation. Defaults to ``True``.
+        normalize_input: Whether images are normalised by the backbone's mean and standard deviation. Defaults to
+            ``True``.
         pre_processor: Pre-processor, or whether to use the default. Defaults to ``True``.
         post_processor: Post-processor, or whether to use the default. Defaults to ``True``.
         evaluator: Evaluator, or whether to use the default. Defaults to ``True``.
@@ -144,8 +177,7 @@ class WinClipAny(WinClip, AnomalibModule):  # type: ignore[misc]  # directly, or
             pretrained = "laion400m_e31"
         config = resolve_backbone(backbone, pretrained, image_size, quick_gelu)
         ensemble = _ensemble(prompts)
-        patch = config.model["vision_cfg"].get("patch_size", 16)
-        grid = [side // patch for side in config.image_size]
+        grid = [side // config.patch_size for side in config.image_size]
         if not scales or not 0 < min(scales) <= max(scales) <= min(grid):
             msg = (
                 f"scales must be side lengths of windows within the grid of {grid[0]} x {grid[1]}, got {tuple(scales)}."
@@ -155,7 +187,8 @@ class WinClipAny(WinClip, AnomalibModule):  # type: ignore[misc]  # directly, or
             msg = f"k_shot is a number of images, 0 for zero-shot, got {k_shot}."
             raise ValueError(msg)
         if pre_processor is True:
-            pre_processor = self.configure_pre_processor(config.image_size, normalize_input)
+            facts = (config.mean, config.std) if normalize_input else None
+            pre_processor = self.configure_pre_processor(config.image_size, facts)
         super(WinClip, self).__init__(  # anomalib's own constructor would download its own backbone
             pre_processor=pre_processor,
             post_processor=post_processor,
@@ -171,7 +204,7 @@ class WinClipAny(WinClip, AnomalibModule):  # type: ignore[misc]  # directly, or
     def configure_pre_processor(
         cls,
         image_size: tuple[int, int] | None = None,
-        normalize_input: bool = True,
+        normalization: tuple[Sequence[float], Sequence[float]] | None = (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD),
     ) -> PreProcessor:
         """Configure the default pre-processor: anomalib's, at a given size, with the resize of MVFA.
 
@@ -179,10 +212,10 @@ class WinClipAny(WinClip, AnomalibModule):  # type: ignore[misc]  # directly, or
 
         Args:
             image_size: Height and width in pixels; 240 x 240 by default.
-            normalize_input: Whether to apply CLIP's mean and standard deviation.
+            normalization: Mean and standard deviation, a number a channel each; ``None`` for neither.
         """
         size = image_size or (240, 240)
-        normalize = [Normalize(mean=OPENAI_DATASET_MEAN, std=OPENAI_DATASET_STD)] if normalize_input else []
+        normalize = [Normalize(*normalization)] if normalization else []
         pre_processor = PreProcessor(transform=Compose([EightBitResize(size), *normalize]))
         pre_processor.export_transform = nn.Sequential(ExportableResize(size), *normalize)
         return pre_processor
