@@ -59,6 +59,8 @@ class BackboneConfig:
         std: Their standard deviation.
         folder: Where the files of a ``local-dir:`` or ``hf-hub:`` backbone lie.
         patch_size: Side length of a patch in pixels.
+        normalized: Whether mean and standard deviation come with the weights, in open_clip's table or in a file. Where
+            they do not, they are OpenAI's.
     """
 
     name: str
@@ -70,6 +72,7 @@ class BackboneConfig:
     std: tuple[float, ...] = OPENAI_DATASET_STD
     folder: Path | None = None
     patch_size: int = 16
+    normalized: bool = False
 
     @property
     def is_published(self) -> bool:
@@ -133,6 +136,7 @@ def resolve_backbone(
         tuple(images["std"]),
         folder,
         patch,
+        {"mean", "std"} <= tag.keys() | config.get("preprocess_cfg", {}).keys(),
     )
 
 

@@ -121,8 +121,8 @@ class MVFAModel(nn.Module):
         coreset: float = 1.0,
     ) -> None:
         super().__init__()
-        published = resolve_backbone(backbone, pretrained, image_size).is_published
-        self.variant = Variant.of(variant).on(published_backbone=published)
+        known = resolve_backbone(backbone, pretrained, image_size)
+        self.variant = Variant.of(variant).on(published_backbone=known.is_published, normalized=known.normalized)
         self.backbone = resolve_backbone(backbone, pretrained, image_size, self.variant.quick_gelu)
         self.image_size = self.backbone.image_size
         clip, tokenizer = load_clip(self.backbone)

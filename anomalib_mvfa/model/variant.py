@@ -22,7 +22,8 @@ class Variant:
     Args:
         quick_gelu: Whether the tower runs QuickGELU. ``None`` runs what the weights were trained with, except for
             ``ViT-L-14-336``, where the released code runs the exact GELU and the released adapters expect it.
-        normalize_input: Apply CLIP's mean and standard deviation. The released code feeds [0, 1].
+        normalize_input: Whether to apply mean and standard deviation. ``None`` applies those that come with the weights,
+            except for ``ViT-L-14-336``, where the released code feeds [0, 1].
         activation: Non-linearity of the adapters, ``"leaky_relu"`` or ``"relu"`` (paper).
         residual: Shares of the token, the segmentation output and the detection output in what enters the next stage.
             The paper's gamma = 0.1 for one adapter is shared by two here: (0.9, 0.05, 0.05).
@@ -37,7 +38,7 @@ class Variant:
     """
 
     quick_gelu: bool | None = None
-    normalize_input: bool = False
+    normalize_input: bool | None = None
     activation: str = "leaky_relu"
     residual: tuple[float, float, float] = (0.8, 0.1, 0.1)
     last_level_projector: bool = False
@@ -108,15 +109,18 @@ class Variant:
             raise ValueError(msg)
         return VARIANTS[name]
 
-    def on(self, *, published_backbone: bool) -> "Variant":
+    def on(self, *, published_backbone: bool, normalized: bool = False) -> "Variant":
         """Return the variant for a backbone: the presets speak of the activation of the published one only.
 
         Args:
             published_backbone: Whether the backbone is ``ViT-L-14-336``.
+            normalized: Whether mean and standard deviation come with the weights.
         """
+        normalize = normalized and not published_backbone if self.normalize_input is None else self.normalize_input
         if published_backbone:
-            return replace(self, quick_gelu=bool(self.quick_gelu))
-        return replace(self, quick_gelu=None) if self == VARIANTS["paper"] else self
+            return replace(self, quick_gelu=bool(self.quick_gelu), normalize_input=normalize)
+        quick_gelu = None if self == VARIANTS["paper"] else self.quick_gelu
+        return replace(self, quick_gelu=quick_gelu, normalize_input=normalize)
 
     def plain(self) -> dict[str, Any]:
         """Return the choices by name in what JSON can hold."""

@@ -159,7 +159,7 @@ def test_published_tower_is_known_by_name_and_weights(tmp_path, clip):
     assert not resolve_backbone("tiny").is_published
 
 
-def test_mean_and_deviation_are_those_of_the_weights(tmp_path, clip):
+def test_mean_and_deviation_are_those_of_the_weights(tmp_path, config_file, clip):
     openai, half = open_clip.constants.OPENAI_DATASET_MEAN, (0.5, 0.5, 0.5)
     assert resolve_backbone("ViT-L-14", "openai").mean == openai
     assert resolve_backbone("ViT-L-14", "laion2b_s32b_b82k").mean == half
@@ -173,6 +173,10 @@ def test_mean_and_deviation_are_those_of_the_weights(tmp_path, clip):
     )
     config = resolve_backbone(str(own), file)
     assert (config.mean, config.std) == ((0.1, 0.2, 0.3), (1, 2, 4))
+    assert config.normalized
+    assert resolve_backbone("ViT-L-14", "openai").normalized
+    assert not resolve_backbone("tiny").normalized
+    assert not resolve_backbone(config_file, file).normalized
     tower = FrozenTower(image_tower(load_clip(config)[0].visual), (1, 2), True, config.mean, config.std)
     bare = FrozenTower(image_tower(load_clip(config)[0].visual), (1, 2))
     image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))

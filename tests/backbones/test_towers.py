@@ -86,6 +86,9 @@ def test_facts_are_those_of_the_folder(hub_folder):
     assert (config.mean, config.std) == ((0.4, 0.5, 0.6), (0.2, 0.25, 0.5))
     assert not config.quick_gelu
     model = MVFAModel(local(folder), class_name="Brain")
+    assert model.tower.normalize_input
+    assert model.tower.mean.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
+    assert not MVFAModel(local(folder), variant={"normalize_input": False}).tower.normalize_input
     assert model.levels == (1, 2, 3, 4)
     assert model.text_features.shape[0] == model.backbone.model["embed_dim"]
 

@@ -262,6 +262,21 @@ def test_presets_choose_the_activation_of_the_published_backbone_alone(variant, 
     assert variant.on(published_backbone=False).quick_gelu is others
 
 
+@pytest.mark.parametrize(
+    ("choice", "published", "normalized", "expected"),
+    [
+        (None, True, True, False),  # as released
+        (None, False, True, True),  # as the weights expect
+        (None, False, False, False),  # nothing is known
+        (True, True, True, True),
+        (False, False, True, False),
+    ],
+)
+def test_input_is_normalised_where_the_weights_say_how(choice, published, normalized, expected):
+    variant = Variant(normalize_input=choice).on(published_backbone=published, normalized=normalized)
+    assert variant.normalize_input is expected
+
+
 @torch.no_grad()
 def test_paper_variant_runs_its_choices(images):
     model = MVFAModel("tiny", class_name="Brain", variant="paper")
