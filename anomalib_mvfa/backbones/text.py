@@ -27,7 +27,7 @@ def text_settings(text: dict[str, Any], backbone: str, folder: Path | None) -> N
         folder: Folder of the backbone's files, if it has one.
 
     Raises:
-        FileNotFoundError: If the folder of a local backbone lacks the text tower's configuration.
+        FileNotFoundError: If the text tower's configuration is missing.
         ModuleNotFoundError: If transformers is not installed.
     """
     name = text.get("hf_model_name")
@@ -42,6 +42,8 @@ def text_settings(text: dict[str, Any], backbone: str, folder: Path | None) -> N
             f"{folder / 'config.json'} is missing: expected the configuration of the text tower '{name}' from the hub."
         )
         raise FileNotFoundError(msg)
+    else:
+        _load("configuration of the text tower", name, "AutoConfig")
 
 
 def make_tokenizer(text: dict[str, Any], backbone: str, folder: Path | None) -> Callable[[list[str]], Tensor]:
@@ -56,7 +58,7 @@ def make_tokenizer(text: dict[str, Any], backbone: str, folder: Path | None) -> 
         Turns texts into token ids ``(N, T)``.
 
     Raises:
-        FileNotFoundError: If the folder of a local backbone lacks the tokenizer.
+        FileNotFoundError: If the tokenizer is missing.
         ModuleNotFoundError: If transformers is needed and not installed.
         ValueError: If the tokenizer has more tokens than the text tower.
     """
@@ -67,20 +69,16 @@ def make_tokenizer(text: dict[str, Any], backbone: str, folder: Path | None) -> 
         tokenizer: Callable[[list[str]], Tensor] = open_clip.SimpleTokenizer(context_length=length, **options)
         return tokenizer
     _require_transformers(backbone)
-    from transformers import AutoTokenizer
-
     source = name
     if folder is not None and all((folder / file).is_file() for file in TOKENIZER_FILES):
         source = str(folder)
     elif backbone.startswith(LOCAL_DIR_PREFIX):
         msg = f"{folder} lacks the tokenizer '{name}': expected its files {' and '.join(TOKENIZER_FILES)}."
         raise FileNotFoundError(msg)
-    words = AutoTokenizer.from_pretrained(source)
+    words = _load("tokenizer", source, "AutoTokenizer")
     vocabulary = text.get("vocab_size", 49408)
     if "hf_model_name" in text:
-        from transformers import AutoConfig
-
-        vocabulary = AutoConfig.from_pretrained(text["hf_model_name"]).vocab_size
+        vocabulary = _load("configuration of the text tower", text["hf_model_name"], "AutoConfig").vocab_size
     if len(words) > vocabulary:
         msg = (
             f"The tokenizer of {source} has {len(words)} tokens, but the text tower of backbone '{backbone}' only "
@@ -97,6 +95,21 @@ def make_tokenizer(text: dict[str, Any], backbone: str, folder: Path | None) -> 
         return ids.masked_fill(ids == words.sep_token_id, 0) if options.get("strip_sep_token") else ids
 
     return tokenize
+
+
+def _load(what: str, source: str, kind: str) -> Any:  # noqa: ANN401 - an object of transformers
+    """Load from a folder or the hub through one of transformers' automatic classes."""
+    import transformers
+
+    try:
+        return getattr(transformers, kind).from_pretrained(source)
+    except (OSError, ValueError) as error:
+        msg = (
+            f"The {what} of {source} could not be loaded ({type(error).__name__}). Without a network, or where files "
+            f"are damaged, copy the files of the backbone's hub repository to a folder and name it "
+            f"--model.backbone {LOCAL_DIR_PREFIX}PATH."
+        )
+        raise FileNotFoundError(msg) from error
 
 
 def _describes_transformer(path: Path) -> bool:

@@ -127,8 +127,8 @@ class MVFAModel(nn.Module):
         self.image_size = self.backbone.image_size
         clip, tokenizer = load_clip(self.backbone)
         self.fingerprint = fingerprint(clip.visual)
-        tower = image_tower(clip.visual)
-        self.tower = FrozenTower(tower, levels, self.variant.normalize_input, self.backbone.mean, self.backbone.std)
+        normalize = bool(self.variant.normalize_input)
+        self.tower = FrozenTower(image_tower(clip.visual), levels, normalize, self.backbone.mean, self.backbone.std)
         self.levels = self.tower.levels
         width, text_width = self.tower.width, self.backbone.model["embed_dim"]
         self.seg_adapters = self._make_adapters(width, text_width)

@@ -22,8 +22,8 @@ class Variant:
     Args:
         quick_gelu: Whether the tower runs QuickGELU. ``None`` runs what the weights were trained with, except for
             ``ViT-L-14-336``, where the released code runs the exact GELU and the released adapters expect it.
-        normalize_input: Whether to apply mean and standard deviation. ``None`` applies those that come with the weights,
-            except for ``ViT-L-14-336``, where the released code feeds [0, 1].
+        normalize_input: Whether to apply mean and standard deviation. ``None`` applies those that come with the
+            weights, except for ``ViT-L-14-336``, where the released code feeds [0, 1].
         activation: Non-linearity of the adapters, ``"leaky_relu"`` or ``"relu"`` (paper).
         residual: Shares of the token, the segmentation output and the detection output in what enters the next stage.
             The paper's gamma = 0.1 for one adapter is shared by two here: (0.9, 0.05, 0.05).

@@ -6,6 +6,7 @@
 import copy
 import json
 import shutil
+import sys
 
 import openvino
 import pytest
@@ -18,6 +19,7 @@ from torch.testing import assert_close
 
 from anomalib_mvfa import MVFA, MVFAModel
 from anomalib_mvfa.backbones.loading import fingerprint, load_clip, resolve_backbone
+from anomalib_mvfa.backbones.text import make_tokenizer
 from anomalib_mvfa.backbones.towers import TimmTower, image_tower
 from anomalib_mvfa.baselines.win_clip import WinClipAnyModel
 from anomalib_mvfa.data import FewShot
@@ -207,6 +209,26 @@ def test_missing_files_are_named(eva, biomedclip, tmp_path):
         load_clip(resolve_backbone(local(biomedclip)))
     (biomedclip / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"config\.json is missing: expected .* text tower 'owner/bert'"):
+        load_clip(resolve_backbone(local(biomedclip)))
+
+
+def test_damaged_tokenizer_is_named(biomedclip):
+    (biomedclip / "tokenizer.json").write_text("{", encoding="utf-8")
+    with pytest.raises(FileNotFoundError, match=r"The tokenizer of .*biomedclip could not be loaded.*local-dir:PATH"):
+        load_clip(resolve_backbone(local(biomedclip)))
+
+
+def test_tokenizer_of_the_hub_without_a_network_names_the_remedy(monkeypatch, biomedclip):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    text = {"hf_tokenizer_name": "owner/absent", "context_length": 8}
+    with pytest.raises(FileNotFoundError, match=r"The tokenizer of owner/absent could not be loaded"):
+        make_tokenizer(text, "ViT-B-16-SigLIP", None)
+
+
+def test_without_transformers_the_extra_is_named(monkeypatch, biomedclip):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ModuleNotFoundError, match=r"anomalib-mvfa\[hf\]"):
         load_clip(resolve_backbone(local(biomedclip)))
 
 
