@@ -65,7 +65,7 @@ $(ENV): pyproject.toml constraints.txt
 		echo "Install one (Debian, Ubuntu: packages python3 and python3-venv) or name it: make PYTHON=/path/to/python" >&2; \
 		exit 1; \
 	fi
-	$(PIP_INSTALL) -e ".[medical,dev]"
+	$(PIP_INSTALL) -e ".[medical,hf,dev]"
 	@touch $@
 
 $(ENV_DOCS): $(ENV)
