@@ -282,3 +282,13 @@ def test_a_fit_that_sets_no_thresholds_leaves_none_of_an_earlier_fit(few_shot, f
     new_engine(max_epochs=1, limit_val_batches=0).fit(model, datamodule=few_shot())
     assert model.post_processor.image_threshold.isnan()
     assert model.post_processor.image_max.isnan()
+
+
+def test_a_bank_of_an_evaluation_can_be_replaced_by_that_of_a_checkpoint(checkpoint, few_shot, new_engine, new_model):
+    model = new_model(class_name="Brain")
+    new_engine().validate(model, datamodule=few_shot())  # the bank is built in inference mode
+    assert not model.model.memory.is_empty
+    assert not any(value.is_inference() for value in model.state_dict().values())
+    new_engine().test(model, datamodule=few_shot(), ckpt_path=checkpoint)
+    saved = torch.load(checkpoint, weights_only=False)["state_dict"]["model.seg_memory.level_0"]
+    assert_close(model.model.seg_memory[0], saved.float())
