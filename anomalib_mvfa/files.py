@@ -1,7 +1,7 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Files that are complete under their own name, or not there."""
+"""Files that are complete under their own name, or absent."""
 
 import hashlib
 from collections.abc import Iterator
@@ -15,10 +15,9 @@ LONGEST_NAME = 50
 
 
 def partial_name(path: str | Path) -> Path:
-    """Give the name under which a file is written until it is complete.
+    """Return the name under which a file is written until it is complete.
 
-    It lies in the same folder, keeps the suffix, is no longer than file systems allow, and no other file there has it:
-    several may be written at once.
+    It is in the same folder, keeps the suffix, is no longer than file systems allow, and is unique there.
     """
     path = Path(path)
     name = path.name
@@ -29,7 +28,7 @@ def partial_name(path: str | Path) -> Path:
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Write a file under another name and give it its own when it is complete.
+    """Write a file under another name and rename it when it is complete.
 
     An interruption or a full disk leaves what was there before.
 

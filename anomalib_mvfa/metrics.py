@@ -1,7 +1,7 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Figures of pixels, exact at any size, and the one by which the published protocol chooses its epoch."""
+"""Pixel metrics, exact at any size, and the score by which the published protocol selects its epoch."""
 
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -24,14 +24,14 @@ __all__ = ["MVFAEvaluator", "PixelFigures", "SelectionScore", "squash"]
 PRO_LIMIT = 0.3
 NEIGHBOURS = np.ones((3, 3), dtype=int)  # regions touch at corners, too, as in anomalib's metric
 BLOCK = 2**24
-"""Pixels that are kept, and sorted, together."""
+"""Pixels that are sorted together."""
 
 
 def squash(values: Tensor) -> Tensor:
-    """Map any real numbers into (0, 1) and keep their order.
+    """Map real numbers into (0, 1) and keep their order.
 
-    torchmetrics takes a batch that leaves [0, 1] for logits and applies a sigmoid to that batch alone, which would put
-    the scores of different batches into a false order. What was squashed is left alone.
+    torchmetrics applies a sigmoid to each batch that leaves [0, 1], which would put the scores of different batches
+    into a false order.
 
     Args:
         values: Scores of any shape.
@@ -49,10 +49,10 @@ def squash(values: Tensor) -> Tensor:
 class PixelFigures:
     """AUROC, average precision, AUPRO and best Dice over all pixels, exact, four bytes a pixel.
 
-    Curves over pixels change direction at the scores of abnormal pixels alone, which are few. The normal ones are kept
-    in blocks, in which those above and at each abnormal score are counted; they are never sorted together, nor sent
-    from one process to another. AUPRO is that of Bergmann et al., "Uninformed Students" (CVPR 2020): every pixel
-    of a region counts by one over the size of its region.
+    Curves over pixels change direction only at the scores of abnormal pixels, which are few. Normal pixels are kept in
+    blocks, in which those above and at each abnormal score are counted; they are never sorted together, nor sent
+    between processes. AUPRO: Bergmann et al., "Uninformed Students" (CVPR 2020), each pixel weighted by one over the
+    size of its region.
 
     Example:
         >>> figures = PixelFigures()
@@ -65,14 +65,14 @@ class PixelFigures:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Drop all values."""
         self._normal = _Numbers()  # scores
         self._abnormal = _Numbers()  # scores
         self._shares = _Numbers()  # one over the size of the region of each abnormal pixel
         self._regions = 0
 
     def update(self, maps: Tensor, masks: Tensor) -> None:
-        """Take in the pixels of a batch.
+        """Add the pixels of a batch.
 
         Args:
             maps: Scores ``(B, H, W)``.
@@ -97,9 +97,10 @@ class PixelFigures:
             self._regions += count
 
     def compute(self) -> dict[str, float]:
-        """Give the figures in [0, 1], over the pixels of all processes; nothing while one class of pixels is missing.
+        """Compute the metrics in [0, 1] over the pixels of all processes, each of which has to call this.
 
-        Every process has to ask.
+        Returns:
+            Metrics by name; empty while one class of pixels is missing.
         """
         own = (np.concatenate(list(self._abnormal)), np.concatenate(list(self._shares)), self._regions)
         abnormal, shares, regions = zip(*gather_objects(own), strict=True)
@@ -120,7 +121,7 @@ class PixelFigures:
         }
 
     def _normal_above(self, scores: NDArray[np.float32]) -> tuple[int, NDArray[np.int64], NDArray[np.int64]]:
-        """Count the normal pixels of this process: all, those above each score, and those at or above it."""
+        """Count the normal pixels of this process: all, above each score, and at or above it."""
         number, above, at_or_above = 0, np.zeros(len(scores), np.int64), np.zeros(len(scores), np.int64)
         for block in self._normal:
             block.sort()  # in place
@@ -131,7 +132,7 @@ class PixelFigures:
 
 
 class _Numbers:
-    """Numbers in blocks of one size, allocated whole: many pieces would leave half of the memory unused."""
+    """Numbers in blocks of one size: many small arrays would leave half of the memory unused."""
 
     def __init__(self) -> None:
         self._blocks: list[NDArray[np.float32]] = []
@@ -170,9 +171,7 @@ def _overlap_area(above: NDArray[np.float64], at_or_above: NDArray[np.float64], 
 
 
 class MVFAEvaluator(Evaluator):
-    """anomalib's evaluator with exact figures of pixels beside its metrics, in memory that allows large sets.
-
-    anomalib's own metrics of pixels hold all of them, and sort them together.
+    """anomalib's evaluator with exact pixel metrics of large sets; its own sort all pixels together.
 
     Args:
         **kwargs: Arguments of anomalib's evaluator. ``test_metrics`` default to AUROC, AUPR and F1 of images and F1 of
@@ -180,7 +179,7 @@ class MVFAEvaluator(Evaluator):
     """
 
     NAMES: ClassVar = {"pixel_AUROC": "pixel_AUROC", "pixel_AP": "pixel_AUPR", "pixel_AUPRO": "pixel_AUPRO"}
-    """anomalib's names of the figures."""
+    """anomalib's names of the pixel metrics."""
 
     def __init__(self, **kwargs: Any) -> None:  # noqa: ANN401
         if "test_metrics" not in kwargs:
@@ -194,7 +193,7 @@ class MVFAEvaluator(Evaluator):
         self.pixels = PixelFigures()
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget what a test that was interrupted left."""
+        """Drop what an interrupted test has left."""
         super().on_test_epoch_start(trainer, pl_module)
         self.pixels.reset()
 
@@ -207,13 +206,13 @@ class MVFAEvaluator(Evaluator):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Take in a batch."""
+        """Add a batch."""
         super().on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
         if batch.anomaly_map is not None and batch.gt_mask is not None:
             self.pixels.update(batch.anomaly_map, batch.gt_mask)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compute and log all figures."""
+        """Compute and log all metrics."""
         super().on_test_epoch_end(trainer, pl_module)
         found = self.pixels.compute()
         self.pixels.reset()
@@ -223,7 +222,7 @@ class MVFAEvaluator(Evaluator):
 
 
 class SelectionScore(Metric):
-    """Image AUROC, plus pixel AUROC where there are masks: what the released code keeps its best epoch by."""
+    """Image AUROC, plus pixel AUROC where there are masks, by which the released code selects its epoch."""
 
     full_state_update = False
 
@@ -246,12 +245,12 @@ class SelectionScore(Metric):
             self.pixels.update(batch.anomaly_map, batch.gt_mask)
 
     def compute(self) -> Tensor:
-        """Give the sum of the areas, from 0 to 2 with masks and from 0 to 1 without.
+        """Compute the sum of the areas, from 0 to 2 with masks and from 0 to 1 without.
 
         Raises:
             ValueError: If the validation part lacks normal or abnormal images.
         """
-        # What other processes have seen counts, and all of them must come to the same decisions.
+        # The labels of all processes count, so that all of them decide alike.
         with self.image.sync_context():
             labels = torch.cat([values.flatten() for values in _list(self.image.target)])
         if not (bool((labels == 0).any()) and bool((labels == 1).any())):
@@ -264,7 +263,7 @@ class SelectionScore(Metric):
         return area + self.pixels.compute().get("pixel_AUROC", 0.0)
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Drop all values."""
         super().reset()
         self.image.reset()
         self.pixels.reset()

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class EightBitResize(Resize):  # type: ignore[misc]  # torchvision has no types
-    """Bicubic resize through eight bits, value for value what the released code reads from its files.
+    """Bicubic resize through eight bits, with the same values as in the released code.
 
     CLIP was trained on images that Pillow had resized in eight bits; torch's own antialiased resize differs from it by
     up to 14 of 255 grey levels beside sharp edges. Masks are resized to the nearest pixel centre, as Pillow does. In an
@@ -112,7 +112,7 @@ class MVFAPreProcessor(PreProcessor):
         self.image_size = image_size
 
     def checkpoint_config(self) -> dict[str, Any]:
-        """Return the image size, which is all there is to restore."""
+        """Return the image size."""
         return {"image_size": list(self.image_size)}
 
     def load_checkpoint_config(self, config: dict[str, Any]) -> None:

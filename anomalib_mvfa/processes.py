@@ -1,12 +1,7 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Several processes that train, test or predict together give what one process gives.
-
-Lightning shares the images out. What it leaves to a model is done here: no image is counted twice when they do not
-divide evenly, adapters that an image does not move are no error, all processes write into one folder, and all read the
-same data.
-"""
+"""Values of several processes that train, test or predict together."""
 
 from collections.abc import Iterable, Iterator
 from itertools import zip_longest
@@ -20,7 +15,7 @@ T = TypeVar("T")
 
 
 def gather_objects(value: T) -> list[T]:
-    """Collect a value of every process, in all of them; alone, a list of the value.
+    """Collect a value of every process, in all of them.
 
     Args:
         value: Anything that can be pickled.
@@ -36,12 +31,12 @@ def gather_objects(value: T) -> list[T]:
 
 
 def is_first() -> bool:
-    """Tell whether this is the first of the processes, or the only one."""
+    """Return whether this is the first of the processes, or the only one."""
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
 def interleave(parts: Iterable[Iterable[T]]) -> Iterator[T]:
-    """Bring what was dealt out one by one back into its order.
+    """Merge what was distributed in turn, in its original order.
 
     Example:
         >>> list(interleave([[0, 2, 4], [1, 3]]))

@@ -1,7 +1,7 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Makes our classes attributes of ``anomalib.models`` and ``anomalib.data``.
+"""Registers our classes as attributes of ``anomalib.models`` and ``anomalib.data``.
 
 The command line finds classes among the imported subclasses; ``get_model({"class_path": ...})`` and the benchmark
 pipeline look for attributes of these two modules.

@@ -23,11 +23,7 @@ __all__ = ["surrounding_callbacks"]
 
 
 def surrounding_callbacks(module: "MVFA") -> list[Callback]:
-    """Return new callbacks for a run.
-
-    Args:
-        module: With a trainer that is about to run.
-    """
+    """Return new callbacks for the run that a model's trainer is about to start."""
     trainer = module.trainer
     if trainer.state.fn != TrainerFn.FITTING:
         return [PredictionTable()]

@@ -1,7 +1,7 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The choice of the epoch, as in the published protocol."""
+"""Selection of the epoch, as in the published protocol."""
 
 import logging
 from pathlib import Path
@@ -35,7 +35,7 @@ class BestEpoch(ModelCheckpoint):
         self._score = SelectionScore()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the best epoch of an interrupted training, also in another folder."""
+        """Restore the best epoch of an interrupted training, also in another folder."""
         super().load_state_dict({**state_dict, "dirpath": self.dirpath})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -74,7 +74,7 @@ class BestEpoch(ModelCheckpoint):
             pl_module.log(SCORE, self._score.compute(), prog_bar=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: "MVFA") -> None:  # type: ignore[override]
-        """Go back to the best epoch."""
+        """Restore the best epoch."""
         if not self.best_model_path:
             return
         checkpoint = trainer.strategy.load_checkpoint(self.best_model_path, weights_only=True)

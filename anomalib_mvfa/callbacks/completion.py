@@ -1,7 +1,7 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The checkpoint of a training that ends has a bank, ranges and thresholds, whatever ended it."""
+"""Bank, ranges and thresholds for the checkpoint of a training, whatever ended it."""
 
 import logging
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class CompleteTraining(Callback):
-    """Validates the last adapters once more if no validation came after the last step, and saves them then.
+    """Validates and saves the last adapters if no validation followed the last step.
 
     Early stopping, ``max_steps``, ``max_time`` and an interval that does not divide the epochs all end a training
     between two validations.

@@ -1,7 +1,7 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""How images are loaded: ahead of the model, past files that cannot be read, and shared among processes."""
+"""Loading of images: ahead of the model, past files that cannot be read, distributed among processes."""
 
 import logging
 import multiprocessing
@@ -30,10 +30,10 @@ MAX_READERS = 4
 
 @dataclass
 class ReportedBatch(ImageBatch):
-    """A batch whose images with an ``explanation`` could not be read, and have no prediction, whoever sets one.
+    """A batch whose images with an ``explanation`` could not be read, and have no prediction.
 
-    Their scores and maps are NaN, their labels ``LabelName.UNKNOWN`` (-1, so that ``pred_label`` is of integers where
-    there is such an image), their masks empty. Their items have ``None`` for label and mask.
+    Their scores and maps are NaN, their labels ``LabelName.UNKNOWN`` (-1; ``pred_label`` then holds integers), their
+    masks empty. Their items have ``None`` for label and mask.
     """
 
     item_class = ImageItem
@@ -70,9 +70,9 @@ class ReportedBatch(ImageBatch):
 
 
 class ReportingDataset(Dataset[ImageItem]):
-    """anomalib's data set of a folder, in which a file that cannot be read does not end the prediction.
+    """anomalib's data set of a folder, with a black image in the place of each file that cannot be read.
 
-    Such a file becomes a black image whose ``explanation`` is the reason; the other explanations are empty.
+    Its ``explanation`` is the reason; the other explanations are empty.
 
     Args:
         source: The data set of anomalib.
@@ -130,8 +130,7 @@ def _why_unreadable(path: Path, error: Exception) -> str:
 def read_ahead(loader: Any) -> Any:  # noqa: ANN401 - any loader
     """Report unreadable images of a plain folder, and let other processes read while the model computes.
 
-    anomalib's loader for them reads one after the other. Other loaders are returned as they are; none reads ahead where
-    starting a process would import everything anew.
+    Other loaders are returned unchanged; none reads ahead where a new process would import everything again.
 
     Args:
         loader: Any loader.
@@ -155,15 +154,11 @@ def read_ahead(loader: Any) -> Any:  # noqa: ANN401 - any loader
 
 
 def prepare_processes(trainer: Trainer) -> None:
-    """Prepare Lightning before it wraps the model and makes the loaders.
-
-    Args:
-        trainer: In its ``setup`` phase.
-    """
+    """Prepare a trainer before it wraps the model and makes the loaders."""
     strategy = trainer.strategy
     if isinstance(strategy, DDPStrategy):
-        # The last level's outputs and, without masks, the segmentation adapters never learn. The buffers are made from
-        # the same supports everywhere; sending them around would only tie evaluations to equal numbers of batches.
+        # The last level's outputs and, without masks, the segmentation adapters have no gradients. The buffers are
+        # computed from the same supports everywhere; broadcasting them would require equal numbers of batches.
         strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
         strategy._ddp_kwargs.setdefault("broadcast_buffers", False)
     if not isinstance(strategy.process_dataloader, partial):
@@ -175,13 +170,13 @@ def prepare_processes(trainer: Trainer) -> None:
 
 
 def _process_loader(trainer: Trainer, process: Callable[[object], object], loader: object) -> object:
-    """Share the images of an evaluation without repeating any, and start a resumed training in its epoch's order."""
+    """Distribute the images of an evaluation without repetition, and order those of a resumed training by its epoch."""
     sampler = getattr(loader, "sampler", None)
     if isinstance(sampler, DistributedSampler):
         if sampler.shuffle or trainer.training:
             sampler.set_epoch(trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
         else:
-            count = len(sampler.dataset)  # type: ignore[arg-type]  # Lightning deals sized sets out only
+            count = len(sampler.dataset)  # type: ignore[arg-type]  # Lightning distributes sized sets only
             if count < sampler.num_replicas:
                 msg = (
                     f"{count} images cannot be shared by {sampler.num_replicas} processes. "
@@ -194,10 +189,7 @@ def _process_loader(trainer: Trainer, process: Callable[[object], object], loade
 
 
 def _share_folder(trainer: Trainer) -> None:
-    """Let every process write into the folder of the first.
-
-    Each process of a training has made a folder of its own, with the next number; it is removed again.
-    """
+    """Let every process write into the folder of the first, and remove the empty ones that the others have made."""
     own = Path(trainer.default_root_dir)
     shared = Path(trainer.strategy.broadcast(str(own)))
     if own != shared:

@@ -1,7 +1,7 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""What happens when a loss or the adapters are not finite any more."""
+"""Stops a training whose loss or adapters are not finite, and explains why."""
 
 from typing import TYPE_CHECKING, NoReturn
 

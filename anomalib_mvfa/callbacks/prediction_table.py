@@ -28,12 +28,12 @@ HIGHEST = 3
 
 
 def from_command_line(trainer: Trainer) -> bool:
-    """Return whether the command line runs this: it adds a callback that a program has no use for."""
+    """Return whether the command line runs this, which adds a callback to save its configuration."""
     return any(isinstance(callback, SaveConfigCallback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
 
 class _Result(NamedTuple):
-    """What the table of groups needs of an image."""
+    """One image in the table of groups."""
 
     group: int
     score: float
@@ -127,7 +127,7 @@ class PredictionTable(Callback):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a table."""
         del pl_module
-        if from_command_line(trainer):  # nobody receives the predictions, which would fill the memory
+        if from_command_line(trainer):  # the predictions are not used and would fill the memory
             trainer.predict_loop.return_predictions = False
         self._start(trainer)
 

@@ -1,7 +1,7 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""A checkpoint to go on from when a training is interrupted."""
+"""A checkpoint for resuming an interrupted training."""
 
 import time
 from typing import TYPE_CHECKING, Any
@@ -23,13 +23,12 @@ RESUME_POINT = "resume.ckpt"
 
 
 class ResumePoint(Checkpoint):
-    """Keeps a checkpoint to go on from when a training is interrupted: ``resume.ckpt`` beside the others.
+    """Keeps ``resume.ckpt`` beside the other checkpoints until the training is complete and saved.
 
-    ``anomalib train ... --ckpt_path resume.ckpt`` ends with the adapters of a training that was not interrupted: random
-    numbers go on where they stopped. Lightning's own checkpoints by time are written in the middle of an epoch, from
-    where the order of the images cannot be restored, and its checkpoint on an exception does not survive a kill. The
-    file is written at the end of an epoch, once a minute at most, and is removed when another checkpoint holds the end
-    of the training.
+    ``anomalib train ... --ckpt_path resume.ckpt`` ends with the adapters of an uninterrupted training: random numbers
+    continue where they stopped. The file is written at the end of an epoch, once a minute at most. Lightning's
+    checkpoints by time are written within an epoch, whose order of images cannot be restored, and its checkpoint on an
+    exception does not survive a kill.
     """
 
     SECONDS = 60.0
@@ -52,14 +51,14 @@ class ResumePoint(Checkpoint):
         self._resumed = state_dict
 
     def on_fit_start(self, trainer: Trainer, pl_module: "MVFA") -> None:  # type: ignore[override]
-        """Start the clock, and go on with the random numbers of the checkpoint."""
+        """Start the clock, and restore the random state of the checkpoint."""
         self._saved, self._module = time.monotonic(), pl_module
         states = self._resumed.get("random_states", ())
         if len(states) == trainer.world_size:
             torch.set_rng_state(states[trainer.global_rank].cpu())
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: "MVFA") -> None:  # type: ignore[override]
-        """Go on with the cache of the checkpoint, which decides how tokens are computed."""
+        """Restore the cache of the checkpoint, on which the way tokens are computed depends."""
         states, self._resumed = self._resumed.get("token_caches", ()), {}
         cache = _token_cache(pl_module)
         if cache is not None and len(states) == trainer.world_size and states[trainer.global_rank]:

@@ -3,8 +3,8 @@
 
 """``run.json`` beside the checkpoints: all that is needed to repeat a training, and nothing that names a patient.
 
-Names of files and folders may hold names of patients, so none is written. Files are identified by their content: a
-support by the SHA-256 of its file, which whoever has the images can compute and nobody else can lead back.
+Names of files and folders may contain names of patients, so none is written. Files are identified by the SHA-256 of
+their content.
 """
 
 import hashlib
@@ -127,7 +127,7 @@ def content_digest(path: str | Path) -> str:
 
 
 def data_fingerprint(dataset: Any) -> dict[str, Any] | None:  # noqa: ANN401 - any dataset
-    """Digest the files of a dataset, whatever they are called and wherever they are.
+    """Digest the files of a dataset, independent of their names and folders.
 
     Of each file the size and the first and last 4096 bytes count, so that large sets are digested in seconds.
 
@@ -169,7 +169,7 @@ def _ends(path: Path) -> str:
 
 
 def _record(trainer: Trainer, module: "MVFA", fingerprints: Mapping[str, Any]) -> dict[str, Any]:
-    """Describe a training: configuration, versions, seeds, supports and fingerprints, in what JSON can hold."""
+    """Describe a training: configuration, versions, seeds, supports and fingerprints, in types of JSON."""
     datamodule = getattr(trainer, "datamodule", None)
     return {
         "model": _arguments(module, module.arguments),
@@ -185,7 +185,7 @@ def _record(trainer: Trainer, module: "MVFA", fingerprints: Mapping[str, Any]) -
 
 
 def _supports(datamodule: Any) -> dict[str, list[str]] | None:  # noqa: ANN401 - any datamodule
-    """Return the digests of the supports in their order, for datamodules that know them."""
+    """Return the digests of the supports in their order, for datamodules that have supports."""
     samples = getattr(getattr(datamodule, "train_data", None), "samples", None)
     if samples is None or not hasattr(datamodule, "support"):
         return None
@@ -204,7 +204,7 @@ def _version(package: str) -> str | None:
 
 
 def _arguments(instance: object, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Describe the arguments that an object keeps."""
+    """Describe the arguments that an object has kept."""
     parameters = inspect.signature(type(instance).__init__).parameters
     return {"class": type(instance).__name__} | {
         name: _plain(values[name], may_be_path="Path" in str(parameter.annotation))
@@ -213,8 +213,8 @@ def _arguments(instance: object, values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _plain(value: Any, *, may_be_path: bool = False) -> Any:  # noqa: ANN401 - what is asked
-    """Turn a value into what JSON can hold: a file becomes its digest, the name of a folder is left out."""
+def _plain(value: Any, *, may_be_path: bool = False) -> Any:  # noqa: ANN401 - any value
+    """Convert a value to types of JSON: a file becomes its digest, the name of a folder is omitted."""
     if value is None or isinstance(value, bool | int | float | Enum):
         return value.value if isinstance(value, Enum) else value
     if isinstance(value, str | Path):

@@ -1,7 +1,7 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""What leaves a trained model: adapters in files and on the hub, graphs for torch, ONNX and OpenVINO."""
+"""Exports of a trained model: adapters in files and on the hub, graphs for torch, ONNX and OpenVINO."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -48,7 +48,7 @@ class ExportMixin(AnomalibExportMixin):
         Args:
             repository: ``owner/name``; made unless it exists.
             licence: Identifier of the licence, such as ``"cc-by-nc-sa-4.0"``. That of the training data counts.
-            private: Whether a new repository can be seen by its owner alone.
+            private: Whether a new repository is visible to its owner only.
 
         Returns:
             Address of the repository.

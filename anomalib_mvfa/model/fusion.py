@@ -12,7 +12,7 @@ __all__ = ["Float32Buffers", "Fusion"]
 
 
 class Float32Buffers(nn.Module):
-    """A module whose buffers move between devices and keep their precision: ranges and thresholds need it."""
+    """A module whose buffers keep their precision when the module is converted: ranges and thresholds need it."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Float32Buffers":
         moved: Float32Buffers = super()._apply(lambda value: value.to(fn(value).device), recurse)  # type: ignore[no-untyped-call]
@@ -20,11 +20,10 @@ class Float32Buffers(nn.Module):
 
 
 class Fusion(Float32Buffers):
-    """Min-max scale each branch, then blend them half and half.
+    """Min-max scale each branch, then blend them.
 
-    The ranges are buffers, so that a checkpoint and an exported model carry them. The released code takes them from the
-    whole test set; by default they come from the supports (see
-    :class:`~anomalib_mvfa.model.lightning_model.MVFA`). Values outside the range are extrapolated, not clipped.
+    The ranges are buffers, so that checkpoints and exported models contain them. They come from the supports, or as
+    in the released code from the whole test set. Values outside the range are extrapolated, not clipped.
 
     Args:
         language_weight: Share of the language branch; the memory branch has the rest.

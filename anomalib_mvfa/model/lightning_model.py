@@ -71,7 +71,7 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
         adapters: Trained adapters: a file (``.pth`` in the released format, or ``.safetensors``), or
             ``hf-hub:owner/name``. The model then is not trained any more. Defaults to ``None``.
         memory: Whether to use the memory branch. Without it the model is zero-shot. Defaults to ``True``.
-        max_support: For datamodules that know no supports: how many normal training images go into the bank.
+        max_support: For datamodules without supports: number of normal training images in the bank.
             Defaults to ``32``.
         learning_rate: Step size of Adam. Published: 1e-3 in few-shot, 1e-4 in zero-shot. Defaults to ``1e-3``.
         selection: ``"last"`` keeps the last epoch; ``"best"`` the one with the greatest image AUROC (plus pixel AUROC
@@ -187,7 +187,7 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
             self.hparams.update(self.hparams_initial)
         used = "model" in self._modules and not self._untouched
         self._untouched = False
-        # Adapters know how their images were read, which is asked when the data are loaded.
+        # Adapters files hold the intensity rule of their images, which is checked when data are loaded.
         if (fitting or self.option("adapters")) and not self.ensure_model() and fitting and used:
             self.model.reset()
 
@@ -242,7 +242,7 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
 
     @AnomalibModule.trainer.setter  # type: ignore[attr-defined,untyped-decorator]  # a property of Lightning
     def trainer(self, trainer: Trainer | None) -> None:
-        """Attach a trainer, before it replaces a missing limit of epochs by its own."""
+        """Attach a trainer, and set the published number of epochs where it has no limit."""
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             set_default_epochs(trainer)
         AnomalibModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
@@ -267,7 +267,7 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
         return MVFAVisualizer()
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """Add what surrounds a run to anomalib's components."""
+        """Add the callbacks of the run to anomalib's components."""
         components = super().configure_callbacks()
         return [*(components if isinstance(components, Sequence) else [components]), *surrounding_callbacks(self)]
 
@@ -285,7 +285,7 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
         self.fit_state = FitState() if stage == TrainerFn.FITTING else None
 
     def on_fit_start(self) -> None:
-        """Drop what an earlier fit has left."""
+        """Drop calibration and thresholds of an earlier fit."""
         self.trained, self.adapter_facts = True, {}
         self.calibration = Calibration()
         if isinstance(self.post_processor, MVFAPostProcessor):
@@ -302,7 +302,7 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
             self.post_processor.set_rule(self.option("threshold"), self.option("target_fpr"))
 
     def on_train_start(self) -> None:
-        """Choose by the data what the training needs."""
+        """Prepare the training for the data."""
         begin_training(self)
 
     def on_train_epoch_end(self) -> None:
@@ -324,7 +324,7 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
         masks: Tensor | None = batch.gt_mask
         labels: Tensor | None = batch.gt_label
         state = self.fit_state or FitState()
-        self.calibration.drop()  # the adapters are about to move
+        self.calibration.drop()  # the adapters are about to change
         if state.lesions is not None:
             number = batch_idx * self.trainer.world_size + self.trainer.global_rank
             images, masks, labels = state.lesions.draw_on_half(images, self.current_epoch, number)
@@ -377,7 +377,7 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
         self.history["figures"] = evaluation_facts(self.trainer, self.option("fusion_scale"))
 
     def pre_processed(self, image: Tensor) -> Tensor:
-        """Bring an image ``(3, H, W)`` in [0, 1], or a batch, to the size that the model reads."""
+        """Resize an image ``(3, H, W)`` in [0, 1], or a batch, to the size that the model reads."""
         if self.pre_processor is not None and self.pre_processor.transform is not None:
             image = self.pre_processor.transform(image)  # type: ignore[operator]  # a torchvision transform
         return image.as_subclass(Tensor)
@@ -393,7 +393,7 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
     # Checkpoints
 
     def facts(self) -> dict[str, Any]:
-        """Return what the adapters fit and how they were made, in what JSON can hold; no path is among it."""
+        """Return what the adapters fit and how they were trained, in types of JSON, without any path."""
         return {**model_facts(self.model), "intensity": self.intensity, **self.history}
 
     @classmethod

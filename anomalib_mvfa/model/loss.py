@@ -59,8 +59,8 @@ def score_loss(scores: Tensor, labels: Tensor, as_logits: bool = True) -> Tensor
     Args:
         scores: ``(B,)`` in [0, 1].
         labels: ``(B,)`` in {0, 1}.
-        as_logits: The released code hands the probability to a cross-entropy that expects a logit. ``False`` treats
-            it as the probability it is, as the paper's formula does.
+        as_logits: Whether the probability is passed to a cross-entropy that expects a logit, as in the released code;
+            the paper's formula takes it as a probability.
 
     Returns:
         Loss ``(B,)``.
@@ -68,7 +68,7 @@ def score_loss(scores: Tensor, labels: Tensor, as_logits: bool = True) -> Tensor
     labels = labels.to(scores.dtype)
     if as_logits:
         return functional.binary_cross_entropy_with_logits(scores, labels, reduction="none")
-    # Written out, because the library's version refuses to run under autocast.
+    # torch's own function raises an error under autocast.
     scores = scores.clamp(torch.finfo(scores.dtype).eps, 1 - torch.finfo(scores.dtype).eps)
     return -(labels * scores.log() + (1 - labels) * (1 - scores).log())
 

@@ -29,7 +29,7 @@ class Support(NamedTuple):
 
 
 def bank_distance(queries: Tensor, bank: Tensor, excluded: Tensor | None = None) -> Tensor:
-    """Compute how far each query lies from the nearest entry of the bank.
+    """Compute the cosine distance of each query from the nearest entry of the bank.
 
     The matrix of all distances is never held at once: the bank is read in chunks.
 
@@ -39,7 +39,7 @@ def bank_distance(queries: Tensor, bank: Tensor, excluded: Tensor | None = None)
         excluded: ``(B, N)``, true for the entries that a query must not be compared with; ``None`` compares with all.
 
     Returns:
-        Cosine distances ``(B, P)``, 0 for a query that points the same way as an entry.
+        Distances ``(B, P)``, 0 for a query of the same direction as an entry.
 
     Raises:
         RuntimeError: If the bank is empty.
@@ -84,7 +84,7 @@ class MemoryBank(DynamicBufferMixin, nn.Module):
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was remembered yet."""
+        """Whether it has no entries."""
         return self[0].numel() == 0
 
     def __getitem__(self, level: int) -> Tensor:

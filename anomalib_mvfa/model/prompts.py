@@ -3,7 +3,7 @@
 
 """State phrases, templates and the text features made of them.
 
-The ensemble is WinCLIP's compositional one in APRIL-GAN's wording, as the released MVFA uses it: 7 normal and 5
+The ensemble is WinCLIP's compositional one with APRIL-GAN's sentences, as the released MVFA uses it: 7 normal and 5
 abnormal states times 35 templates, kept in ``prompts.json`` beside this file.
 """
 
@@ -40,18 +40,18 @@ def _ensemble() -> dict[str, Any]:
 
 
 def prompt_ensemble() -> dict[str, list[str]]:
-    """Give what all prompts are made of: ``normal_states``, ``abnormal_states`` and ``templates``."""
+    """Return the parts of all prompts: ``normal_states``, ``abnormal_states`` and ``templates``."""
     return {name: list(_ensemble()[name]) for name in ("normal_states", "abnormal_states", "templates")}
 
 
 @lru_cache(maxsize=1)
 def published_class_names() -> dict[str, str]:
-    """Give the published prompt names of the six sets of BMAD, by set name in lower case."""
+    """Return the published prompt names of the six sets of BMAD, by set name in lower case."""
     return {category.lower(): name for category, name in _ensemble()["class_names"].items()}
 
 
 def prompt_name(category: str) -> str:
-    """Give the name of a data set in the prompts.
+    """Return the name of a data set in the prompts.
 
     Args:
         category: Name of a data set, such as ``"Retina_RESC"``. A trailing ``_AD`` is not read.
@@ -76,7 +76,7 @@ def class_prompts(
     class_name: str,
     ensemble: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[list[str], list[str]]:
-    """Write the sentences for the two states of a class.
+    """Format the sentences for the two states of a class.
 
     Args:
         class_name: What the images show, such as ``"Brain"``.
@@ -94,7 +94,7 @@ def class_prompts(
     ensemble = _ensemble() if ensemble is None else ensemble
 
     def sentences(states: Sequence[str]) -> list[str]:
-        # The name may hold braces, so it is put in by replacement, not by formatting.
+        # The name may contain braces, which formatting would interpret.
         return [
             template.replace("{}", state.replace("{}", class_name))
             for state in states
@@ -138,7 +138,7 @@ def encode_states(clip: CLIP, tokenizer: Callable[[list[str]], Tensor], class_na
 
 
 def cache_dir() -> Path:
-    """Give the folder for what is computed once: ``ANOMALIB_MVFA_CACHE``, or ``anomalib_mvfa`` in the user's cache."""
+    """Return the folder of kept features: ``ANOMALIB_MVFA_CACHE``, or ``anomalib_mvfa`` in the user's cache."""
     own = os.environ.get("ANOMALIB_MVFA_CACHE")
     if own:
         return Path(own)
@@ -146,7 +146,7 @@ def cache_dir() -> Path:
 
 
 def _digest(clip: CLIP, tokens: Sequence[Tensor]) -> str:
-    """Digest all that text features depend on: weights and activations of the text tower, and the tokens."""
+    """Digest what text features depend on: weights and activations of the text tower, and the tokens."""
     digest = hashlib.blake2b(digest_size=16)
     for name, module in clip.named_children():
         if name != "visual":

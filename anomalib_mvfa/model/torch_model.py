@@ -84,7 +84,7 @@ class MVFAModel(nn.Module):
         backbone: open_clip vision transformer, ``hf-hub:owner/name``, JSON configuration, or ``"tiny"``.
         pretrained: Tag, local file or ``"random"``; ``None`` takes the backbone's own or ``"openai"``.
         image_size: Input size in pixels; ``None`` takes 240 for ``ViT-L-14-336``, otherwise the backbone's own.
-        levels: One-based blocks to read, or a word: :func:`~anomalib_mvfa.model.tower.resolve_levels`. ``None`` takes
+        levels: One-based blocks to read, or a preset: :func:`~anomalib_mvfa.model.tower.resolve_levels`. ``None`` takes
             the ends of the quarters. Blocks behind the last are dropped.
         class_name: What the images show, for the prompts; ``None`` leaves it open.
         variant: Choices in which the paper and the released code differ, or the name of a preset.
@@ -160,7 +160,7 @@ class MVFAModel(nn.Module):
         )
 
     def reset(self) -> None:
-        """Start anew: random adapters as a new object has them, empty banks, unit ranges."""
+        """Reset to the state of a new object: random adapters, empty banks, unit ranges."""
         for module in (*self.seg_adapters.modules(), *self.det_adapters.modules()):
             if isinstance(module, nn.Linear):
                 module.reset_parameters()
@@ -293,8 +293,8 @@ class MVFAModel(nn.Module):
 
         Args:
             images: ``(B, 3, H, W)`` in [0, 1].
-            frozen_segmentation: Keep gradients away from the segmentation adapters' weights, as for training images
-                of sets without masks; for all images, or ``(B,)`` for those that are true.
+            frozen_segmentation: Compute no gradients of the segmentation adapters' weights, as for training images of
+                sets without masks; for all images, or ``(B,)`` for those that are true.
             cache: Keeps the tokens below the first adapters.
 
         Returns:
@@ -405,11 +405,11 @@ class MVFAModel(nn.Module):
 
     @staticmethod
     def _full_precision(tensor: Tensor) -> "torch.autocast | nullcontext[None]":
-        """Leave autocast, so that scores are computed in float32."""
+        """Disable autocast, so that scores are computed in float32."""
         kind = tensor.device.type
         return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
-    @torch.inference_mode(mode=False)  # what is remembered outlives the run that it is made in
+    @torch.inference_mode(mode=False)  # the bank outlives the run that builds it
     @torch.no_grad()
     def remember(self, support: Support, batch_size: int = 8) -> SupportOutput | None:
         """Build the memory bank from the normal supports and take the fusion's ranges from all supports.
@@ -474,7 +474,7 @@ class MVFAModel(nn.Module):
         )
 
     def _map_tokens_of(self, images: Tensor, batch_size: int) -> list[Tensor]:
-        """Run the tower over many images and keep the hidden vectors that the map is made from."""
+        """Compute, in batches, the hidden vectors that the map is made from."""
         device = self.text_features.device
         batches = [self.map_tokens(self.hidden_tokens(batch.to(device))) for batch in images.split(batch_size)]
         return [torch.cat(level) for level in zip(*batches, strict=True)]

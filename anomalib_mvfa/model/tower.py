@@ -1,7 +1,7 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""A frozen image tower seen as stages of transformer blocks.
+"""A frozen image tower, divided into stages of transformer blocks.
 
 MVFA reads the tokens after a few *levels* (blocks 6, 12, 18 and 24 of ViT-L/14) and changes them on their way to the
 next stage. The tower therefore offers its parts separately: :meth:`FrozenTower.embed` computes tokens from images,
@@ -26,8 +26,8 @@ def quarter_levels(depth: int) -> tuple[int, ...]:
         depth: Number of blocks.
 
     Returns:
-        One-based block numbers, ``(6, 12, 18, 24)`` for the 24 blocks of ViT-L/14. A tower of fewer than four blocks
-        gives every block.
+        One-based block numbers, ``(6, 12, 18, 24)`` for the 24 blocks of ViT-L/14; every block of a tower of fewer
+        than four.
 
     Example:
         >>> quarter_levels(24)
@@ -124,7 +124,7 @@ class FrozenTower(nn.Module):
         return self.tower.blocks
 
     def train(self, mode: bool = True) -> "FrozenTower":
-        """Stay in evaluation mode: a frozen tower has no training mode."""
+        """Stay in evaluation mode."""
         del mode
         return super().train(mode=False)
 

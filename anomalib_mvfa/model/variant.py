@@ -17,7 +17,7 @@ NETWORK_CHOICES = ("quick_gelu", "normalize_input", "activation", "residual", "l
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to read the method. The defaults are those of the released code.
+    """Choices of the method. The defaults are those of the released code.
 
     Args:
         quick_gelu: Whether the tower runs QuickGELU. ``None`` runs what the weights were trained with, except for
@@ -30,7 +30,7 @@ class Variant:
         last_level_projector: Whether the hidden vector of the last level is a linear projection (paper).
         pooling: Image score from the patches: ``"mean"`` or ``"max"`` (paper).
         level_reduction: Levels added up by ``"sum"`` or ``"mean"`` (paper).
-        bce_as_logits: Whether the cross-entropy takes the probability for a logit. The paper's formula does not.
+        bce_as_logits: Whether the cross-entropy treats the probability as a logit. The paper's formula does not.
         residual_norm: Rescale the adapters' outputs to the token's own length first. Source: AA-CLIP, MoECLIP.
         window_sizes: Average each patch with its neighbours at these odd side lengths. Source: MoECLIP.
         map_blur: Standard deviation in pixels of a Gaussian blur of the anomaly map, 0 for none. Source: AA-CLIP.
@@ -110,7 +110,7 @@ class Variant:
         return VARIANTS[name]
 
     def on(self, *, published_backbone: bool, normalized: bool = False) -> "Variant":
-        """Return the variant for a backbone: the presets speak of the activation of the published one only.
+        """Return the variant for a backbone; the presets define the activation of ``ViT-L-14-336`` only.
 
         Args:
             published_backbone: Whether the backbone is ``ViT-L-14-336``.
@@ -123,7 +123,7 @@ class Variant:
         return replace(self, quick_gelu=quick_gelu, normalize_input=normalize)
 
     def plain(self) -> dict[str, Any]:
-        """Return the choices by name in what JSON can hold."""
+        """Return the choices by name, in types of JSON."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 

@@ -174,7 +174,7 @@ class MVFAPostProcessor(Float32Buffers, PostProcessor):
         self._warn_once("There is no normal image to set a threshold with: predictions have scores but no labels.")
 
     def _explain(self, metric: ScoreThreshold, *, from_support: bool) -> None:
-        """Warn of what the image threshold rests on, and of what it cannot promise."""
+        """Warn where the image threshold rests on other images than asked for, or on too few."""
         count = len(metric.normal)
         if not count:
             return

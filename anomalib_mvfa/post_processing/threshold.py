@@ -1,10 +1,10 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""From which score on an image or a pixel is called abnormal.
+"""Thresholds above which an image or a pixel is called abnormal.
 
 Two rules: ``"f1"`` (anomalib's: largest F1) needs normal and abnormal validation images; ``"fpr"`` needs normal images
-alone and promises a false-positive rate.
+alone and bounds the false-positive rate.
 """
 
 import math
@@ -29,7 +29,7 @@ def false_positive_threshold(normal: Tensor, target_fpr: float) -> Tensor:
 
     A new score is equally likely to take any rank among the n known ones, so it exceeds the k-th smallest with
     probability (n + 1 - k) / (n + 1), or less if there are ties (split conformal prediction, Vovk et al. 2005). The
-    smallest rate that n scores can promise is therefore 1 / (n + 1); for less than that the largest score is given.
+    smallest rate that n scores can promise is therefore 1 / (n + 1); for less than that the largest score is returned.
 
     Args:
         normal: ``(N,)`` scores of normal images or pixels, at least one.
@@ -117,7 +117,7 @@ class ScoreThreshold(F1AdaptiveThreshold):
 
     @property
     def has_normal(self) -> bool:
-        """Whether a normal score was seen, by any process."""
+        """Whether any process has a normal score."""
         seen = any(bool((labels == 0).any()) for labels in self.target)
         return any(gather_objects(seen))
 
@@ -125,7 +125,7 @@ class ScoreThreshold(F1AdaptiveThreshold):
         """Apply the rule.
 
         Returns:
-            The threshold; NaN if no normal score was seen.
+            The threshold; NaN without a normal score.
         """
         scores, labels = self._sample()
         self.normal = scores[labels == 0]

@@ -1,7 +1,7 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a model is calibrated with: memory bank, ranges of the fusion, thresholds, and whether they still hold."""
+"""Calibration of a model: memory bank, ranges of the fusion, thresholds, and whether they still hold."""
 
 import logging
 import weakref
@@ -52,10 +52,10 @@ NO_THRESHOLDS = (
 
 
 class Calibration:
-    """Whether bank, ranges and thresholds fit the adapters and arguments in force, and how they are made to.
+    """Records whether bank, ranges and thresholds fit the adapters and arguments in force, and computes them anew.
 
-    Every hook that evaluates asks it. A training drops it at each step; a validation begins and ends it; a test or a
-    prediction completes what is missing from the data at hand.
+    Each training step invalidates it, a validation renews it, a test or a prediction completes what is missing from the
+    data at hand.
 
     Args:
         bank_holds: Whether bank and ranges fit.
@@ -65,7 +65,7 @@ class Calibration:
     def __init__(self, *, bank_holds: bool = False, thresholds_hold: bool = False) -> None:
         self.bank_holds = bank_holds
         self.thresholds_hold = thresholds_hold
-        self._data: weakref.ref[Any] | None = None  # the datamodule that it was made with
+        self._data: weakref.ref[Any] | None = None  # the datamodule of the calibration
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the datamodule out of a pickled model."""
@@ -90,14 +90,11 @@ class Calibration:
         return self.bank_holds and self.thresholds_hold
 
     def drop(self) -> None:
-        """Note that nothing fits any more: the adapters move."""
+        """Record that nothing fits any more."""
         self.bank_holds = self.thresholds_hold = False
 
     def check(self, module: "MVFA") -> None:
         """Refuse to export a model that is not trained or not calibrated.
-
-        Args:
-            module: The model.
 
         Raises:
             ValueError: If its adapters are untrained, or bank or thresholds do not fit.
@@ -110,38 +107,27 @@ class Calibration:
             raise ValueError(NO_THRESHOLDS if self.bank_holds else NO_BANK)
 
     def begin(self, module: "MVFA") -> None:
-        """Prepare a validation: bank and ranges are made, and the supports offered for the thresholds.
-
-        Args:
-            module: Whose validation starts.
-        """
+        """Build bank and ranges, and provide the supports for the thresholds, before a validation."""
         output = self._remember(module) if self._bank_is_due(module) else None
         if module.option("fusion_scale") == "test":
             _scale_by(module, module.trainer.val_dataloaders)
         _offer(module, output)
 
     def end(self, module: "MVFA") -> None:
-        """Note that thresholds were set.
-
-        Args:
-            module: Whose validation has ended.
-        """
+        """Record that thresholds were set by a validation."""
         datamodule = getattr(module.trainer, "datamodule", None)
         self.thresholds_hold = True
         self._data = None if datamodule is None else weakref.ref(datamodule)
 
     def complete(self, module: "MVFA") -> None:
-        """Make what is missing: before a test or a prediction, and in a training that is not validated.
-
-        Args:
-            module: With a trainer.
+        """Compute what is missing before a test or a prediction, and in a training that is not validated.
 
         Raises:
             ValueError: If a trained model lacks a bank or thresholds, and the data at hand cannot replace them.
         """
         trainer = module.trainer
         if not module.trained and getattr(trainer, "datamodule", None) is not (self._data and self._data()):
-            self.drop()  # given adapters are calibrated for the data that they meet
+            self.drop()  # given adapters are calibrated for the present data
         transductive = module.option("fusion_scale") == "test" and trainer.testing
         if self.holds and not transductive:
             return
@@ -226,7 +212,7 @@ def find_support(
         datamodule: Any datamodule, or ``None``; one with an attribute ``support`` has its own.
         train_data: Its training set.
         max_support: How many normal training images are taken, evenly over them.
-        pre_process: Brings an image ``(3, H, W)`` to the size that the model reads.
+        pre_process: Resizes an image ``(3, H, W)`` to the size that the model reads.
 
     Returns:
         The supports; ``None`` where there are no normal training images.
@@ -259,12 +245,11 @@ def branch_extremes(
     Args:
         model: With a bank.
         loaders: Loaders of the set.
-        pre_process: Brings images to the size that the model reads.
-        device: Where the model is.
+        pre_process: Resizes images to the size that the model reads.
+        device: Of the model.
 
     Returns:
-        Language and memory branch of each batch, two values in each field, which is all that a range needs; nothing
-        while the bank is empty.
+        Language and memory branch of each batch, least and largest value in each field; nothing with an empty bank.
     """
     extremes: list[tuple[BranchOutput, BranchOutput]] = []
     for loader in [loaders] if isinstance(loaders, DataLoader) else loaders or []:

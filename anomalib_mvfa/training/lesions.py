@@ -8,8 +8,8 @@ kinds of change: ``intensity`` (a brighter or darker blob, sometimes a ring), ``
 image), ``texture`` (added grain, blur or sharpening) and ``deformation`` (tissue pushed outwards or pulled inwards).
 The mask covers the visible change, not the whole outline.
 
-The idea of training on such lesions is MediCLIP's (arXiv 2405.11315); local warps go back to foreign patch
-interpolation and its successors, pasted patches to CutPaste (arXiv 2104.04015).
+Sources: training on such lesions, MediCLIP (arXiv 2405.11315); local warps, foreign patch interpolation and its
+successors; pasted patches, CutPaste (arXiv 2104.04015).
 """
 
 import math
@@ -37,7 +37,7 @@ RING_PROBABILITY = 0.3
 
 
 class Outline(NamedTuple):
-    """Where a lesion lies, described inside a ``(h, w)`` box around it.
+    """Location and shape of a lesion inside a ``(h, w)`` box around it.
 
     ``box`` holds the box's rows and columns in the image; ``alpha`` ``(h, w)`` is the lesion's weight in [0, 1];
     ``rho`` ``(h, w)`` the distance from the centre in lesion radii, made irregular by noise (1 at the edge);
@@ -265,7 +265,7 @@ def _cutpaste(image: Tensor, outline: Outline, contrast: float, donor: Tensor, g
 
 
 def _texture(image: Tensor, outline: Outline, contrast: float, donor: Tensor, generator: Generator) -> Tensor:
-    """Add grain of another scale, or take fine detail away, or exaggerate it."""
+    """Add grain of another scale, or remove or exaggerate fine detail."""
     del donor
     detail = image - _blurred(image, outline.radius / 2)
     variant = _integer(3, generator)
@@ -349,7 +349,7 @@ def _solid(mask: NDArray[Any], share: float) -> NDArray[np.uint8]:
 
 
 def _depth(body: Tensor) -> Tensor:
-    """Distance of every body pixel from the background, in pixels, 0 outside the body."""
+    """Compute the distance of every body pixel from the background, in pixels, 0 outside the body."""
     return torch.from_numpy(cv2.distanceTransform(body.byte().numpy(), cv2.DIST_L2, 5))
 
 
@@ -362,7 +362,7 @@ def _centre(depth: Tensor, radius: float, generator: Generator) -> tuple[int, in
 
 
 def _shift(image: Tensor, outline: Outline, contrast: float, generator: Generator) -> Tensor:
-    """Brightness change ``(3, 1, 1)`` of random sign, or of the sign that has room; colour images get a slight tint."""
+    """Compute a brightness change ``(3, 1, 1)`` of random sign unless that would clip; tint colour images slightly."""
     sign = 1 if _integer(2, generator) else -1
     tint = 0.1 * torch.randn(3, 1, 1, generator=generator)
     mean = float((image.mean(0) * outline.alpha).sum() / outline.alpha.sum())
@@ -377,7 +377,7 @@ def _is_grey(image: Tensor) -> bool:
 
 
 def _noise(like: Tensor, cell: float, generator: Generator) -> Tensor:
-    """Smooth standard normal noise ``(H, W)`` whose grains are about ``cell`` pixels wide."""
+    """Generate smooth standard normal noise ``(H, W)`` whose grains are about ``cell`` pixels wide."""
     height, width = like.shape[-2:]
     grid = [1, max(round(height / cell), 2), max(round(width / cell), 2)]
     noise: Tensor = tvf.resize(torch.randn(grid, generator=generator), [height, width], antialias=False)
@@ -393,7 +393,7 @@ def _blurred(image: Tensor, cell: float) -> Tensor:
 
 
 def _offsets(image: Tensor, centre: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Row ``(H, 1)`` and column ``(1, W)`` offsets of every pixel from the centre."""
+    """Return row ``(H, 1)`` and column ``(1, W)`` offsets of every pixel from the centre."""
     height, width = image.shape[-2:]
     return torch.arange(height)[:, None] - float(centre[0]), torch.arange(width)[None] - float(centre[1])
 

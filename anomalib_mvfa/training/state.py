@@ -1,7 +1,7 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""What belongs to one fit and must not survive it, and how long a fit lasts."""
+"""State of one fit, and the number of its epochs."""
 
 import logging
 from collections.abc import Sized
@@ -44,7 +44,7 @@ class FitState:
     """State of one fit, made anew when it starts.
 
     Args:
-        lesions: Draws synthetic lesions; ``None`` where the training data have abnormal images.
+        lesions: Adds synthetic lesions; ``None`` where the training data have abnormal images.
         class_features: Text features ``(E, 2)`` by class, for datamodules that train on several classes.
         token_cache: Tokens below the first adapters, kept where the training set is small and fixed.
     """
@@ -62,10 +62,7 @@ class FitState:
 
 
 def begin_training(module: "MVFA") -> None:
-    """Take from the data what the images show, whether they have masks, and whether lesions must be synthesised.
-
-    Args:
-        module: With a trainer that is about to train.
+    """Set class names, masks, intensity rule, lesion synthesis and token cache for the training data.
 
     Raises:
         ValueError: If ``threshold="fpr"`` would find no normal images at the end, or a resumed training reads images by
@@ -114,7 +111,7 @@ def _has_masks(data: Any) -> bool:  # noqa: ANN401 - any dataset
         return bool(samples.attrs.get("task", "segmentation") == "segmentation")
     if not hasattr(data, "__getitem__") or not len(data):
         return True
-    with torch.random.fork_rng(devices=[]):  # augmentations must not change the course of a seeded training
+    with torch.random.fork_rng(devices=[]):  # augmentations must not change the random numbers of a seeded training
         return getattr(data[0], "gt_mask", None) is not None
 
 
@@ -132,10 +129,7 @@ def choose_class_name(module: "MVFA") -> None:
 
 
 def prepare_evaluation(module: "MVFA") -> None:
-    """Build the network, and check that prompts and images are those that it was made for.
-
-    Args:
-        module: With a trainer that is about to validate, test or predict.
+    """Build the network, and check that prompts and images are those that it was trained for.
 
     Raises:
         ValueError: If the images are read by another intensity rule than those of the training.
@@ -153,10 +147,7 @@ def prepare_evaluation(module: "MVFA") -> None:
 
 
 def _evaluates_masks(module: "MVFA") -> bool:
-    """Return whether the data that are validated or tested have masks.
-
-    A prediction changes nothing, as its images have no masks.
-    """
+    """Return whether the data that are validated or tested have masks; a prediction, without any, changes nothing."""
     trainer = module.trainer
     if trainer.state.fn == TrainerFn.PREDICTING:
         return module.model.has_masks
@@ -168,11 +159,7 @@ def _evaluates_masks(module: "MVFA") -> bool:
 
 
 def set_default_epochs(trainer: Trainer) -> None:
-    """Train for the published number of epochs, and validate once at the end, where no limit was set.
-
-    Args:
-        trainer: Before Lightning replaces a missing limit by one of its own.
-    """
+    """Set the published number of epochs where no limit was given, before Lightning sets its own."""
     limited = trainer.max_steps != -1 or any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     if trainer.max_epochs is not None or limited:
         return

@@ -1,7 +1,7 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Tokens below the first adapter, kept while a small training set is seen again and again."""
+"""Tokens below the first adapter, kept for the epochs of a small training set."""
 
 import hashlib
 import logging
@@ -16,15 +16,14 @@ logger = logging.getLogger(__name__)
 
 
 class TokenCache:
-    """What a frozen network makes of images, by the images' content.
+    """Keeps the output of a frozen network by the content of its images.
 
-    Nothing that is trained lies below the first adapter, so that an image always gives the same tokens there. Each
-    image is computed by itself: its tokens do not depend on the batch that it comes in, nor on when it came.
+    Nothing below the first adapter is trained, so that the tokens of an image stay the same. Each image is computed by
+    itself: its tokens do not depend on the rest of the batch.
 
     Args:
-        max_bytes: Most memory that the tokens may take, in bytes.
-        max_images: Most different images; beyond that the set is not fixed (its images are changed at random), the
-            tokens are dropped, and nothing more is kept.
+        max_bytes: Largest total size of the tokens.
+        max_images: Largest number of different images; beyond it the images change at random, and nothing is kept.
 
     Example:
         >>> cache = TokenCache(max_bytes=2**20, max_images=8)
@@ -42,15 +41,15 @@ class TokenCache:
         self._bytes = 0
 
     def __len__(self) -> int:
-        """Count the images whose tokens are kept."""
+        """Return the number of images whose tokens are kept."""
         return len(self._tokens)
 
     def __call__(self, images: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
-        """Give the tokens of images.
+        """Return the tokens of images.
 
         Args:
             images: ``(B, 3, H, W)``.
-            compute: Makes tokens ``(1, L, D)`` out of one image ``(1, 3, H, W)``.
+            compute: Computes tokens ``(1, L, D)`` of one image ``(1, 3, H, W)``.
 
         Returns:
             Tokens ``(B, L, D)``.
@@ -60,7 +59,7 @@ class TokenCache:
         return torch.cat([self._get(image, compute) for image in images.split(1)])
 
     def _get(self, image: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
-        # Under another autocast the same image has other tokens.
+        # Tokens depend on the precision of autocast.
         kind = image.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else image.dtype
         content = image.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
@@ -81,9 +80,9 @@ class TokenCache:
         return tokens
 
     def state(self) -> tuple[bool, list[str]]:
-        """Give what a resumed training needs to compute as this one would: whether it is open, what it has met."""
+        """Return what a resumed training needs for the same numbers: whether the cache is open, and its keys."""
         return self.open, sorted(key.hex() for key in self._met)
 
     def restore(self, state: tuple[bool, list[str]]) -> None:
-        """Go on from what :meth:`state` gave; the tokens are computed again."""
+        """Restore what :meth:`state` returned; the tokens are computed again."""
         self.open, self._met = state[0], {bytes.fromhex(key) for key in state[1]}

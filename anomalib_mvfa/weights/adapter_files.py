@@ -1,7 +1,7 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Adapters in and out of files and of the Hugging Face hub: the released ``.pth`` format and safetensors."""
+"""Adapters files, local or on the Hugging Face hub: the released ``.pth`` format and safetensors."""
 
 import json
 from collections.abc import Sequence
@@ -121,7 +121,7 @@ def check_facts(
     levels: Sequence[int],
     variant: Variant,
 ) -> None:
-    """Check that adapters were trained for a network; what the facts do not hold is not checked.
+    """Check that adapters were trained for a network, as far as their facts say.
 
     Args:
         source: Where the adapters come from, for the message.

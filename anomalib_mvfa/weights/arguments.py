@@ -1,7 +1,7 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Arguments of a model: defaults, and what may be asked of a checkpoint beside its own."""
+"""Arguments of a model: defaults, and which may differ from those of a checkpoint."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -41,7 +41,7 @@ THRESHOLDS = ("threshold", "target_fpr", "language_weight", "map_blur")
 
 
 class Settled(NamedTuple):
-    """What follows from a checkpoint's arguments and those given beside it.
+    """Result of combining a checkpoint's arguments with those given beside it.
 
     Args:
         arguments: Arguments by name, all of them with a value where one is needed.
@@ -110,14 +110,7 @@ def _comparable(value: Any) -> Any:  # noqa: ANN401 - any argument
 
 
 def settle(module: "MVFA", checkpoint: dict[str, Any]) -> Settled:
-    """Combine the arguments of a checkpoint with those that a model was made with.
-
-    Args:
-        module: The model.
-        checkpoint: Contents of the checkpoint.
-
-    Returns:
-        The arguments in force, and whether the calibration fits them.
+    """Combine the arguments of a checkpoint with those that a user has given to a model.
 
     Raises:
         ValueError: If the checkpoint is not one of MVFA, or contradicts an argument.

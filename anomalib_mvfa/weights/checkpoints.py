@@ -1,7 +1,7 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Checkpoints: written whole, read without executing code, and what may be asked of one beside its own arguments."""
+"""Checkpoints: written as a whole, read without executing code, completed with the state of a model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,9 +46,9 @@ def checkpoint_folder(trainer: Trainer) -> Path:
 
 
 class AtomicCheckpointIO(AnomalibCheckpointIO):
-    """anomalib's way to read and write checkpoints, with files that are complete under their own name.
+    """anomalib's input and output of checkpoints, with files that are complete under their own name.
 
-    Lightning writes to the system's temporary folder and copies from there, which an interruption can cut short.
+    Lightning writes to the system's temporary folder and copies from there, which an interruption can truncate.
     """
 
     def save_checkpoint(
@@ -85,7 +85,7 @@ class AtomicCheckpointIO(AnomalibCheckpointIO):
             FileNotFoundError: If there is no such file.
             ValueError: If it cannot be read.
         """
-        if weights_only is False or "://" in str(path):  # Lightning hands None on for what was not given
+        if weights_only is False or "://" in str(path):  # Lightning passes None where nothing was given
             contents: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only is not False)
             return contents
         with _readable(path), anomalib_safe_globals(extra=self.extra_safe_globals):
@@ -93,7 +93,7 @@ class AtomicCheckpointIO(AnomalibCheckpointIO):
 
 
 def write_whole_checkpoints(trainer: Trainer) -> None:
-    """Let a trainer write its checkpoints with :class:`AtomicCheckpointIO`, unless a user has chosen another way."""
+    """Replace anomalib's input and output of checkpoints, unless a user has chosen another."""
     checkpoint_io = trainer.strategy.checkpoint_io
     if type(checkpoint_io) is AnomalibCheckpointIO:
         trainer.strategy.checkpoint_io = AtomicCheckpointIO(checkpoint_io.extra_safe_globals)
@@ -101,7 +101,7 @@ def write_whole_checkpoints(trainer: Trainer) -> None:
 
 @contextmanager
 def _readable(path: str | Path) -> Iterator[None]:
-    """Turn what torch raises on damaged files into one error."""
+    """Raise one error for what torch raises on damaged files."""
     if not Path(path).is_file():
         msg = f"No checkpoint at {path}. Give the path of a .ckpt that `anomalib train --model MVFA` has written."
         raise FileNotFoundError(msg)
@@ -186,13 +186,9 @@ def is_fitting(module: "MVFA") -> bool:
 
 
 def keep_trained_state(module: "MVFA", checkpoint: dict[str, Any]) -> bool:
-    """Put the state of a model that has just been trained into the checkpoint that its training went on from.
+    """Replace the contents of the checkpoint that a training was resumed from by the state of the trained model.
 
-    ``anomalib train --ckpt_path`` names the same file once more for the test that follows the training.
-
-    Args:
-        module: The model.
-        checkpoint: Contents of the checkpoint, changed in place.
+    ``anomalib train --ckpt_path`` loads the same file once more for the test that follows the training.
 
     Returns:
         Whether it was that checkpoint.
@@ -205,12 +201,7 @@ def keep_trained_state(module: "MVFA", checkpoint: dict[str, Any]) -> bool:
 
 
 def save_state(module: "MVFA", checkpoint: dict[str, Any]) -> None:
-    """Complete a checkpoint of Lightning's: without the frozen backbone, with the bank in half precision.
-
-    Args:
-        module: The model.
-        checkpoint: Contents, changed in place.
-    """
+    """Complete a checkpoint of Lightning's in place: without the frozen backbone, with the bank in half precision."""
     state = checkpoint["state_dict"]
     for name in list(state):
         if name.startswith(TOWER):
@@ -225,11 +216,7 @@ def save_state(module: "MVFA", checkpoint: dict[str, Any]) -> None:
 
 
 def restore_state(module: "MVFA", checkpoint: dict[str, Any]) -> None:
-    """Restore what a checkpoint holds beside its tensors, and add the tensors of the backbone.
-
-    Args:
-        module: The model, with the network that the checkpoint describes.
-        checkpoint: Contents; the tensors of the backbone are added in place.
+    """Restore what a checkpoint holds beside its tensors, and add the tensors of the backbone to it in place.
 
     Raises:
         ValueError: If it was made with other weights of the backbone, or its tensors are not those of the model.

@@ -1,9 +1,9 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""What adapters files, checkpoints and model cards hold about a model: names and numbers that JSON can hold.
+"""Facts about a model in adapters files, checkpoints and model cards, in types of JSON.
 
-No path is among them: names of files and folders may name patients.
+No path is among them, as names of files and folders may contain names of patients.
 """
 
 from pathlib import Path
@@ -18,14 +18,7 @@ __all__ = ["evaluation_facts", "model_facts", "training_facts"]
 
 
 def model_facts(model: MVFAModel) -> dict[str, Any]:
-    """Describe what the adapters of a network fit.
-
-    Args:
-        model: The network.
-
-    Returns:
-        Backbone and its fingerprint, levels, prompts, and the choices of the method.
-    """
+    """Describe what the adapters of a network fit: backbone, fingerprint, levels, prompts, choices of the method."""
     return {
         "backbone": _without_folder(model.backbone.name),
         "pretrained": _without_folder(model.backbone.weights),
@@ -41,13 +34,7 @@ def model_facts(model: MVFAModel) -> dict[str, Any]:
 
 
 def training_facts(trainer: Trainer, learning_rate: float, *, synthetic_lesions: bool) -> dict[str, Any]:
-    """Describe what adapters are trained on.
-
-    Args:
-        trainer: In training.
-        learning_rate: Step size.
-        synthetic_lesions: Whether normal images get synthetic lesions because abnormal ones lack.
-    """
+    """Describe a training: its data, its length, and whether normal images get synthetic lesions."""
     datamodule = getattr(trainer, "datamodule", None)
     return {
         "data": _data_name(datamodule),
@@ -60,12 +47,7 @@ def training_facts(trainer: Trainer, learning_rate: float, *, synthetic_lesions:
 
 
 def evaluation_facts(trainer: Trainer, fusion_scale: str) -> dict[str, Any]:
-    """Return the metrics of a test.
-
-    Args:
-        trainer: After the test.
-        fusion_scale: Where the ranges of the fusion came from.
-    """
+    """Return the metrics of a test that has ended, and how they were obtained."""
     datamodule = getattr(trainer, "datamodule", None)
     return {
         "data": _data_name(datamodule),
@@ -80,7 +62,7 @@ def evaluation_facts(trainer: Trainer, fusion_scale: str) -> dict[str, Any]:
 
 
 def _without_folder(name: str | None) -> str | None:
-    """Keep the file's name of a local path; leave other names."""
+    """Return the file name of a local path, and other names unchanged."""
     return Path(name).name if name and Path(name).is_file() else name
 
 

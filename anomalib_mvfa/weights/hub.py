@@ -54,7 +54,7 @@ def upload(
         facts: Facts for the card.
         licence: Identifier of the licence.
         write: Writes the adapters to a path.
-        private: Whether a new repository can be seen by its owner alone.
+        private: Whether a new repository is visible to its owner only.
 
     Returns:
         Address of the repository.
