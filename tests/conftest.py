@@ -97,7 +97,7 @@ def tiny() -> MVFAModel:
 
 @pytest.fixture
 def make_folder(tmp_path: Path, make_folder_in: Callable[..., Folder]) -> Callable[..., Folder]:
-    """Write grey disks, the abnormal ones with a bright square and a mask, and give a Folder of them."""
+    """Write grey disks, the abnormal ones with a bright square and a mask, and return a Folder of them."""
     return partial(make_folder_in, tmp_path / "data")
 
 

@@ -4,8 +4,8 @@
 """Every command and code block of README and documentation runs, or is marked and parsed; the examples run.
 
 A block below ``<!-- parsed only: reason -->`` needs data or weights that tests do not have: its commands are parsed by
-the real parsers. Every other block is executed, training for one epoch, in a folder that holds drawn images under the
-names that the pages use.
+the real parsers. Every other block is executed, training for one epoch, in a folder of generated images under the names
+that the pages use.
 """
 
 import argparse
@@ -152,7 +152,7 @@ def check_command(words: list[str], parsed_only: bool, monkeypatch: pytest.Monke
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """The folders and files that the pages name, of drawn images and a small model."""
+    """The folders and files that the pages name, of generated images and a small model."""
     root = tmp_path_factory.mktemp("docs")
     drawn = write_phantoms(root / "drawn", ["brain_mri"], {"train": 10, "valid": 4, "test": 10}, size=64) / "BrainMRI"
     shutil.copytree(drawn / "train/good", root / "DIR/normal")

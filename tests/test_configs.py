@@ -48,7 +48,7 @@ def save(pixels: np.ndarray, path: Path) -> None:
 
 
 def anomalib(folder: Path, subcommand: str, config: str, *arguments: str) -> dict[str, float]:
-    """Run a subcommand and give the figures that it ends with."""
+    """Run a subcommand and return its metrics."""
     small = ["--model.backbone", str(folder / "small.json"), "--model.pretrained", "random"]
     cli = AnomalibCLI(
         args=[
@@ -114,7 +114,7 @@ def test_published_zero_shot_protocol_keeps_the_best_of_five_looks_an_epoch(fold
 
 
 def compare(folder: Path, config: str, sets: list[str], k_shot: list[int]) -> dict[str, set[str]]:
-    """Run a comparison on miniature sets with a small tower, one seed and one epoch; give the figures by cell."""
+    """Run a comparison on miniature sets with a small tower, one seed and one epoch; return the metrics by cell."""
     comparison = yaml.safe_load((CONFIGS / config).read_text(encoding="utf-8"))["comparison"]
     small = {"backbone": str(folder / "small.json"), "pretrained": "random", "accelerator": "cpu"}
     comparison |= small | {"epochs": 1, "seeds": [0], "output": str(folder / config), "k_shot": k_shot}

@@ -120,7 +120,7 @@ def test_few_shot_training_killed_at_random_steps_ends_bit_for_bit_the_same(trai
         assert_same(kill_and_resume(train, few_shot, tmp_path, step, draw.choice(hooks)), expected)
 
 
-def test_drawn_lesions_are_the_same_after_a_kill(train, few_shot, tmp_path):
+def test_synthetic_lesions_are_the_same_after_a_kill(train, few_shot, tmp_path):
     def make():
         return few_shot(abnormal_source="synthetic")
 

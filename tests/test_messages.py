@@ -62,13 +62,13 @@ def messages(tree: ast.Module) -> Iterator[str]:
 
 
 def key(message: str) -> str:
-    """The longest run of words that the message always has."""
+    """Return the longest text that the message always has."""
     text = re.sub(r"%\.?\d*[sdfg]", GAP, message)
     return " ".join(max(text.split(GAP), key=len).split())
 
 
 def all_messages() -> list[str]:
-    """Each once; single words stand for what is read in passing, whose failure nobody sees."""
+    """Return each message once, without single words, which are errors that the package itself handles."""
     found: dict[str, None] = {}
     for path in sorted((ROOT / "anomalib_mvfa").rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Figures of pixels and the score by which the best epoch is chosen, held against scikit-learn and anomalib."""
+"""Pixel metrics and the score that selects the best epoch, compared with scikit-learn and anomalib."""
 
 from types import SimpleNamespace
 
@@ -47,7 +47,7 @@ def test_pixel_figures_are_exact_whatever_the_blocks(pixels, block, monkeypatch)
 
 
 @pytest.mark.parametrize("scores", [lambda x: torch.sigmoid(5 * x - 60), lambda x: 3.9 + 1e-6 * x, lambda x: -x.exp()])
-def test_pixel_figures_tell_the_closest_scores_apart(pixels, scores):
+def test_pixel_metrics_separate_the_closest_scores(pixels, scores):
     maps, masks = pixels
     maps = scores(4 * maps)
     metric = PixelFigures()
@@ -60,7 +60,7 @@ def test_pixels_that_are_no_numbers_are_refused():
         PixelFigures().update(torch.tensor([[[0.0, 1.0], [float("nan"), 0.0]]]), torch.zeros(1, 2, 2))
 
 
-def test_evaluator_gives_figures_of_pixels_where_there_are_masks(pixels):
+def test_evaluator_computes_pixel_metrics_where_there_are_masks(pixels):
     maps, masks = pixels
     logged = {}
     for given in (masks, None):

@@ -1,7 +1,7 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Nothing that a DICOM header tells of a patient is in anything that is written or logged."""
+"""Nothing in a DICOM header about a patient is in anything that is written or logged."""
 
 import gzip
 import logging

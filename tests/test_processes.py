@@ -1,7 +1,7 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Two processes give what one gives: adapters, metrics, thresholds, tables, pictures, volumes."""
+"""Two processes have the results of one: adapters, metrics, thresholds, tables, pictures, volumes."""
 
 import csv
 import json

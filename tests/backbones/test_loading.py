@@ -300,7 +300,7 @@ def test_text_truncated_and_empty_files_are_refused(tmp_path, clip):
         read_state_dict(tmp_path / "empty.pt")
 
 
-def test_fingerprint_tells_weights_apart_and_ignores_the_image_size(tmp_path, config_file, clip):
+def test_fingerprint_distinguishes_weights_and_ignores_the_image_size(tmp_path, config_file, clip):
     path = str(save(clip, tmp_path, "plain"))
 
     def digest(weights, size=32):

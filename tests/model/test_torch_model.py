@@ -328,7 +328,7 @@ def test_later_choices_change_the_map_and_stay_finite(tiny, images, choice):
         assert_close(model(images).pred_score, tiny(images).pred_score)
 
 
-def test_words_choose_fewer_levels_and_drop_the_blocks_behind() -> None:
+def test_presets_select_fewer_levels_and_drop_the_blocks_behind() -> None:
     """``half`` and ``middle`` end the tower at half its depth."""
     half = MVFAModel(backbone="tiny", class_name="Brain", levels="half")
     middle = MVFAModel(backbone="tiny", class_name="Brain", levels="middle")
@@ -337,8 +337,8 @@ def test_words_choose_fewer_levels_and_drop_the_blocks_behind() -> None:
     assert len(half.tower.blocks) == len(middle.tower.blocks) == 2
 
 
-def test_unknown_word_for_levels_is_refused() -> None:
-    """The message names the words that exist."""
+def test_unknown_preset_of_levels_is_refused() -> None:
+    """The message names the presets that exist."""
     with pytest.raises(ValueError, match="'half' or 'middle', got 'quick'"):
         MVFAModel(backbone="tiny", class_name="Brain", levels="quick")
 

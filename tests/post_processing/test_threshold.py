@@ -1,7 +1,7 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Thresholds: known scores give the known thresholds; what the post-processor makes of them."""
+"""Thresholds: values for known scores, and their use in the post-processor."""
 
 import logging
 
