@@ -30,13 +30,10 @@ def partial_name(path: str | Path) -> Path:
 def replacing(path: str | Path) -> Iterator[Path]:
     """Write a file under another name and rename it when it is complete.
 
-    An interruption or a full disk leaves what was there before.
-
-    Args:
-        path: The file; its folder is made if need be.
+    An interruption or a full disk leaves an earlier file as it was. The folder is created.
 
     Yields:
-        The name to write to. It is removed if writing fails.
+        The name to write to, which is removed if writing fails.
 
     Example:
         >>> with replacing(getfixture("tmp_path") / "table.csv") as partial:

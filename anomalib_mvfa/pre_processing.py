@@ -101,9 +101,6 @@ class MVFAPreProcessor(PreProcessor):
     """Resizes images and masks to the size that the model reads.
 
     Nothing else is done here: the backbone's mean and standard deviation, where wanted, are part of the model.
-
-    Args:
-        image_size: Height and width in pixels.
     """
 
     def __init__(self, image_size: tuple[int, int]) -> None:
@@ -130,11 +127,7 @@ class MVFAPreProcessor(PreProcessor):
 
 
 def check_intensity(trained: str | None, given: str | None) -> None:
-    """Refuse images that are read by another intensity rule than those of the training.
-
-    Args:
-        trained: Rule of the training images, ``None`` where they were read without one.
-        given: Rule of the datamodule at hand, ``None`` where it has none.
+    """Refuse images that are read by another intensity rule than those of the training; ``None`` is no rule.
 
     Raises:
         ValueError: If the rules differ.

@@ -15,14 +15,7 @@ T = TypeVar("T")
 
 
 def gather_objects(value: T) -> list[T]:
-    """Collect a value of every process, in all of them.
-
-    Args:
-        value: Anything that can be pickled.
-
-    Returns:
-        One value a process, in their order.
-    """
+    """Collect a value that can be pickled from every process, in all of them and in their order."""
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
         return [value]
     values: list[Any] = [None] * distributed.get_world_size()

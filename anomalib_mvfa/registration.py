@@ -33,13 +33,7 @@ def register() -> None:
 
 
 def extend_export(engine: Any) -> None:  # noqa: ANN401 - anomalib's class, which is being imported
-    """Make the export of a checkpoint honour the arguments of the model beside it.
-
-    anomalib loads the checkpoint by its class alone and drops the model that it was given.
-
-    Args:
-        engine: The class ``anomalib.engine.Engine``.
-    """
+    """Make ``Engine.export`` honour the arguments of the model beside a checkpoint, which anomalib drops."""
     export = engine.export
 
     @functools.wraps(export)
@@ -55,11 +49,7 @@ def extend_export(engine: Any) -> None:  # noqa: ANN401 - anomalib's class, whic
 
 
 def extend_benchmark(pipeline: Any) -> None:  # noqa: ANN401 - anomalib's class, which is being imported
-    """Make ``anomalib benchmark`` run configurations with a section ``comparison``; all others run as before.
-
-    Args:
-        pipeline: The class ``anomalib.pipelines.Benchmark``.
-    """
+    """Make ``anomalib.pipelines.Benchmark`` run configurations with a section ``comparison``."""
     run_grid = pipeline.run
 
     @functools.wraps(run_grid)

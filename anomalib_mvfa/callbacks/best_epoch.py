@@ -24,11 +24,7 @@ SCORE = "selection_score"
 
 
 class BestEpoch(ModelCheckpoint):
-    """Keeps the epoch with the greatest image AUROC (plus pixel AUROC where there are masks) in validation.
-
-    Args:
-        folder: Folder of the checkpoint.
-    """
+    """Keeps the epoch with the greatest image AUROC (plus pixel AUROC where there are masks) in validation."""
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder, filename="model", monitor=SCORE, mode="max", save_on_train_epoch_end=False)

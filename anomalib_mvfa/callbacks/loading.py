@@ -73,9 +73,6 @@ class ReportingDataset(Dataset[ImageItem]):
     """anomalib's data set of a folder, with a black image in the place of each file that cannot be read.
 
     Its ``explanation`` is the reason; the other explanations are empty.
-
-    Args:
-        source: The data set of anomalib.
     """
 
     collate_fn = staticmethod(ReportedBatch.collate)
@@ -131,12 +128,6 @@ def read_ahead(loader: Any) -> Any:  # noqa: ANN401 - any loader
     """Report unreadable images of a plain folder, and let other processes read while the model computes.
 
     Other loaders are returned unchanged; none reads ahead where a new process would import everything again.
-
-    Args:
-        loader: Any loader.
-
-    Returns:
-        A loader of the same batches.
     """
     if type(loader) is not DataLoader or type(loader.dataset) is not PredictDataset:
         return loader

@@ -98,17 +98,7 @@ def explain_non_finite(
     precision: str,
     learning_rate: float,
 ) -> str:
-    """Explain a non-finite loss and suggest a remedy.
-
-    Args:
-        batch: Images ``(B, 3, H, W)`` and their paths, if the loss of a batch is at fault.
-        weights_are_finite: Whether the adapters are still finite.
-        precision: Lightning's name of the precision.
-        learning_rate: Step size.
-
-    Returns:
-        Sentences.
-    """
+    """Explain a non-finite loss, of a batch if one is given, and suggest a remedy."""
     images: Tensor = torch.empty(0) if batch is None else batch.image  # type: ignore[assignment]
     if batch is not None and not images.isfinite().all():
         paths = batch.image_path or ["an image without a file"] * len(images)

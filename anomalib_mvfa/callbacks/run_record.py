@@ -111,14 +111,7 @@ class RunRecord(Callback):
 
 
 def content_digest(path: str | Path) -> str:
-    """Digest a file.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The first 16 hexadecimal digits of its SHA-256, as ``sha256sum`` prints them.
-    """
+    """Return the first 16 hexadecimal digits of a file's SHA-256, as ``sha256sum`` prints them."""
     with Path(path).open("rb") as file:
         digest = hashlib.sha256()
         while chunk := file.read(2**20):
@@ -131,11 +124,8 @@ def data_fingerprint(dataset: Any) -> dict[str, Any] | None:  # noqa: ANN401 - a
 
     Of each file the size and the first and last 4096 bytes count, so that large sets are digested in seconds.
 
-    Args:
-        dataset: With ``samples`` as anomalib keeps them.
-
     Returns:
-        Number of images and digest; ``None`` without such a table.
+        Number of images and digest; ``None`` for a dataset without ``samples``.
     """
     samples = getattr(dataset, "samples", None)
     if samples is None or "image_path" not in samples:

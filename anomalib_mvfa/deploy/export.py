@@ -33,9 +33,6 @@ class ExportMixin(AnomalibExportMixin):
         Args:
             path: ``.safetensors``, with :meth:`facts` as metadata, or ``.pth`` for the released format.
             dtype: Storage type; ``None`` keeps float32.
-
-        Returns:
-            The path.
         """
         module = cast("MVFA", self)
         return write_adapters(path, module.model.seg_adapters, module.model.det_adapters, module.facts(), dtype)
@@ -64,13 +61,6 @@ class ExportMixin(AnomalibExportMixin):
     def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
         """Export as a torch file.
 
-        Args:
-            export_root: Folder.
-            model_file_name: Name of the file without its suffix.
-
-        Returns:
-            Path of the file.
-
         Raises:
             ValueError: If the model is not trained, or its bank or thresholds do not fit.
         """
@@ -93,9 +83,6 @@ class ExportMixin(AnomalibExportMixin):
             model_file_name: Name of the file without its suffix.
             input_size: Fixed height and width of the images. Defaults to ``None``: they are dynamic, as the batch is.
             **kwargs: Arguments of ``torch.onnx.export``.
-
-        Returns:
-            Path of the file.
 
         Raises:
             ValueError: If the model is not trained, or its bank or thresholds do not fit.

@@ -30,15 +30,7 @@ def state_logits(patches: Tensor, text_features: Tensor) -> Tensor:
 
 
 def upsample(grid: Tensor, size: tuple[int, int]) -> Tensor:
-    """Enlarge maps bilinearly, corners aligned, as the released code does.
-
-    Args:
-        grid: Maps ``(B, C, h, w)``.
-        size: Target ``(H, W)``.
-
-    Returns:
-        Maps ``(B, C, H, W)``.
-    """
+    """Enlarge maps ``(B, C, h, w)`` to ``(B, C, H, W)`` bilinearly, corners aligned, as the released code does."""
     return functional.interpolate(grid, size=size, mode="bilinear", align_corners=True)
 
 

@@ -48,16 +48,7 @@ class Fusion(Float32Buffers):
             setattr(self, name, torch.stack([low, high]).float())
 
     def forward(self, language: Tensor, memory: Tensor, kind: str) -> Tensor:
-        """Blend the two branches.
-
-        Args:
-            language: Values of the language branch, of any shape.
-            memory: Values of the memory branch, of the same shape.
-            kind: ``"map"`` or ``"score"``: which ranges to use.
-
-        Returns:
-            Blended values of the same shape.
-        """
+        """Blend values of the two branches, of any one shape, by the ranges of ``"map"`` or ``"score"``."""
         scaled_language = self._scale(language, getattr(self, f"language_{kind}"))
         scaled_memory = self._scale(memory, getattr(self, f"memory_{kind}"))
         return self.language_weight * scaled_language + (1 - self.language_weight) * scaled_memory

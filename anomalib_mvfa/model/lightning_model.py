@@ -311,15 +311,7 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
             self.calibration.complete(self)
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
-        """Compute the loss of a batch.
-
-        Args:
-            batch: Images ``(B, 3, H, W)``, labels ``(B,)``, and masks ``(B, H, W)`` for sets that have them.
-            batch_idx: Number of the batch in the epoch.
-
-        Returns:
-            Mean loss over the samples.
-        """
+        """Compute the mean loss of a batch: images ``(B, 3, H, W)``, labels ``(B,)``, masks ``(B, H, W)`` if any."""
         images: Tensor = batch.image  # type: ignore[assignment]  # a batch always has images
         masks: Tensor | None = batch.gt_mask
         labels: Tensor | None = batch.gt_label

@@ -93,13 +93,10 @@ class MemoryBank(DynamicBufferMixin, nn.Module):
         return entries
 
     def remember(self, tokens: Sequence[Tensor]) -> list[Tensor]:
-        """Replace the contents.
-
-        Args:
-            tokens: One tensor ``(..., E)`` of hidden vectors a level.
+        """Replace the entries by hidden vectors ``(..., E)``, one tensor a level.
 
         Returns:
-            For each level the positions ``(N,)`` of the entries among the flattened tokens.
+            For each level the positions ``(N,)`` of the entries that are kept among the flattened tokens.
         """
         kept = []
         for level, hidden in enumerate(tokens):

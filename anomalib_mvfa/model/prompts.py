@@ -111,11 +111,6 @@ def encode_states(clip: CLIP, tokenizer: Callable[[list[str]], Tensor], class_na
     Each sentence is encoded and normalised, the sentences of a state are averaged, the mean is normalised again.
     The result is kept on disk (see :func:`cache_dir`), under a digest of the text tower and of the tokens.
 
-    Args:
-        clip: open_clip model with a text tower.
-        tokenizer: Turns sentences into token ids ``(N, T)``.
-        class_name: What the images show.
-
     Returns:
         Text features ``(E, 2)``: column 0 normal, column 1 abnormal, each of unit length.
     """

@@ -40,24 +40,14 @@ logger = logging.getLogger(__name__)
 
 
 class HiddenTokens(NamedTuple):
-    """Hidden vectors of all levels, the patches last.
-
-    Args:
-        segmentation: One ``(B, L, E)`` a level, from the segmentation adapters.
-        detection: One ``(B, L, E)`` a level, from the detection adapters.
-    """
+    """Hidden vectors of both kinds of adapters, one ``(B, L, E)`` a level, the patches last."""
 
     segmentation: list[Tensor]
     detection: list[Tensor]
 
 
 class BranchOutput(NamedTuple):
-    """Output of one branch, levels reduced.
-
-    Args:
-        anomaly_map: ``(B, H, W)``.
-        score: ``(B,)``.
-    """
+    """Map ``(B, H, W)`` and score ``(B,)`` of one branch, levels reduced."""
 
     anomaly_map: Tensor
     score: Tensor
@@ -66,10 +56,7 @@ class BranchOutput(NamedTuple):
 class SupportOutput(NamedTuple):
     """Outputs of the branches for the supports: the normal ones first, each compared with the others.
 
-    Args:
-        language: Language branch.
-        memory: Memory branch.
-        labels: ``(K,)``, true for abnormal supports.
+    ``labels`` ``(K,)`` are true for abnormal supports.
     """
 
     language: BranchOutput
@@ -171,13 +158,7 @@ class MVFAModel(nn.Module):
         self.has_masks = True
 
     def set_class_name(self, class_name: str) -> None:
-        """Encode the text features of a class and drop the text tower.
-
-        Changing the name later reads the text tower's weights again.
-
-        Args:
-            class_name: What the images show.
-        """
+        """Encode the text features of a class and drop the text tower; another name later reads its weights again."""
         if class_name == self.class_name:
             return
         self.text_features = self.encode_classes([class_name])[class_name]
@@ -185,26 +166,16 @@ class MVFAModel(nn.Module):
         self._text = None
 
     def restore_class_name(self, class_name: str | None) -> None:
-        """Set a class name whose text features come with a state dict; the text tower is not needed then.
-
-        Args:
-            class_name: What the images show.
-        """
+        """Set a class name whose text features come with a state dict, without the text tower."""
         self.class_name = class_name
         if class_name is not None:
             self._text = None
 
     @torch.inference_mode(mode=False)  # training may need them later
     def encode_classes(self, class_names: Sequence[str]) -> dict[str, Tensor]:
-        """Encode the text features of several classes.
+        """Encode the text features ``(E, 2)`` of several classes, by name.
 
         Reads the text tower's weights again where it was dropped.
-
-        Args:
-            class_names: What the images show.
-
-        Returns:
-            Text features ``(E, 2)`` by class name.
         """
         clip, tokenizer = self._text or load_clip(self.backbone)
         device = self.text_features.device
@@ -251,15 +222,7 @@ class MVFAModel(nn.Module):
         return language, memory
 
     def fuse(self, language: BranchOutput, memory: BranchOutput | None) -> InferenceBatch:
-        """Blend the two branches into one map and one score.
-
-        Args:
-            language: Language branch.
-            memory: Memory branch, ``None`` in zero-shot.
-
-        Returns:
-            ``anomaly_map`` ``(B, H, W)`` and ``pred_score`` ``(B,)``.
-        """
+        """Blend the two branches, or in zero-shot the language branch alone, into maps and scores."""
         anomaly_map, score = language
         if memory is not None:
             anomaly_map = self.fusion(language.anomaly_map, memory.anomaly_map, kind="map")
@@ -272,14 +235,7 @@ class MVFAModel(nn.Module):
         return InferenceBatch(pred_score=score, anomaly_map=anomaly_map)
 
     def first_level_tokens(self, images: Tensor) -> Tensor:
-        """Run the tower up to the first adapters.
-
-        Args:
-            images: ``(B, 3, H, W)`` in [0, 1].
-
-        Returns:
-            Tokens ``(B, L, D)``, which no training changes.
-        """
+        """Compute the tokens ``(B, L, D)`` below the first adapters, which no training changes."""
         weight: Tensor = self.seg_adapters[0].fc1[0].weight  # type: ignore[index,union-attr]
         return self.tower.run_stage(self.tower.embed(images.to(weight.dtype)), 0)
 
@@ -357,15 +313,7 @@ class MVFAModel(nn.Module):
             return probabilities, abnormal_score(logits, self.variant.pooling)
 
     def language_branch(self, hidden: Sequence[Tensor], text_features: Tensor | None = None) -> BranchOutput:
-        """Compare all levels with text.
-
-        Args:
-            hidden: One ``(B, L, E)`` a level.
-            text_features: ``(E, 2)`` or ``(B, E, 2)``; ``None`` takes the model's own.
-
-        Returns:
-            Abnormal probability as a map and as a score, summed over the levels.
-        """
+        """Compare the hidden vectors ``(B, L, E)`` of all levels with text, as in :meth:`level_probabilities`."""
         levels = [self.level_probabilities(tokens, text_features) for tokens in hidden]
         maps = torch.stack([probabilities[:, 1] for probabilities, _ in levels])  # (levels, B, H, W)
         scores = torch.stack([score for _, score in levels])  # (levels, B)

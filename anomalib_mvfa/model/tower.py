@@ -155,7 +155,7 @@ class FrozenTower(nn.Module):
         """Run the blocks that lead to a level.
 
         Args:
-            tokens: Tokens ``(B, L, D)`` that enter the stage.
+            tokens: ``(B, L, D)``, class token first.
             stage: Zero-based index into ``levels``.
 
         Returns:

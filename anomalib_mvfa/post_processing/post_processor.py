@@ -58,10 +58,6 @@ class MVFAPostProcessor(Float32Buffers, PostProcessor):
     def set_rule(self, threshold: str, target_fpr: float) -> None:
         """Choose the rule by which the next validation sets the thresholds.
 
-        Args:
-            threshold: ``"f1"`` or ``"fpr"``.
-            target_fpr: Share of normal images, and of their pixels, that may be called abnormal.
-
         Raises:
             ValueError: If the rule is unknown or the rate is not in (0, 1).
         """

@@ -56,10 +56,6 @@ class Calibration:
 
     Each training step invalidates it, a validation renews it, a test or a prediction completes what is missing from the
     data at hand.
-
-    Args:
-        bank_holds: Whether bank and ranges fit.
-        thresholds_hold: Whether thresholds fit.
     """
 
     def __init__(self, *, bank_holds: bool = False, thresholds_hold: bool = False) -> None:

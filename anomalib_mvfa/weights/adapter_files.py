@@ -123,13 +123,6 @@ def check_facts(
 ) -> None:
     """Check that adapters were trained for a network, as far as their facts say.
 
-    Args:
-        source: Where the adapters come from, for the message.
-        facts: Metadata of an adapters file or of a checkpoint.
-        fingerprint: Of the network's tower.
-        levels: Of the network.
-        variant: Of the network.
-
     Raises:
         ValueError: If they were trained with other backbone weights, levels or choices that change the tokens.
     """
@@ -162,17 +155,9 @@ def check_facts(
 
 
 def load_adapters(path: str | Path, seg_adapters: nn.ModuleList, det_adapters: nn.ModuleList) -> dict[str, object]:
-    """Copy adapters from a file into a model.
+    """Copy adapters from a file or the hub into a model, and return the file's metadata.
 
     Nothing is changed when the file does not fit.
-
-    Args:
-        path: File or hub name that :func:`read_adapters` understands.
-        seg_adapters: Segmentation adapters, one a level.
-        det_adapters: Detection adapters, one a level.
-
-    Returns:
-        The file's metadata.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -205,17 +190,14 @@ def write_adapters(
     metadata: dict[str, object] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Path:
-    """Save adapters; the suffix chooses the format.
+    """Save adapters, one module a level; the suffix selects the format.
 
     Args:
         path: ``.pth`` writes the released format (without metadata), ``.safetensors`` ours.
-        seg_adapters: Segmentation adapters, one a level.
-        det_adapters: Detection adapters, one a level.
-        metadata: Facts that JSON can hold.
-        dtype: Storage type; ``None`` keeps float32, which makes a round trip exact. ``torch.float16`` halves the file.
-
-    Returns:
-        The path.
+        seg_adapters: Segmentation adapters.
+        det_adapters: Detection adapters.
+        metadata: Facts in types of JSON.
+        dtype: Storage type; ``None`` keeps float32, which makes a round trip exact.
 
     Raises:
         ValueError: If the suffix is neither.

@@ -57,15 +57,10 @@ class AtomicCheckpointIO(AnomalibCheckpointIO):
         path: str | Path,
         storage_options: Any | None = None,  # noqa: ANN401 - Lightning's signature
     ) -> None:
-        """Write a checkpoint.
-
-        Args:
-            checkpoint: Contents.
-            path: File, or the address of an object store, which Lightning writes to itself.
-            storage_options: Not used, as in Lightning.
+        """Write a checkpoint to a file; Lightning writes to addresses of object stores.
 
         Raises:
-            OSError: If it cannot be written. What was there before is left.
+            OSError: If it cannot be written. An earlier file is left as it was.
         """
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -125,13 +120,6 @@ def _as_checkpoint(contents: Any) -> dict[str, Any]:  # noqa: ANN401 - whatever 
 
 def read_checkpoint(path: str | Path, safe_globals: Any) -> dict[str, Any]:  # noqa: ANN401 - anomalib's own type
     """Read a checkpoint without executing code from it; its tensors are read when they are used.
-
-    Args:
-        path: The file.
-        safe_globals: Types that it may hold.
-
-    Returns:
-        Its contents.
 
     Raises:
         FileNotFoundError: If there is no such file.

@@ -17,16 +17,7 @@ __all__ = ["model_card", "upload"]
 
 
 def model_card(repository: str, facts: Mapping[str, Any], licence: str) -> ModelCard:
-    """Fill in the model card of adapters.
-
-    Args:
-        repository: ``owner/name`` on the hub.
-        facts: What :meth:`~anomalib_mvfa.model.lightning_model.MVFA.facts` returns.
-        licence: Identifier of the licence.
-
-    Returns:
-        The card with the hub's header. What is missing among the facts is called unknown.
-    """
+    """Render the model card of adapters with the hub's header; missing facts are called unknown."""
     header = ModelCardData(
         license=licence,
         library_name="anomalib",
@@ -47,14 +38,7 @@ def upload(
     *,
     private: bool,
 ) -> str:
-    """Upload adapters and their card to a repository of the hub.
-
-    Args:
-        repository: ``owner/name``; created unless it exists.
-        facts: Facts for the card.
-        licence: Identifier of the licence.
-        write: Writes the adapters to a path.
-        private: Whether a new repository is visible to its owner only.
+    """Upload adapters, which `write` writes to a path, and their card to a repository of the hub.
 
     Returns:
         Address of the repository.
