@@ -82,8 +82,11 @@ def settle_arguments(saved: dict[str, Any], given: Mapping[str, Any], *, resumin
     asked = own
     if "variant" in given:
         asked = Variant.of(given["variant"])
-        if asked.quick_gelu is None or asked in VARIANTS.values():  # then the backbone decides
-            asked = replace(asked, quick_gelu=own.quick_gelu)
+        decided = {"quick_gelu": asked.quick_gelu, "normalize_input": asked.normalize_input}
+        if asked in VARIANTS.values():
+            decided["quick_gelu"] = None
+        # What is None was decided by the backbone.
+        asked = replace(asked, **{name: getattr(own, name) for name, value in decided.items() if value is None})
     arguments["variant"] = asked.plain()
     changed = {name for name in given if name != "variant" and _comparable(given[name]) != _comparable(saved.get(name))}
     changed |= {name for name, value in asked.plain().items() if value != own.plain()[name]}
