@@ -155,7 +155,7 @@ class FrozenTower(nn.Module):
         """Run the blocks that lead to a level.
 
         Args:
-            tokens: ``(B, L, D)``, class token first.
+            tokens: ``(B, L, D)``, the patches last.
             stage: Zero-based index into ``levels``.
 
         Returns:
