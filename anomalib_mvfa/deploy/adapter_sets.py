@@ -225,7 +225,7 @@ class AdapterSets:
         made.parts.update({kind: parts[kind] for kind in ("seg_adapters", "det_adapters")})
         name = class_name or facts.get("class_name")
         if name is None:
-            msg = f"{source} does not tell what its images show. Give add(..., class_name=...), such as 'Brain'."
+            msg = f"{source} does not name what its images show. Give add(..., class_name=...), such as 'Brain'."
             raise ValueError(msg)
         features = self.mvfa.model.encode_classes([str(name)])[str(name)]
         return made._replace(text_features=features, class_name=str(name))

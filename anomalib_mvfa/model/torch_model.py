@@ -14,7 +14,7 @@ Paper:
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from anomalib.data import InferenceBatch
@@ -24,7 +24,6 @@ from torchvision.transforms.v2 import functional as image_functional
 
 from anomalib_mvfa.backbones.loading import fingerprint, load_clip, resolve_backbone
 from anomalib_mvfa.backbones.towers import image_tower
-from anomalib_mvfa.training.token_cache import TokenCache
 
 from .adapters import ResidualAdapter
 from .alignment import abnormal_map, abnormal_score, patch_windows, state_logits, upsample
@@ -33,6 +32,9 @@ from .memory import MemoryBank, Support, bank_distance
 from .prompts import encode_states
 from .tower import FrozenTower
 from .variant import Variant
+
+if TYPE_CHECKING:
+    from anomalib_mvfa.training.token_cache import TokenCache
 
 __all__ = ["BranchOutput", "HiddenTokens", "MVFAModel", "SupportOutput"]
 
@@ -243,7 +245,7 @@ class MVFAModel(nn.Module):
         self,
         images: Tensor,
         frozen_segmentation: Tensor | bool = False,
-        cache: TokenCache | None = None,
+        cache: "TokenCache | None" = None,
     ) -> HiddenTokens:
         """Run the tower with its adapters.
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from anomalib.data import PredictDataset
 from anomalib.engine import Engine
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping
@@ -131,7 +131,7 @@ OTHERS = st.one_of(
 
 
 @settings(
-    max_examples=12,
+    max_examples=10,
     deadline=None,
     derandomize=True,
     phases=[Phase.explicit, Phase.generate],
@@ -139,6 +139,16 @@ OTHERS = st.one_of(
 )
 @given(
     steps=st.lists(st.one_of(FITS, OTHERS), min_size=3, max_size=5).filter(lambda steps: any("fit" in s for s in steps))
+)
+@example(steps=[("fit", "masks", "complete"), ("reload",), ("fit", "labels", "steps"), ("test", "labels"), ("export",)])
+@example(
+    steps=[
+        ("test", "masks"),
+        ("fit", "normals", "early"),
+        ("validate", "masks"),
+        ("fit", "masks", "interval"),
+        ("predict",),
+    ]
 )
 def test_each_step_of_any_sequence_gives_what_a_fresh_object_gives(steps, data, new_engine, new_model, tmp_path):
     model = new_model()
