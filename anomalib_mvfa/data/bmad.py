@@ -20,13 +20,16 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 from anomalib.data import BMAD
 from anomalib.data.utils import LabelName, Split, ValSplitMode
+from lightning.pytorch.trainer.states import TrainerFn
 from pandas import DataFrame
 
 from anomalib_mvfa.model.prompts import prompt_name, published_class_names
 
 from .checks import CheckedDataModule, check_masks, enumerate_some
+from .duplicates import drop_copies
 from .medical_dataset import MedicalDataset
 from .readers import ImageRef
 
@@ -191,6 +194,17 @@ class MedicalBMAD(CheckedDataModule, BMAD):
         if not self.root.exists() and self.category.lower() in published_class_names():
             super().prepare_data()
         find_layout(self.root, self.category)
+
+    def setup(self, stage: str | None = None) -> None:
+        """List the images, check those of the stage, and report copies between the parts before training."""
+        super().setup(stage)
+        if stage != TrainerFn.FITTING:
+            return
+        taken, of = self.train_data.samples, "training images"
+        for name, data in (("validation", getattr(self, "val_data", None)), ("test", self.test_data)):
+            if data is not None:
+                drop_copies(data.samples, taken, name, of, then="stay, as in the published split")
+                taken, of = pd.concat([taken, data.samples]), "training or validation images"
 
     def _setup(self, _stage: str | None = None) -> None:
         layout = self.layout

@@ -16,23 +16,16 @@ from PIL import Image
 
 from .readers import ImageRef, read_pixels
 
-__all__ = ["drop_copies", "pixel_digest"]
+__all__ = ["drop_copies"]
 
 logger = logging.getLogger(__name__)
 
 
-def pixel_digest(ref: ImageRef) -> str | None:
-    """Return a digest of the decoded pixels of an image, the same for every lossless format that holds them.
-
-    Args:
-        ref: The image.
-
-    Returns:
-        The digest; ``None`` for an unreadable image and for one of a single colour, which says nothing.
-    """
+def _pixel_digest(ref: ImageRef) -> str | None:
+    """Return a digest of the decoded pixels; ``None`` for an unreadable image and for one of a single colour."""
     with suppress(OSError, ValueError):
         status = ref.path.stat()
-        return _digest(replace(ref, path=ref.path.resolve()), status.st_mtime_ns, status.st_size)
+        return _digest(ref, status.st_mtime_ns, status.st_size)
     return None
 
 
@@ -47,12 +40,10 @@ def _digest(ref: ImageRef, *_: int) -> str | None:
     return hashlib.blake2b(str(values.shape).encode() + values.tobytes(), digest_size=16).hexdigest()
 
 
-def sample_refs(samples: DataFrame, like: ImageRef | None = None) -> list[ImageRef]:
-    """Return references to the images of a table; a column ``frame`` holds -1 for files that are one image."""
+def _refs(samples: DataFrame, like: ImageRef) -> list[ImageRef]:
     frames = samples["frame"] if "frame" in samples else [-1] * len(samples)
-    template = like or ImageRef(Path())
     rows = zip(samples["image_path"], frames, strict=True)
-    return [replace(template, path=Path(path), frame=None if frame < 0 else int(frame)) for path, frame in rows]
+    return [replace(like, path=Path(path).resolve(), frame=None if frame < 0 else int(frame)) for path, frame in rows]
 
 
 def _size(ref: ImageRef) -> tuple[int, int] | None:
@@ -62,7 +53,14 @@ def _size(ref: ImageRef) -> tuple[int, int] | None:
     return None
 
 
-def drop_copies(samples: DataFrame, taken: DataFrame, part: str, of: str, like: ImageRef | None = None) -> list[int]:
+def drop_copies(
+    samples: DataFrame,
+    taken: DataFrame,
+    part: str,
+    of: str,
+    like: ImageRef | None = None,
+    then: str = "were left out",
+) -> list[int]:
     """Find the rows that are neither taken, nor have the same pixels, nor are other images of the same groups.
 
     Only images of equal size are decoded.
@@ -73,32 +71,32 @@ def drop_copies(samples: DataFrame, taken: DataFrame, part: str, of: str, like: 
         part: What the samples are, for the log: ``"test"``.
         of: What the taken images are, for the log: ``"supports"``.
         like: How the images are read.
+        then: What is done with copies, for the log.
 
     Returns:
         Positions of the rows to keep, ascending.
     """
-    refs, others = sample_refs(samples, like), sample_refs(taken, like)
+    refs, others = (_refs(table, like or ImageRef(Path())) for table in (samples, taken))
     groups = set(taken["group"]) if "group" in samples and "group" in taken else set()
-    same = {replace(ref, path=ref.path.resolve()) for ref in others}
     sizes, other_sizes = [_size(ref) for ref in refs], [_size(ref) for ref in others]
-    common = set(sizes) if None in other_sizes else set(sizes) & {*other_sizes, None}
-    digests = {
-        pixel_digest(ref)
-        for ref, size in zip(others, other_sizes, strict=True)
-        if size is None or None in sizes or size in common
-    } - {None}
+    common = set(sizes) & set(other_sizes)
+    if None in sizes + other_sizes:
+        common = {*sizes, *other_sizes}
+    decoded = (ref for ref, size in zip(others, other_sizes, strict=True) if size in common)
+    digests = {_pixel_digest(ref) for ref in decoded} - {None}
+    same = set(others)
     keep, copies, relatives = [], 0, 0
     for position, (ref, size) in enumerate(zip(refs, sizes, strict=True)):
-        if replace(ref, path=ref.path.resolve()) in same:
+        if ref in same:
             continue
         if groups and samples["group"].iloc[position] in groups:
             relatives += 1
-        elif digests and size in common and pixel_digest(ref) in digests:
+        elif digests and size in common and _pixel_digest(ref) in digests:
             copies += 1
         else:
             keep.append(position)
     if relatives:
         logger.info("%d images of the %s part belong to groups of %s and were left out.", relatives, part, of)
     if copies:
-        logger.warning("%d images of the %s part are copies of %s and were left out.", copies, part, of)
+        logger.warning("%d images of the %s part are copies of %s and %s.", copies, part, of, then)
     return keep

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from anomalib.engine.plugins import AnomalibCheckpointIO
@@ -96,11 +97,14 @@ def write_whole_checkpoints(trainer: Trainer) -> None:
 
 @contextmanager
 def _readable(path: str | Path) -> Iterator[None]:
-    """Raise one error for what torch raises on damaged files."""
+    """Refuse a file with changed bytes, and turn what torch raises on damaged files into one error."""
     if not Path(path).is_file():
         msg = f"No checkpoint at {path}. Give the path of a .ckpt that `anomalib train --model MVFA` has written."
         raise FileNotFoundError(msg)
     try:
+        with ZipFile(path) as archive:
+            if archive.testzip():  # torch does not compare the checksums
+                raise BadZipFile
         yield
     except Exception as error:
         msg = (

@@ -173,6 +173,20 @@ def test_a_test_reads_nothing_of_the_train_split_beforehand(tmp_path: Path) -> N
         datamodule_for(tmp_path).setup("fit")
 
 
+def test_copies_of_training_images_in_the_published_parts_are_reported_before_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make_set(tmp_path / "Brain", "label")
+    pixels = np.random.default_rng(0).integers(0, 256, SIZE[::-1]).astype(np.uint8)
+    for path in ("train/good/copy.png", "valid/good/img/saved_again.bmp", "test/good/img/saved_again.tif"):
+        Image.fromarray(pixels).save(folder / path)
+    datamodule = datamodule_for(tmp_path)
+    datamodule.setup("fit")
+    assert "1 images of the test part are copies of training or validation images" in caplog.text
+    assert "1 images of the validation part are copies of training images" in caplog.text
+    assert len(datamodule.test_data) == COUNTS["test/good"] + COUNTS["test/Ungood"] + 1  # as published
+
+
 def test_sets_without_masks_yield_batches_without_masks(bmad_root: tuple[str, Path]) -> None:
     _, root = bmad_root
     datamodule = datamodule_for(root, "Retina_OCT2017", augmentations=Resize((6, 6)))
