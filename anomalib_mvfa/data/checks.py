@@ -1,11 +1,12 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Checks of data sets that come before any training."""
+"""Checks of data sets that come before any training, and what our datamodules have in common."""
 
 import copy
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from anomalib.data import AnomalibDataModule, AnomalibDataset
 from anomalib.data.utils import LabelName
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 from pandas import DataFrame
 from PIL import Image
 from rich.progress import track
@@ -20,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .readers import JPEG_SUFFIXES, UnreadableImageError, has_burned_in_text, is_volume, read_image, read_mask
 
-__all__ = ["CheckedDataModule", "check_images", "check_masks", "enumerate_some"]
+__all__ = ["CheckedDataModule", "SplitDataModule", "check_images", "check_masks", "enumerate_some"]
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +58,30 @@ class CheckedDataModule(AnomalibDataModule):
             warn_of_text(shown)
 
     def _checked_part(self, name: str) -> AnomalibDataset | None:
-        """Return the data set of a part, ``None`` if there is none."""
         return getattr(self, f"{name}_data", None)
+
+
+class SplitDataModule(CheckedDataModule):
+    """A datamodule that makes its parts itself, by other rules than anomalib's."""
+
+    def _create_test_split(self) -> None: ...
+
+    def _create_val_split(self) -> None: ...
+
+    def val_dataloader(self) -> EVAL_DATALOADERS:
+        """Return the validation images; nothing without a validation part."""
+        return super().val_dataloader() if len(getattr(self, "val_data", ())) else []
+
+    def _train_loader(self, sampler: type, num_workers: int = 0, **options: Any) -> DataLoader[Any]:  # noqa: ANN401
+        """Return the training images in the order of a sampler, shared among the processes."""
+        replicas, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        return DataLoader(
+            self.train_data,
+            batch_size=self.train_batch_size,
+            sampler=sampler(self.train_data, num_replicas=replicas, rank=rank, seed=self.seed or 0, **options),
+            num_workers=num_workers,
+            collate_fn=self.external_collate_fn or self.train_data.collate_fn,
+        )
 
 
 def warn_of_text(data: AnomalibDataset) -> None:
@@ -72,11 +96,10 @@ def warn_of_text(data: AnomalibDataset) -> None:
 
 
 def check_images(*parts: AnomalibDataset, num_workers: int = 0) -> None:
-    """Read every image and mask of some data sets, and list all that cannot be used.
+    """Decode every image and mask of some data sets once: nothing less finds a file that was cut short.
 
-    Every file is decoded once, as one epoch of training or one evaluation would do: nothing less finds a file that was
-    cut short. A volume is read once, not once a slice. Files that this process has read before and that have not
-    changed since are passed over, so that further draws of supports cost nothing.
+    A volume is read once, not once a slice. Files that this process has read before and that have not changed since are
+    passed over, so that further draws of supports cost nothing.
 
     Args:
         *parts: Data sets, which read their images in their own way.
@@ -102,8 +125,7 @@ def check_images(*parts: AnomalibDataset, num_workers: int = 0) -> None:
         generator=torch.Generator(),  # its own: whether files are read must not change the course of a seeded training
     )
     problems: dict[str, None] = {}
-    long = len(units) >= PROGRESS_FROM
-    results = track(loader, "Reading the images", len(units), transient=True) if long else loader
+    results = track(loader, "Reading the images", len(units), transient=True, disable=len(units) < PROGRESS_FROM)
     for (_, _, key), found in zip(units, results, strict=True):
         problems.update(dict.fromkeys(found))
         if not found:
@@ -121,25 +143,23 @@ def _units(part: AnomalibDataset) -> list[_Unit]:
     """Gather the positions of each file, a single one for a volume, with a key that changes when the file does."""
     reading = copy.copy(part)
     reading.augmentations = None  # images and masks at their own size
-    columns = (column for column in ("image_path", "mask_path") if column in part.samples)
+    columns = [column for column in ("image_path", "mask_path") if column in part.samples]
     files: dict[tuple[str, ...], list[int]] = {}
     for position, paths in enumerate(zip(*(part.samples[column].fillna("") for column in columns), strict=True)):
         files.setdefault(paths, []).append(position)
-    units = []
-    for paths, positions in files.items():
-        how = [str(getattr(part, name, "")) for name in ("rule", "like")]
-        key = (type(part), *how, part.samples.attrs.get("task"), *map(_stamp, paths))
-        if key not in _READABLE:
-            units.append((reading, positions[:1] if is_volume(paths[0]) else positions, key))
-    return units
+    how = (type(part), *(str(getattr(part, name, "")) for name in ("rule", "like")), part.samples.attrs.get("task"))
+    units = [
+        (reading, positions[:1] if is_volume(paths[0]) else positions, (*how, *map(_stamp, paths)))
+        for paths, positions in files.items()
+    ]
+    return [unit for unit in units if unit[2] not in _READABLE]
 
 
 def _stamp(path: str) -> tuple[object, ...]:
-    try:
+    with suppress(OSError):
         status = Path(path).stat()
-    except OSError:
-        return (path, None)
-    return path, status.st_mtime_ns, status.st_size
+        return path, status.st_mtime_ns, status.st_size
+    return (path, None)
 
 
 class _Reading(Dataset[list[str]]):
@@ -196,12 +216,7 @@ def size_difference(mask: Sequence[int], image: Sequence[int]) -> str:
 
 
 def check_masks(samples: DataFrame) -> None:
-    """Check that every abnormal image has a mask of its own size, if any has one.
-
-    Only the headers of the files are read. Files without a header that can be read are left to :func:`check_images`.
-
-    Args:
-        samples: Samples as anomalib keeps them, with ``image_path``, ``label_index`` and ``mask_path``.
+    """Check by the headers of the files that every abnormal image has a mask of its own size, if any has one.
 
     Raises:
         ValueError: If masks are missing or differ in size from their images. The message has the count and five files.
@@ -220,13 +235,9 @@ def check_masks(samples: DataFrame) -> None:
         raise ValueError(msg)
     differing = []
     for image_path, mask_path in zip(abnormal["image_path"], abnormal["mask_path"], strict=True):
-        try:
-            with Image.open(image_path) as image, Image.open(mask_path) as mask:
-                sizes = (mask.size, image.size)
-        except OSError:
-            continue
-        if sizes[0] != sizes[1]:
-            differing.append("{} ({}x{}, image {}x{})".format(mask_path, *sizes[0], *sizes[1]))
+        with suppress(OSError), Image.open(image_path) as image, Image.open(mask_path) as mask:
+            if mask.size != image.size:
+                differing.append("{} ({}x{}, image {}x{})".format(mask_path, *mask.size, *image.size))
     if differing:
         msg = (
             f"{len(differing)} of {len(abnormal)} masks differ in size (width x height) from their image: "
@@ -235,7 +246,7 @@ def check_masks(samples: DataFrame) -> None:
         raise ValueError(msg)
 
 
-def enumerate_some(items: Sequence[str], limit: int) -> str:
+def enumerate_some(items: Sequence[str], limit: int = 5) -> str:
     """Return the first items, and the number of the others."""
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(items[:limit]) + more

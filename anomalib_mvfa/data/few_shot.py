@@ -7,6 +7,7 @@ import copy
 import logging
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ import pandas as pd
 import torch
 from anomalib.data import AnomalibDataModule, AnomalibDataset, ImageItem, get_datamodule
 from anomalib.data.utils import LabelName
-from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Transform
@@ -25,7 +25,7 @@ from anomalib_mvfa.model.prompts import prompt_name
 from anomalib_mvfa.training.lesions import LesionSynthesizer
 
 from .augmentation import NUM_VERSIONS, support_version, support_versions
-from .checks import CheckedDataModule
+from .checks import SplitDataModule
 from .duplicates import drop_copies
 from .groups import parse_pattern, pattern_groups
 from .medical_dataset import read_by_us
@@ -44,7 +44,7 @@ class SupportDataset(AnomalibDataset):
 
     Args:
         normal: Rows of the normal supports, in their order.
-        abnormal: Rows of the abnormal supports, in their order. Without any, the normal ones get synthetic lesions.
+        abnormal: Rows of the abnormal supports, likewise. Without any, the normal ones get synthetic lesions.
         task: ``"segmentation"`` when the supports have masks, otherwise ``"classification"``.
         seed: Seed of the synthetic lesions.
         source: Data set that reads the images in its own way. Defaults to anomalib's.
@@ -64,8 +64,7 @@ class SupportDataset(AnomalibDataset):
         self.images.samples.attrs["task"] = task
         super().__init__()
         self._samples = self.images.samples
-        self.num_normal = len(normal)
-        self.num_abnormal = len(abnormal)
+        self.num_normal, self.num_abnormal = len(normal), len(abnormal)
         self.seed = seed
         self.epoch = 0
         self.lesions = None if self.num_abnormal else LesionSynthesizer()
@@ -83,13 +82,8 @@ class SupportDataset(AnomalibDataset):
 
     @property
     def has_anomalous(self) -> bool:
-        """Always: real ones or normal supports with a synthetic lesion."""
+        """Always: real ones, or normal supports with synthetic lesions."""
         return True
-
-    @property
-    def name(self) -> str:
-        """Name of the dataset."""
-        return "Support"
 
     def __len__(self) -> int:
         """Return eleven times the number of supports, half of them abnormal when lesions are synthetic."""
@@ -105,11 +99,9 @@ class SupportDataset(AnomalibDataset):
         """Return one version: all versions of the abnormal block, then of the normal block."""
         block = self.num_abnormal or self.num_normal
         abnormal = index < NUM_VERSIONS * block
-        if abnormal:
-            version, position = divmod(index, block)
-        else:
-            version, position = divmod(index - NUM_VERSIONS * block, self.num_normal)
-            position += self.num_abnormal
+        first = 0 if abnormal else NUM_VERSIONS * block
+        version, position = divmod(index - first, block if abnormal else self.num_normal)
+        position += 0 if abnormal else self.num_abnormal
         item = self.support(position)
         image = support_version(_plain(item.image)[None], version)[0]
         mask = None
@@ -128,15 +120,14 @@ class SupportDataset(AnomalibDataset):
         )
 
 
-class FewShot(CheckedDataModule):
+class FewShot(SplitDataModule):
     r"""Keeps k normal and k abnormal supports of any anomalib datamodule for training.
 
     Training batches are the eleven versions of each support. Supports, images with the same pixels, and other images of
-    their groups where groups are known, are taken out of validation and test. Supports come from different groups as
-    far as there are enough. Data sets that are read in anomalib's default way, such as ``Folder``'s, are read by our
-    readers. Before training, validation and testing what is used is read once, and all files that cannot be used are
-    listed in one error. Normal supports come from the training images; abnormal ones from the validation part (of the
-    sets of BMAD: from their ``valid`` split), or, with a warning, from the test part where that is all there is.
+    their groups are taken out of validation and test. Supports come from different groups as far as there are enough.
+    Data sets that are read in anomalib's default way, such as ``Folder``'s, are read by our readers. Normal supports
+    come from the training images; abnormal ones from the validation part (of the sets of BMAD: from their ``valid``
+    split), or, with a warning, from the test part where that is all there is.
 
     Args:
         source: The datamodule to draw from, or its ``class_path`` and ``init_args`` as a mapping. Its splits get the
@@ -227,14 +218,10 @@ class FewShot(CheckedDataModule):
         return own or (prompt_name(self.category) if self.category else None)
 
     def episodes(self, count: int) -> list["FewShot"]:
-        """Return several draws of supports from the same source, for a mean and its spread.
+        """Return several draws of supports from the same source and its same splits, for a mean and its spread.
 
         Args:
-            count: Number of draws. Their seeds count up from ``seed``; with a support list, the draws of the file
-                count up from ``draw``.
-
-        Returns:
-            One datamodule per draw. They share the source, whose splits are the same for all.
+            count: Number of draws. Seeds count up from ``seed``; with a support list, draws count up from ``draw``.
         """
         listed = self.support_list is not None
         return [
@@ -255,16 +242,11 @@ class FewShot(CheckedDataModule):
     @property
     def intensity(self) -> str | None:
         """Intensity rule of the source, as text; ``None`` if it has none."""
-        rule: str | None = getattr(self.source, "intensity", None)
-        return rule
+        return getattr(self.source, "intensity", None)
 
     @property
     def support(self) -> Support:
-        """The supports, at the size that the model reads.
-
-        Returns:
-            Eleven versions of the normal supports; the abnormal supports unchanged, or the normal ones with lesions.
-        """
+        """Eleven versions of the normal supports, and the abnormal supports or the normal ones with lesions."""
         data: SupportDataset = self.train_data  # type: ignore[assignment]
         normal = [_plain(data.support(data.num_abnormal + index).image) for index in range(data.num_normal)]
         abnormal = [_plain(data[index].image) for index in range(data.num_abnormal or data.num_normal)]
@@ -278,18 +260,16 @@ class FewShot(CheckedDataModule):
         train, val, test = self._source_parts()
         normal, abnormal = self._draw_supports(train, val, test)
         supports = pd.concat([normal, abnormal])
-        synthetic = abnormal.empty
-        task = "segmentation" if synthetic else str(test.samples.attrs["task"])
+        task = "segmentation" if abnormal.empty else str(test.samples.attrs["task"])
         self.train_data = SupportDataset(normal, abnormal, task, seed=self.seed or 0, source=train)
         like = getattr(test, "like", None)
         self.test_data = test.subsample(drop_copies(test.samples, supports, "test", "supports", like))
         if val is not None:
-            keep = drop_copies(val.samples, supports, "validation", "supports", like)
-            self.val_data = val.subsample(keep)
+            self.val_data = val.subsample(drop_copies(val.samples, supports, "validation", "supports", like))
         logger.info(
             "Supports: %d normal, %s; %d validation and %d test images remain.",
             len(normal),
-            "with synthetic lesions" if synthetic else f"{len(abnormal)} abnormal",
+            "with synthetic lesions" if abnormal.empty else f"{len(abnormal)} abnormal",
             0 if val is None else len(self.val_data),
             len(self.test_data),
         )
@@ -309,26 +289,20 @@ class FewShot(CheckedDataModule):
         files = [path for part in found if part is not None for path in part.samples["image_path"]]
         root = Path(os.path.commonpath([Path(path).parent for path in files]) if files else "")
         train, val, test = (None if part is None else read_by_us(part, root) for part in found)
-        for part in (train, val, test) if self.group_by else ():
+        for part in (train, val, test):
             if part is not None:
                 part._samples = self._grouped(part.samples)
         return train, val, test  # type: ignore[return-value]  # every source has a training and a test part
 
     def _grouped(self, samples: pd.DataFrame) -> pd.DataFrame:
-        """Return samples with the groups that the pattern of file names defines."""
-        grouped = samples.assign(group=pattern_groups(samples["image_path"], str(self.group_by)))
-        grouped.attrs = samples.attrs
-        return grouped
+        """Return samples with the groups that the pattern of file names defines, if there is one."""
+        if self.group_by is None:
+            return samples
+        return samples.assign(group=pattern_groups(samples["image_path"], self.group_by))
 
     def _checked_part(self, name: str) -> AnomalibDataset | None:
         part = super()._checked_part(name)
         return part.images if isinstance(part, SupportDataset) else part
-
-    def _create_test_split(self) -> None:
-        """The source has split already."""
-
-    def _create_val_split(self) -> None:
-        """The source has split already."""
 
     def _draw_supports(
         self,
@@ -337,12 +311,12 @@ class FewShot(CheckedDataModule):
         test: AnomalibDataset,
     ) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Choose the rows of the normal and of the abnormal supports."""
-        parts = [part.samples for part in (val, train, test) if part is not None]
         # Sets that keep a split for supports and validation are asked for it: the validation part may be another one.
         support_pool: pd.DataFrame | None = getattr(self.source, "support_pool", None)
-        if support_pool is not None and self.group_by:
+        if support_pool is not None:
             support_pool = self._grouped(support_pool)
         if self.support_list is not None:
+            parts = [part.samples for part in (val, train, test) if part is not None]
             pool = pd.concat(parts).drop_duplicates("image_path", ignore_index=True)
             return self._listed_supports(pool if support_pool is None else support_pool)
 
@@ -392,35 +366,15 @@ class FewShot(CheckedDataModule):
     def _listed_supports(self, pool: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Find the supports that a list names."""
         path = Path(self.support_list or "")
-        names = read_support_list(path, self.draw)
-        found = [
-            pool.iloc[find_support(pool, listed, label, path=path, draw=self.draw)]
-            for listed, label in zip(names, (LabelName.NORMAL, LabelName.ABNORMAL), strict=True)
-        ]
-        return found[0], found[1]
+        normal, abnormal = read_support_list(path, self.draw)
+        in_pool = partial(find_support, pool, path=path, draw=self.draw)
+        return pool.iloc[in_pool(normal, LabelName.NORMAL)], pool.iloc[in_pool(abnormal, LabelName.ABNORMAL)]
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the training images, read in this process, which keeps the decoded supports."""
-        replicas, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        sampler = EpochSampler(
-            self.train_data,
-            num_replicas=replicas,
-            rank=rank,
-            shuffle=self.shuffle,
-            seed=self.seed or 0,
-        )
-        return DataLoader(
-            self.train_data,
-            batch_size=self.train_batch_size,
-            sampler=sampler,
-            collate_fn=self.external_collate_fn or self.train_data.collate_fn,
-        )
-
-    def val_dataloader(self) -> EVAL_DATALOADERS:
-        """Return the validation images without the supports; nothing if the source has no validation part."""
-        return super().val_dataloader() if hasattr(self, "val_data") and len(self.val_data) else []
+        return self._train_loader(EpochSampler, shuffle=self.shuffle)
 
 
 def _plain(image: Any) -> Tensor:  # noqa: ANN401 - torchvision's tensors, which anomalib's items may lack
-    """Drop torchvision's wrapper, so that tensor operations do what they say."""
+    """Drop torchvision's wrapper."""
     return torch.as_tensor(image).as_subclass(Tensor)

@@ -6,7 +6,6 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,13 @@ import pandas as pd
 import torch
 from anomalib.data import ImageBatch, ImageItem
 from anomalib.data.utils import LabelName, Split, TestSplitMode, ValSplitMode
-from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from anomalib_mvfa.model.prompts import prompt_name
 
 from .bmad import available_sets, find_layout, read_samples, read_set
-from .checks import CheckedDataModule
+from .checks import SplitDataModule
 from .duplicates import drop_copies
 from .groups import parse_pattern, pattern_groups, split_groups
 from .medical_dataset import MedicalDataset
@@ -37,12 +35,7 @@ VAL_SPLIT_MODES = (ValSplitMode.FROM_TRAIN, ValSplitMode.FROM_DIR, ValSplitMode.
 
 @dataclass
 class SetItem(ImageItem):
-    """An image that says which set it comes from.
-
-    Args:
-        class_name: What the image shows, for its prompts.
-        has_mask: Whether its set has masks, a Boolean scalar. If not, ``gt_mask`` is empty and teaches nothing.
-    """
+    """An image with the name for its prompts, and whether its set has masks, a Boolean scalar."""
 
     class_name: str | None = None
     has_mask: Tensor | None = None
@@ -50,12 +43,7 @@ class SetItem(ImageItem):
 
 @dataclass
 class SetBatch(ImageBatch):
-    """A batch of images of several sets.
-
-    Args:
-        class_name: What each image shows, for its prompts.
-        has_mask: ``(B,)``, whether the set of each image has masks.
-    """
+    """A batch of images of several sets, with ``has_mask`` of shape ``(B,)``."""
 
     item_class = SetItem
     class_name: list[str] | None = None
@@ -63,11 +51,7 @@ class SetBatch(ImageBatch):
 
 
 class SetsDataset(MedicalDataset):
-    """Images of several sets, those of sets without masks with an empty one.
-
-    Args:
-        samples: Rows of :func:`~anomalib_mvfa.data.bmad.read_samples` with the columns ``class_name`` and ``has_mask``.
-    """
+    """Images of several sets, those of sets without masks with an empty one."""
 
     epoch = 0
 
@@ -82,18 +66,16 @@ class SetsDataset(MedicalDataset):
 
     def __getitem__(self, index: int) -> SetItem:
         """Read one image, with the prompts' name and whether its set has masks."""
-        row = self.samples.iloc[index]
-        item = super().__getitem__(index)
+        row, item = self.samples.iloc[index], super().__getitem__(index)
         return SetItem(**vars(item), class_name=row["class_name"], has_mask=torch.tensor(bool(row["has_mask"])))
 
 
-class LeaveOneOut(CheckedDataModule):
+class LeaveOneOut(SplitDataModule):
     r"""Zero-shot across sets: the adapters learn from all sets but the target.
 
     The sets lie under ``root`` in any of the layouts that :mod:`~anomalib_mvfa.data.bmad` reads. Batches mix sets; each
     image meets the prompts of its own set, and images of sets without masks train the detection adapters only. No image
-    of the target, and none with the same pixels, is in training; this is checked. Every image is read once before,
-    and all files that cannot be used are listed in one error.
+    of the target, and none with the same pixels, is in training.
 
     Args:
         target: The set to test on.
@@ -239,9 +221,7 @@ class LeaveOneOut(CheckedDataModule):
         """Return the samples of a set with a column ``group``, by default a group for each image."""
         pattern = self.group_by if isinstance(self.group_by, str) else (self.group_by or {}).get(name)
         groups = pattern_groups(samples["image_path"], pattern) if pattern else samples["image_path"]
-        grouped = samples.assign(group=[f"{name}/{group}" for group in groups])
-        grouped.attrs = samples.attrs
-        return grouped
+        return samples.assign(group=[f"{name}/{group}" for group in groups])
 
     def _hold_out(self, samples: pd.DataFrame) -> pd.Series:
         """Return the part of each training image of a set."""
@@ -250,26 +230,8 @@ class LeaveOneOut(CheckedDataModule):
         parts = split_groups(samples, shares, self.seed or 0, train_abnormal=True, remedy=remedy)
         return pd.Series(parts, index=samples.index)
 
-    def _create_test_split(self) -> None:
-        """The target has its own test split."""
-
-    def _create_val_split(self) -> None:
-        """Done with the training part."""
-
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the training images of all other sets."""
-        replicas, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        groups = self.train_data.samples["set"].tolist() if self.balanced else None
-        kind = EpochSampler if groups is None else partial(BalancedSampler, groups=groups)
-        sampler = kind(self.train_data, num_replicas=replicas, rank=rank, seed=self.seed or 0)
-        return DataLoader(
-            self.train_data,
-            batch_size=self.train_batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            collate_fn=self.external_collate_fn or self.train_data.collate_fn,
-        )
-
-    def val_dataloader(self) -> EVAL_DATALOADERS:
-        """Return the validation images; nothing without a validation part."""
-        return super().val_dataloader() if hasattr(self, "val_data") else []
+        if not self.balanced:
+            return self._train_loader(EpochSampler, self.num_workers)
+        return self._train_loader(BalancedSampler, self.num_workers, groups=self.train_data.samples["set"].tolist())

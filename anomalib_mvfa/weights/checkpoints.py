@@ -97,14 +97,12 @@ def write_whole_checkpoints(trainer: Trainer) -> None:
 
 @contextmanager
 def _readable(path: str | Path) -> Iterator[None]:
-    """Refuse a file with changed bytes, and turn what torch raises on damaged files into one error."""
+    """Turn what torch raises on damaged files into one error."""
     if not Path(path).is_file():
         msg = f"No checkpoint at {path}. Give the path of a .ckpt that `anomalib train --model MVFA` has written."
         raise FileNotFoundError(msg)
     try:
-        with ZipFile(path) as archive:
-            if archive.testzip():  # torch does not compare the checksums
-                raise BadZipFile
+        _compare_checksums(path)
         yield
     except Exception as error:
         msg = (
@@ -112,6 +110,13 @@ def _readable(path: str | Path) -> Iterator[None]:
             "objects, which are not loaded. Give a .ckpt that `anomalib train --model MVFA` has written."
         )
         raise ValueError(msg) from error
+
+
+def _compare_checksums(path: str | Path) -> None:
+    """Refuse a file with changed bytes, as torch does not."""
+    with ZipFile(path) as archive:
+        if archive.testzip():
+            raise BadZipFile
 
 
 def _as_checkpoint(contents: Any) -> dict[str, Any]:  # noqa: ANN401 - whatever a file holds

@@ -67,8 +67,7 @@ __all__ = [
 ]
 
 JPEG_SUFFIXES = (".jpg", ".jpeg")
-# Compression blurs the edge of a JPEG mask into many small values.
-_JPEG_MASK_THRESHOLD = 127
+_JPEG_MASK_THRESHOLD = 127  # compression blurs the edge of a mask into many small values
 _SUPPORTED = f"Supported: {', '.join(IMAGE_SUFFIXES)}, and DICOM files without suffix."
 
 
@@ -80,26 +79,22 @@ def list_images(
     volume: int | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> list[ImageRef]:
-    """List every image of a file or of a folder and its sub-folders.
+    """List every image of a file or of a folder and its sub-folders, each folder once.
 
     Files come sorted by path. DICOM files of one series in one folder stand together, ordered along the normal of the
     image plane (inferior to superior for axial slices), else by InstanceNumber, else by name; frames of an enhanced
     multi-frame file likewise by their geometry. Hidden files and folders, DICOM objects that are no images
     (directories, reports, structure sets, doses, segmentations) and empty slices of volumes (constant, or nowhere above
     1 % of the volume's foreground level) are left out. A file that cannot be read is listed, and so is a volume of
-    empty slices alone, so that reading it reports the reason. DICOM files are opened for their headers alone; volumes
-    are loaded to find the empty slices.
+    empty slices alone, so that reading it reports the reason.
 
     Args:
-        path: File or folder. Links to folders are followed, each folder once.
+        path: File or folder.
         axis: Axis along which volumes are cut: 0 sagittal, 1 coronal, 2 axial.
         slices: Range ``(start, stop)`` of frames or slices to keep of each multi-frame file and volume; negative
             numbers count from the end.
         volume: Which volume of a file of four or more dimensions, from 0.
         max_pixels: Largest number of pixels or voxels of a file that is read.
-
-    Returns:
-        One reference an image.
 
     Raises:
         FileNotFoundError: If there is no such file or folder.
@@ -115,7 +110,6 @@ def list_images(
         msg = f"No such file or folder: {path}. {_SUPPORTED}"
         raise FileNotFoundError(msg)
     whole = ImageRef(path, None, axis, path if path.is_dir() else path.parent, volume, max_pixels)
-
     groups: dict[object, list[tuple[Path, Header]]] = {}
     for file in sorted(walk(path)) if path.is_dir() else [path]:
         if is_dicom(file):
@@ -124,7 +118,6 @@ def list_images(
                 groups.setdefault((file.parent, header.series or file), []).append((file, header))
         elif has_suffix(file, IMAGE_SUFFIXES):
             groups[file] = [(file, Header())]
-
     refs = [
         replace(whole, path=file, frame=frame)
         for group in groups.values()
@@ -166,7 +159,7 @@ def read_image(
         rule: See :class:`IntensityRule`.
 
     Returns:
-        Image ``(3, H, W)``, float32 in ``[0, 1]``; grey images have three equal channels.
+        ``(3, H, W)``, float32 in ``[0, 1]``; grey images have three equal channels.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -183,17 +176,7 @@ def read_image(
 
 
 def read_pixels(source: ImageRef | str | Path) -> Pixels:
-    """Read the stored values of one image: ``(H, W, 1)``, or colours ``(H, W, 3)``.
-
-    Args:
-        source: A reference from :func:`list_images`, or the path of a file that holds one image.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        UnreadableImageError: If the file holds no usable image.
-        ValueError: If the file holds several images and none was chosen, or not that many.
-        ImportError: If the reader of the format is not installed.
-    """
+    """Read the stored values of one image: ``(H, W, 1)``, or colours ``(H, W, 3)``; errors as :func:`read_image`."""
     ref = source if isinstance(source, ImageRef) else ImageRef(Path(source))
     kind = file_kind(ref.path)
     if kind == "volume":
@@ -202,19 +185,9 @@ def read_pixels(source: ImageRef | str | Path) -> Pixels:
 
 
 def read_mask(source: ImageRef | str | Path) -> torch.Tensor:
-    """Read one mask: every stored value above 0 is foreground (above 127 in JPEG files, whose edges are blurred).
+    """Read one mask ``(H, W)``, bool: every stored value above 0 is foreground, in JPEG files every one above 127.
 
-    Args:
-        source: A reference from :func:`list_images`, or the path of a file that holds one mask.
-
-    Returns:
-        Mask ``(H, W)``, bool.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        UnreadableImageError: If the file holds no usable image.
-        ValueError: If the file holds several masks and none was chosen, or not that many.
-        ImportError: If the reader of the format is not installed.
+    Errors are those of :func:`read_image`.
     """
     pixels = read_pixels(source)
     path = source.path if isinstance(source, ImageRef) else Path(source)

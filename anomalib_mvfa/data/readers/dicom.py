@@ -67,12 +67,11 @@ class Header(NamedTuple):
 
 def dicom_header(ref: ImageRef) -> Header:
     """Read what a listing needs of a header; the defaults if the header is damaged."""
-    return _header(ref.path, stamp(ref.path), ref.max_pixels)
+    return _header(ref.path, ref.max_pixels, stamp(ref.path))
 
 
 @lru_cache(maxsize=2**17)
-def _header(path: Path, stamp: tuple[int, int], max_pixels: int) -> Header:
-    del stamp
+def _header(path: Path, max_pixels: int, *_: object) -> Header:
     pydicom = optional("pydicom")
     place = number = math.nan
     try:
@@ -98,18 +97,11 @@ def _header(path: Path, stamp: tuple[int, int], max_pixels: int) -> Header:
         place = _place(header, header)
     frames = tuple(range(count))
     with suppress(UnreadableImageError), unreadable(path, "geometry"):
-        places = [
-            _place(_group(header, frame, "PlaneOrientationSequence"), _group(header, frame, "PlanePositionSequence"))
-            for frame in frames
-        ]
-        normals = {
-            tuple(
-                np.round(np.array(_group(header, frame, "PlaneOrientationSequence").ImageOrientationPatient, float), 3)
-            )
-            for frame in frames
-        }
-        if len(normals) == 1:
-            frames = tuple(sorted(frames, key=lambda frame: places[frame]))
+        orientations = [_group(header, frame, "PlaneOrientationSequence") for frame in frames]
+        positions = [_group(header, frame, "PlanePositionSequence") for frame in frames]
+        places = [_place(*plane) for plane in zip(orientations, positions, strict=True)]
+        if len({tuple(np.round(np.array(item.ImageOrientationPatient, float), 3)) for item in orientations}) == 1:
+            frames = tuple(sorted(frames, key=places.__getitem__))
     return Header(is_image, series, frames, place, number, burned_in)
 
 
@@ -128,28 +120,21 @@ def slice_order(group: list[tuple[Path, Header]]) -> list[tuple[Path, Header]]:
     use_place = not any(math.isnan(header.place) for _, header in group)
     use_number = not any(math.isnan(header.number) for _, header in group)
 
-    def order(item: tuple[Path, Header]) -> tuple[float, float, Path]:
-        path, header = item
-        return header.place if use_place else 0, header.number if use_number else 0, path
-
-    return sorted(group, key=order)
+    return sorted(
+        group, key=lambda file: (file[1].place if use_place else 0, file[1].number if use_number else 0, file[0])
+    )
 
 
 def patient_key(path: str | Path, salt: bytes) -> str | None:
-    """Return a key that distinguishes the patients of DICOM files without keeping their identifiers.
+    """Return a key that distinguishes the patients of DICOM files, or ``None`` for a file without PatientID.
 
     Args:
         path: A DICOM file.
         salt: Random bytes, the same for all files that are compared. The key is a hash under it: without the salt it
             cannot be traced to the PatientID, and it means nothing in another run.
 
-    Returns:
-        The key, or ``None`` for a file without PatientID.
-
     Raises:
-        FileNotFoundError: If there is no such file.
         UnreadableImageError: If it is no DICOM file.
-        ImportError: If pydicom is not installed.
     """
     path = Path(path)
     pydicom = optional("pydicom")
@@ -177,8 +162,7 @@ def _refuse_deflated_bomb(ref: ImageRef) -> None:
 
 
 @lru_cache(maxsize=2)
-def _load(path: Path, stamp: tuple[int, int]) -> "Dataset":
-    del stamp
+def _load(path: Path, *_: object) -> "Dataset":
     pydicom = optional("pydicom")
     with unreadable(path, "truncated or damaged DICOM file"):
         try:
@@ -189,13 +173,7 @@ def _load(path: Path, stamp: tuple[int, int]) -> "Dataset":
 
 
 def dicom_frame(ref: ImageRef) -> tuple[Pixels, "Dataset", int]:
-    """Return the stored values ``(H, W, 1)``, or the colours ``(H, W, 3)``, of a frame, the dataset and the frame.
-
-    Raises:
-        UnreadableImageError: If the file is damaged, too large, or has no pixels.
-        ValueError: If the file holds several frames and none was chosen, or not that many.
-        ImportError: If pydicom is not installed.
-    """
+    """Return the stored values ``(H, W, 1)``, or the colours ``(H, W, 3)``, of a frame, the dataset and the frame."""
     pixels = optional("pydicom.pixels")
     path = ref.path
     with unreadable(path, "truncated or damaged DICOM file"):
@@ -206,12 +184,11 @@ def dicom_frame(ref: ImageRef) -> tuple[Pixels, "Dataset", int]:
         count = _frame_count(dataset)
         ref.check_size(int(dataset.get("Rows") or 0) * int(dataset.get("Columns") or 0) * count)
     index = ref.index(count)
-    reason = "truncated or damaged pixel data"
-    with unreadable(path, reason):
+    with unreadable(path, "truncated or damaged pixel data"):
         syntax = dataset.file_meta.TransferSyntaxUID
-        if syntax.is_compressed:
-            reason = f"its compressed pixel data are damaged, or need another decoder: {INSTALL}"
-    with unreadable(path, reason):
+        compressed = syntax.is_compressed
+    reason = f"its compressed pixel data are damaged, or need another decoder: {INSTALL}"
+    with unreadable(path, reason if compressed else "truncated or damaged pixel data"):
         try:
             available = pixels.get_decoder(syntax).is_available
         except NotImplementedError:  # pydicom's answer to a transfer syntax that it does not know
@@ -238,9 +215,7 @@ def dicom_image(ref: ImageRef, rule: IntensityRule) -> Pixels:
             return scale(stored.astype(np.float64), *colours)
 
         values, shown, windowed = _modality_values(stored, dataset, index, ref.path)
-        image = None
-        if rule.kind in {"auto", "dicom"}:
-            image = _own_voi(values, dataset, index)
+        image = _own_voi(values, dataset, index) if rule.kind in {"auto", "dicom"} else None
         if image is None:
             refuse_dicom_rule(rule, ref.path)
             if windowed and rule.kind != "percentile":
@@ -271,15 +246,14 @@ def _series_limits(ref: ImageRef, rule: IntensityRule) -> tuple[float, float] | 
         return limits(np.empty(0), rule)
     folder = ref.path.parent
     series = dicom_header(ref).series
-    files = _series_files(folder, stamp(folder), ref.max_pixels).get(series, ()) if series else ()
+    files = _series_files(folder, ref.max_pixels, stamp(folder)).get(series, ()) if series else ()
     files = files if ref.path in files else (ref.path,)
     return _limits_of_files(tuple((path, stamp(path)) for path in files), rule, ref.max_pixels)
 
 
 @lru_cache(maxsize=16)
-def _series_files(folder: Path, stamp: tuple[int, int], max_pixels: int) -> dict[str, tuple[Path, ...]]:
+def _series_files(folder: Path, max_pixels: int, *_: object) -> dict[str, tuple[Path, ...]]:
     """Return the DICOM images of a folder by their series."""
-    del stamp
     series: dict[str, tuple[Path, ...]] = {}
     for path in sorted(path for path in folder.iterdir() if path.is_file() and is_dicom(path)):
         header = dicom_header(ImageRef(path, max_pixels=max_pixels))

@@ -8,7 +8,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -35,21 +35,14 @@ Pixels = NDArray[Any]
 
 
 class UnreadableImageError(ValueError):
-    """A file that exists but holds no usable image.
-
-    Args:
-        path: The file.
-        reason: Why it cannot be read; free of header contents.
-    """
+    """A file that exists but holds no usable image, and why; the reason is free of header contents."""
 
     def __init__(self, path: str | Path, reason: str) -> None:
-        """Keep both apart, so that the error survives pickling between processes."""
-        super().__init__(path, reason)
+        super().__init__(path, reason)  # both, so that the error survives pickling between processes
         self.path = Path(path)
         self.reason = reason
 
     def __str__(self) -> str:
-        """Return the path and the reason."""
         return f"{self.path}: {self.reason}"
 
 
@@ -94,24 +87,13 @@ class ImageRef:
         return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
 
     def check_size(self, count: int) -> None:
-        """Refuse a file with more pixels than ``max_pixels``, before they are decoded.
-
-        Args:
-            count: Pixels of the file over all frames, or voxels of one volume.
-
-        Raises:
-            UnreadableImageError: If there are too many.
-        """
+        """Refuse a file with more pixels over all frames, or voxels, than ``max_pixels``, before they are decoded."""
         if count > self.max_pixels:
             reason = f"holds {count} pixels, more than max_pixels={self.max_pixels}; raise max_pixels to read it"
             raise UnreadableImageError(self.path, reason)
 
     def index(self, count: int) -> int:
-        """Return the frame to read of ``count`` frames.
-
-        Raises:
-            ValueError: If none was chosen of several, or there is no such frame.
-        """
+        """Return the frame to read of ``count``; a ValueError if none was chosen of several, or it does not exist."""
         if self.frame is None and count > 1:
             msg = f"{self.path} holds {count} images: choose one with ImageRef(path, frame), or use list_images."
             raise ValueError(msg)
@@ -125,7 +107,11 @@ class ImageRef:
 def is_dicom(path: str | Path) -> bool:
     """Return whether a file is a DICOM file, by its suffix, or by its preamble if it has none of a known format."""
     path = Path(path)
-    return has_suffix(path, DICOM_SUFFIXES) or (not has_suffix(path, IMAGE_SUFFIXES) and _has_preamble(path))
+    if has_suffix(path, IMAGE_SUFFIXES):
+        return has_suffix(path, DICOM_SUFFIXES)
+    with suppress(OSError):
+        return head(path)[128:] == b"DICM"
+    return False
 
 
 def is_volume(path: str | Path) -> bool:
@@ -134,11 +120,7 @@ def is_volume(path: str | Path) -> bool:
 
 
 def optional(module: str) -> Any:  # noqa: ANN401
-    """Import a module of the optional extra.
-
-    Raises:
-        ImportError: If it is not installed; the message names the extra.
-    """
+    """Import a module of the optional extra, which an ImportError names."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -149,8 +131,7 @@ def optional(module: str) -> Any:  # noqa: ANN401
 @contextmanager
 def unreadable(path: Path, reason: str) -> Iterator[None]:
     """Turn a library's failures into our error, and mute its warnings and log records: they may quote header values."""
-    loggers = [logging.getLogger(name) for name in ("pydicom", "nibabel.global")]
-    levels = [logger.level for logger in loggers]
+    loggers = {logger: logger.level for logger in map(logging.getLogger, ("pydicom", "nibabel.global"))}
     for logger in loggers:
         logger.setLevel(logging.CRITICAL + 1)
     try:
@@ -162,7 +143,7 @@ def unreadable(path: Path, reason: str) -> Iterator[None]:
     except Exception:  # damaged files make the libraries raise nearly everything
         raise UnreadableImageError(path, reason) from None
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
+        for logger, level in loggers.items():
             logger.setLevel(level)
 
 
@@ -183,20 +164,8 @@ def head(path: Path, size: int = 132) -> bytes:
         return file.read(size)
 
 
-def _has_preamble(path: Path) -> bool:
-    try:
-        return head(path)[128:] == b"DICM"
-    except OSError:
-        return False
-
-
 def file_kind(path: Path) -> FileKind:
-    """Return the format of a file, which is opened once so that every format reports access errors alike.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        UnreadableImageError: If it cannot be opened or is empty.
-    """
+    """Return the format of a file, which is opened once so that every format reports access errors alike."""
     try:
         start = head(path)
     except FileNotFoundError:
@@ -211,11 +180,7 @@ def file_kind(path: Path) -> FileKind:
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    """Yield the files below a folder that are not hidden, entering every folder once.
-
-    Raises:
-        UnreadableImageError: If a folder cannot be listed.
-    """
+    """Yield the files below a folder that are not hidden, entering every folder once."""
 
     def refuse(error: OSError) -> NoReturn:
         raise UnreadableImageError(error.filename, (error.strerror or "cannot be listed").lower()) from None
@@ -233,11 +198,7 @@ def walk(folder: Path) -> Iterator[Path]:
 
 
 def finite(values: Pixels, path: Path) -> Pixels:
-    """Set NaN and -inf to the smallest finite value and +inf to the largest.
-
-    Raises:
-        UnreadableImageError: If there is no finite value.
-    """
+    """Set NaN and -inf to the smallest finite value and +inf to the largest."""
     is_finite = np.isfinite(values)
     if is_finite.all():
         return values

@@ -90,15 +90,12 @@ class IntensityRule:
 
     @classmethod
     def parse(cls, rule: "IntensityRule | str | Mapping[str, Any] | Sequence[float]") -> "IntensityRule":
-        """Read a rule from plain data.
+        """Read a rule from plain data; a ValueError if it is none of these.
 
         Args:
             rule: A kind (``"auto"``, ``"dicom"``, ``"percentile"``), the name of a CT window (``"brain"``), a window
                 as ``[centre, width]`` or ``{"window": [centre, width]}``, percentiles as
                 ``{"percentile": [low, high]}``, the JSON text of one of these (what ``str(rule)`` returns), or a rule.
-
-        Raises:
-            ValueError: If it is none of these.
         """
         if isinstance(rule, IntensityRule):
             return rule

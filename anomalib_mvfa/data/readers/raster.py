@@ -25,15 +25,7 @@ def is_wide(mode: str) -> bool:
 def raster_pixels(ref: ImageRef, *, exact: bool = False) -> Pixels:
     """Return uint8 colours ``(H, W, 3)``, or stored values ``(H, W, 1)`` of a grey image of more than 8 bits.
 
-    Of colours of 16 bits, which Pillow does not read, these are the upper 8.
-
-    Args:
-        ref: The image.
-        exact: Whether to refuse colours of 16 bits.
-
-    Raises:
-        UnreadableImageError: If the file holds no image, or more pixels than Pillow's limit.
-        ValueError: If another frame than the first is asked for.
+    Of colours of 16 bits, which Pillow does not read, these are the upper 8, unless ``exact`` refuses them.
     """
     ref.index(1)
     path = ref.path

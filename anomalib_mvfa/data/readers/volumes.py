@@ -5,6 +5,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -46,7 +47,7 @@ def read_volume(
 
     Args:
         path: A file in one of the formats of this module.
-        volume: Which volume of a file of four or more dimensions, from 0. Not used for other files.
+        volume: Which volume of a file of four or more dimensions, from 0.
         max_pixels: Largest number of voxels that is read.
 
     Returns:
@@ -63,24 +64,22 @@ def read_volume(
 
 def _read(ref: ImageRef) -> tuple[NDArray[np.float32], Affine]:
     file_kind(ref.path)
-    return _load(ref.path, stamp(ref.path), ref.volume, ref.max_pixels)
+    return _load(ref.path, ref.volume, ref.max_pixels, stamp(ref.path))
 
 
 @lru_cache(maxsize=2)
-def _load(
-    path: Path, stamp: tuple[int, int], volume: int | None, max_pixels: int
-) -> tuple[NDArray[np.float32], Affine]:
-    del stamp
+def _load(path: Path, volume: int | None, max_pixels: int, *_: object) -> tuple[NDArray[np.float32], Affine]:
     nibabel = optional("nibabel")
     with unreadable(path, "truncated or damaged volume, or one without an orientation"):
         shape, affine, load = _open(path)
         count = math.prod(shape[3:])
         if count != 1 and volume is None:
             raise UnreadableImageError(path, f"holds {count} volumes; choose one with the option volume, from 0")
-        if count != 1 and not 0 <= (volume or 0) < count:
+        number = 0 if count == 1 or volume is None else volume
+        if not 0 <= number < count:
             raise UnreadableImageError(path, f"holds {count} volumes, numbered from 0; there is no number {volume}")
         ImageRef(path, max_pixels=max_pixels).check_size(math.prod(shape[:3]))
-        data = np.asarray(load((volume or 0) if count != 1 else 0), dtype=np.float32).reshape(shape[:3])
+        data = np.asarray(load(number), dtype=np.float32).reshape(shape[:3])
         canonical = nibabel.as_closest_canonical(nibabel.Nifti1Image(data, affine))
         data = finite(np.asarray(canonical.dataobj), path)
         data.flags.writeable = False
@@ -88,11 +87,7 @@ def _load(
 
 
 def _open(path: Path) -> tuple[tuple[int, ...], Affine, Callable[[int], Pixels]]:
-    """Read a header: the shape of three dimensions or more, the affine to RAS+ in mm, and a loader of the n-th volume.
-
-    Raises:
-        UnreadableImageError: If the voxels are not single real numbers. Other errors are the library's.
-    """
+    """Read a header: the shape of three dimensions or more, the affine to RAS+ in mm, and a loader of the n-th volume."""
     if has_suffix(path, ITK_SUFFIXES):
         return _open_itk(path)
     nibabel = optional("nibabel")
@@ -137,14 +132,13 @@ def _open_itk(path: Path) -> tuple[tuple[int, ...], Affine, Callable[[int], Pixe
 
 
 @lru_cache(maxsize=8)
-def _limits(ref: ImageRef, stamp: tuple[int, int], rule: IntensityRule) -> tuple[float, float]:
-    del stamp
+def _limits(ref: ImageRef, rule: IntensityRule, *_: object) -> tuple[float, float]:
     return limits(_read(ref)[0], rule)
 
 
 def filled_slices(ref: ImageRef) -> Pixels:
     """Return for each slice along the axis of a reference whether it holds anything."""
-    return _filled(ImageRef(ref.path, None, ref.axis, None, ref.volume, ref.max_pixels), stamp(ref.path))
+    return _filled(replace(ref, frame=None), stamp(ref.path))
 
 
 @lru_cache(maxsize=8)
@@ -153,18 +147,13 @@ def _filled(ref: ImageRef, stamp: tuple[int, int]) -> Pixels:
     others = tuple(other for other in range(3) if other != ref.axis)
     low, high = data.min(axis=others), data.max(axis=others)
     floor = float(low.min())
-    foreground = _limits(ref, stamp, IntensityRule("percentile"))[1]
+    foreground = _limits(ref, IntensityRule("percentile"), stamp)[1]
     filled: Pixels = (high > low) & (high > floor + _EMPTY_FRACTION * (foreground - floor))
     return filled
 
 
 def slice_pixels(ref: ImageRef) -> Pixels:
-    """Return one slice ``(H, W, 1)`` as displayed.
-
-    Raises:
-        UnreadableImageError: If the volume cannot be read, or all its slices are empty and none was chosen.
-        ValueError: If none was chosen of several slices, or there is no such slice.
-    """
+    """Return one slice ``(H, W, 1)`` as displayed."""
     data = _read(ref)[0]
     count = data.shape[ref.axis]
     if ref.frame is None and count > 1 and not filled_slices(ref).any():
@@ -175,8 +164,8 @@ def slice_pixels(ref: ImageRef) -> Pixels:
 def slice_image(ref: ImageRef, rule: IntensityRule) -> Pixels:
     """Return the grey levels of one slice in [0, 1], under limits of the whole volume."""
     refuse_dicom_rule(rule, ref.path)
-    whole = ImageRef(ref.path, volume=ref.volume, max_pixels=ref.max_pixels)
-    return scale(slice_pixels(ref).astype(np.float64), *_limits(whole, stamp(ref.path), rule))
+    whole = replace(ref, frame=None, axis=0)
+    return scale(slice_pixels(ref).astype(np.float64), *_limits(whole, rule, stamp(ref.path)))
 
 
 def volume_slice(volume: Pixels, index: int, axis: int = 2) -> Pixels:
@@ -213,10 +202,7 @@ def write_volume(path: str | Path, data: Pixels, like: str | Path) -> None:
         like: The file that defines the grid.
 
     Raises:
-        FileNotFoundError: If ``like`` does not exist.
-        UnreadableImageError: If ``like`` is no volume.
         ValueError: If the shape of ``data`` is not that of ``like``, or ``path`` has another suffix.
-        ImportError: If a reader is not installed.
     """
     nibabel = optional("nibabel")
     path, like = Path(path), Path(like)
@@ -246,11 +232,6 @@ def same_grid(first: str | Path, second: str | Path) -> bool:
     """Return whether two volumes have the same voxel grid once both are in the canonical orientation.
 
     Only the headers are read. The corners of both must lie within a quarter of the smallest voxel edge of each other.
-
-    Raises:
-        FileNotFoundError: If a file does not exist.
-        UnreadableImageError: If a file is no volume.
-        ImportError: If a reader is not installed.
     """
     (shape, affine), (other_shape, other_affine) = (_grid(Path(path)) for path in (first, second))
     if shape != other_shape:
