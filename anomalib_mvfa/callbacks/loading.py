@@ -45,15 +45,15 @@ class ReportedBatch(ImageBatch):
         return values.masked_fill(unread.to(values.device).view(-1, *(1,) * (values.ndim - 1)), fill)
 
     def validate_pred_score(self, pred_score: Tensor | None) -> Tensor | None:  # type: ignore[override]
-        """Validate scores ``(B,)``, and set those of unreadable images to NaN."""
+        """Validate scores ``(B,)``."""
         return self._withhold(ImageBatch.validate_pred_score(pred_score), torch.nan)
 
     def validate_anomaly_map(self, anomaly_map: Tensor | None) -> Tensor | None:  # type: ignore[override]
-        """Validate maps ``(B, H, W)``, and set those of unreadable images to NaN."""
+        """Validate maps ``(B, H, W)``."""
         return self._withhold(ImageBatch.validate_anomaly_map(anomaly_map), torch.nan)
 
     def validate_pred_label(self, pred_label: Tensor | None) -> Tensor | None:  # type: ignore[override]
-        """Validate labels ``(B,)``, and set those of unreadable images to -1."""
+        """Validate labels ``(B,)``."""
         labels: Tensor | None = ImageBatch.validate_pred_label(pred_label)
         if labels is None or not any(self.__dict__.get("explanation") or ()):
             return labels
@@ -72,7 +72,7 @@ class ReportedBatch(ImageBatch):
 class ReportingDataset(Dataset[ImageItem]):
     """anomalib's data set of a folder, with a black image in the place of each file that cannot be read.
 
-    Its ``explanation`` is the reason; the other explanations are empty.
+    Such a file becomes a black image whose ``explanation`` is the reason; the other explanations are empty.
     """
 
     collate_fn = staticmethod(ReportedBatch.collate)
@@ -91,30 +91,22 @@ class ReportingDataset(Dataset[ImageItem]):
     def __getitem__(self, index: int) -> ImageItem:
         """Read one image, or report why it cannot be read."""
         path = Path(self.source.image_filenames[index])
+        reason, item = "", None
         try:
-            _refuse_wide(path)
-            item = self.source[index]
+            with Image.open(path) as image:
+                wide = image.mode in {"I", "F"} or image.mode.startswith("I;")
+            if wide:  # anomalib would clip it to white
+                reason = "has more than 8 bits a pixel; --data MedicalFolder --data.path FOLDER reads it"
+            else:
+                item = self.source[index]
         except Exception as error:  # Pillow raises many kinds on damaged files
             reason = _why_unreadable(path, error)
-            return ImageItem(image=torch.zeros(3, 1, 1), image_path=str(path), explanation=reason)
-        item.explanation = ""
+        item = item or ImageItem(image=torch.zeros(3, 1, 1), image_path=str(path))
+        item.explanation = reason
         return item
 
 
-class _WideImageError(ValueError):
-    """An image of more than 8 bits, which anomalib would clip to white."""
-
-
-def _refuse_wide(path: Path) -> None:
-    with Image.open(path) as image:
-        if image.mode in {"I", "F"} or image.mode.startswith("I;"):
-            msg = "has more than 8 bits a pixel; --data MedicalFolder --data.path FOLDER reads it"
-            raise _WideImageError(msg)
-
-
 def _why_unreadable(path: Path, error: Exception) -> str:
-    if isinstance(error, _WideImageError):
-        return str(error)
     if isinstance(error, PermissionError):
         return "permission denied"
     if not path.is_file():
@@ -127,7 +119,7 @@ def _why_unreadable(path: Path, error: Exception) -> str:
 def read_ahead(loader: Any) -> Any:  # noqa: ANN401 - any loader
     """Report unreadable images of a plain folder, and let other processes read while the model computes.
 
-    Other loaders are returned unchanged; none reads ahead where a new process would import everything again.
+    Other loaders are returned as they are; none reads ahead where starting a process would import everything anew.
     """
     if type(loader) is not DataLoader or type(loader.dataset) is not PredictDataset:
         return loader
@@ -145,7 +137,7 @@ def read_ahead(loader: Any) -> Any:  # noqa: ANN401 - any loader
 
 
 def prepare_processes(trainer: Trainer) -> None:
-    """Prepare a trainer before it wraps the model and makes the loaders."""
+    """Prepare Lightning, in its ``setup`` phase, before it wraps the model and makes the loaders."""
     strategy = trainer.strategy
     if isinstance(strategy, DDPStrategy):
         # The last level's outputs and, without masks, the segmentation adapters have no gradients. The buffers are
@@ -180,7 +172,7 @@ def _process_loader(trainer: Trainer, process: Callable[[object], object], loade
 
 
 def _share_folder(trainer: Trainer) -> None:
-    """Let every process write into the folder of the first, and remove the empty ones that the others have made."""
+    """Let every process write into the folder of the first, and remove the empty one that it has made."""
     own = Path(trainer.default_root_dir)
     shared = Path(trainer.strategy.broadcast(str(own)))
     if own != shared:

@@ -5,10 +5,10 @@
 
 import csv
 import logging
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
 from anomalib.data import ImageBatch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -36,7 +36,7 @@ class _Result(NamedTuple):
     """One image in the table of groups."""
 
     group: int
-    score: float
+    score: float | None
     label: int | None
     truth: int | None
 
@@ -47,8 +47,7 @@ def _groups(trainer: Trainer) -> dict[str, int]:
     samples = getattr(dataset, "samples", None)
     if samples is None or "group" not in samples or samples["group"].is_unique:
         return {}
-    numbers = {group: number for number, group in enumerate(samples["group"].drop_duplicates())}
-    return dict(zip(image_paths(dataset), samples["group"].map(numbers), strict=True))
+    return dict(zip(image_paths(dataset), pd.factorize(samples["group"])[0].tolist(), strict=True))
 
 
 class PredictionTable(Callback):
@@ -87,9 +86,12 @@ class PredictionTable(Callback):
         self._groups, self._results = _groups(trainer), []
         path = self._partial(trainer)
         path.parent.mkdir(parents=True, exist_ok=True)
-        columns = ["path", *(["group"] if self._groups else []), "score", "label", "threshold", "abnormal_area"]
         with path.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerow([*columns, "error" if trainer.predicting else "true_label"])
+            csv.writer(file).writerow(self._columns(trainer))
+
+    def _columns(self, trainer: Trainer) -> list[str]:
+        last = "error" if trainer.predicting else "true_label"
+        return ["path", *(["group"] if self._groups else []), "score", "label", "threshold", "abnormal_area", last]
 
     def _append(self, trainer: Trainer, module: LightningModule, batch: ImageBatch) -> None:
         post_processor = getattr(module, "post_processor", None)
@@ -104,25 +106,22 @@ class PredictionTable(Callback):
                 self._images += 1
                 self._unread += bool(error)
                 truth = None if item.gt_label is None else int(item.gt_label)
-                last = error if trainer.predicting else "" if truth is None else str(truth)
                 score = "" if error or item.pred_score is None else f"{float(item.pred_score):.8g}"
-                label = str(int(item.pred_label)) if score and threshold and item.pred_label is not None else ""
-                area = f"{float(item.pred_mask.float().mean()):.6f}" if label and item.pred_mask is not None else ""
-                group = self._groups.get(str(item.image_path))
-                if group is not None:
-                    value = float(score) if score else math.nan
-                    self._results.append(_Result(group, value, int(label) if label else None, truth))
-                writer.writerow(
-                    [
-                        item.image_path,
-                        *([group] if self._groups else []),
-                        score,
-                        label,
-                        "" if error else threshold,
-                        area,
-                        last,
-                    ]
-                )
+                label = int(item.pred_label) if score and threshold and item.pred_label is not None else None
+                has_area = label is not None and item.pred_mask is not None
+                row = {
+                    "path": item.image_path,
+                    "group": self._groups.get(str(item.image_path)),
+                    "score": score,
+                    "label": label,
+                    "threshold": "" if error else threshold,
+                    "abnormal_area": f"{float(item.pred_mask.float().mean()):.6f}" if has_area else "",
+                    "error": error,
+                    "true_label": truth,
+                }
+                if row["group"] is not None:
+                    self._results.append(_Result(row["group"], float(score) if score else None, label, truth))
+                writer.writerow([row[column] for column in self._columns(trainer)])
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a table."""
@@ -154,58 +153,42 @@ class PredictionTable(Callback):
         """Log the image metrics of groups, where images belong together and both classes are present."""
         del trainer
         rows = self._group_rows()
-        truths = torch.tensor([int(bool(row["true_label"])) for row in rows])
+        truths = torch.tensor([bool(truth) for truth in rows["true_label"].fillna(0)], dtype=torch.int64)
         if len(truths.unique()) < 2:
             return
-        scores = torch.tensor([float(row["score"] or 0) for row in rows])
+        scores = torch.tensor(rows["score"].fillna(0).to_numpy(), dtype=torch.float32)
         metrics = {
             "group_AUROC": binary_auroc(scores, truths),
             "group_AUPR": binary_average_precision(scores, truths),
         }
-        if all(row["label"] is not None for row in rows):
-            labels = torch.tensor([int(row["label"] or 0) for row in rows])
-            metrics["group_F1Score"] = binary_f1_score(labels, truths)
+        if rows["label"].notna().all():
+            metrics["group_F1Score"] = binary_f1_score(torch.tensor(rows["label"].to_numpy(int)), truths)
         pl_module.log_dict(metrics)
 
-    def _group_rows(self) -> list[dict[str, float | int | None]]:
+    def _group_rows(self) -> pd.DataFrame:
         """Return one row per group, of the images of all processes."""
-        groups: dict[int, list[_Result]] = {}
-        for results in gather_objects(self._results):
-            for result in results:
-                groups.setdefault(result.group, []).append(result)
-        rows: list[dict[str, float | int | None]] = []
-        for group, results in sorted(groups.items()):
-            scores = sorted((result.score for result in results if not math.isnan(result.score)), reverse=True)
-            labels = [result.label for result in results if result.label is not None]
-            truths = [result.truth for result in results if result.truth is not None]
-            highest = scores[:HIGHEST]
-            rows.append(
-                {
-                    "group": group,
-                    "score": highest[0] if highest else None,
-                    f"mean_of_highest_{HIGHEST}": sum(highest) / len(highest) if highest else None,
-                    "label": max(labels, default=None),
-                    "abnormal_images": sum(labels) if labels else None,
-                    "images": len(results),
-                    "unreadable_images": len(results) - len(scores),
-                    "true_label": max(truths, default=None),
-                }
-            )
-        return rows
+        results = [result for part in gather_objects(self._results) for result in part]
+        types = {"group": int, "score": float, "label": "Int64", "truth": "Int64"}
+        groups = pd.DataFrame(results, columns=_Result._fields).astype(types).groupby("group")
+        return pd.DataFrame(
+            {
+                "score": groups["score"].max(),
+                f"mean_of_highest_{HIGHEST}": groups["score"].agg(lambda scores: scores.nlargest(HIGHEST).mean()),
+                "label": groups["label"].max(),
+                "abnormal_images": groups["label"].sum(min_count=1),
+                "images": groups.size(),
+                "unreadable_images": groups.size() - groups["score"].count(),
+                "true_label": groups["truth"].max(),
+            }
+        )
 
     def _write_groups(self, trainer: Trainer) -> None:
         rows = self._group_rows()
-        if not rows or not trainer.is_global_zero:
+        if rows.empty or not trainer.is_global_zero:
             return
         left_out = "true_label" if trainer.predicting else "unreadable_images"
-        columns = [column for column in rows[0] if column != left_out]
-        path = self._path(trainer).with_name("predictions_by_group.csv")
-        with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns, extrasaction="ignore")
-            writer.writeheader()
-            for row in rows:
-                formatted = {name: f"{value:.8g}" if isinstance(value, float) else value for name, value in row.items()}
-                writer.writerow(formatted)
+        with replacing(self._path(trainer).with_name("predictions_by_group.csv")) as partial:
+            rows.drop(columns=left_out).to_csv(partial, float_format="%.8g")
 
     def _finish(self, trainer: Trainer) -> None:
         """Rename the complete table, with the rows of all processes in it."""

@@ -59,9 +59,9 @@ def pattern_groups(paths: Iterable[str], pattern: str) -> list[str]:
 
 
 def split_groups(
-    samples: DataFrame, shares: Mapping[Split, float], seed: int, *, train_abnormal: bool, remedy: str
+    samples: DataFrame, shares: Mapping[Split, float], seed: int, train_abnormal: bool, remedy: str
 ) -> list[str]:
-    """Split images into parts by whole groups, those with and those without abnormal images each in proportion.
+    """Return the part of each row: whole groups, those with and those without abnormal images each in proportion.
 
     Args:
         samples: With the columns ``group`` and ``label_index``, and if wanted ``abnormal``, whether an image counts as
@@ -70,9 +70,6 @@ def split_groups(
         seed: Seed of the draw.
         train_abnormal: Whether groups with abnormal images may be in the training part.
         remedy: Last sentence of the error message.
-
-    Returns:
-        The part of each row.
 
     Raises:
         ValueError: If there are fewer groups of a kind than parts that need one.
@@ -84,11 +81,8 @@ def split_groups(
     parts: dict[object, str] = {}
     for kind in (False, True):
         groups = sorted(abnormal.index[abnormal == kind])
-        wanted = {
-            split: share
-            for split, share in shares.items()
-            if share > 0 and (split != Split.TRAIN or train_abnormal or not kind)
-        }
+        no_train = kind and not train_abnormal
+        wanted = {split: share for split, share in shares.items() if share and not (no_train and split == Split.TRAIN)}
         if groups and len(groups) < len(wanted):
             what = "abnormal" if kind else "normal"
             msg = (
@@ -105,12 +99,10 @@ def _deal(groups: Sequence[object], shares: Mapping[Split, float], seed: int) ->
     """Assign each group to a part, one at least to each."""
     parts: dict[object, str] = {}
     left, total = list(groups), sum(shares.values())
-    for number, (split, share) in enumerate(shares.items()):
-        later = len(shares) - number - 1
-        if not groups or not later:
-            parts.update(dict.fromkeys(left, split.value))
-            break
-        count = min(max(1, round(share / total * len(groups))), len(left) - later)
-        chosen, left = train_test_split(left, train_size=count, random_state=seed)
+    for later, (split, share) in zip(reversed(range(len(shares))), shares.items(), strict=True):
+        chosen = left
+        if left and later:
+            count = min(max(1, round(share / total * len(groups))), len(left) - later)
+            chosen, left = train_test_split(left, train_size=count, random_state=seed)
         parts.update(dict.fromkeys(chosen, split.value))
     return parts

@@ -227,7 +227,7 @@ class LeaveOneOut(SplitDataModule):
         """Return the part of each training image of a set."""
         shares = {Split.VAL: self.val_split_ratio, Split.TRAIN: 1 - self.val_split_ratio}
         remedy = f"Add some to {samples['set'].iloc[0]}, leave it out with sets, or choose another val_split_mode."
-        parts = split_groups(samples, shares, self.seed or 0, train_abnormal=True, remedy=remedy)
+        parts = split_groups(samples, shares, self.seed or 0, True, remedy)
         return pd.Series(parts, index=samples.index)
 
     def train_dataloader(self) -> DataLoader[Any]:

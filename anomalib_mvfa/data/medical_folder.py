@@ -10,6 +10,8 @@ import logging
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +25,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Transform
 
 from .anomaly_volumes import AnomalyVolumes
-from .checks import CheckedDataModule, enumerate_some
+from .checks import SplitDataModule, enumerate_some
 from .duplicates import drop_copies
 from .groups import parse_pattern, pattern_groups, split_groups
 from .medical_dataset import WHOLE_FILE, MedicalDataset
@@ -63,21 +65,19 @@ class _Entry(NamedTuple):
 
     refs: list[ImageRef]
     label: LabelName
-    mask: Path | None = None
-    mask_folder: Path | None = None  # of a folder of slices: masks of the same names
+    mask: Path | None = None  # of a folder of slices a folder of masks of the same names
     group: str | None = None  # of all images; without one it follows from each file
     split: str = ""
 
 
-class MedicalFolder(CheckedDataModule):
+class MedicalFolder(SplitDataModule):
     r"""Images in any readable format: PNG, JPEG, BMP, TIFF, WebP of 8, 16 or 32 bits, DICOM, NIfTI, MetaImage, NRRD.
 
     With ``path`` alone it serves prediction: every image of a file, or of a folder and its sub-folders. A file that
     cannot be read is reported in ``predictions.csv`` and the others are predicted.
 
-    For training, ``normal_dir`` (and ``abnormal_dir``, ``mask_dir``) or ``image_list`` say what the images are. Before
-    training, validation or testing every file is read once, and all that cannot be used are listed in one error. The
-    images are split by groups, none of which is in two parts. Shares count groups. Normal groups go to all three parts;
+    For training, ``normal_dir`` (and ``abnormal_dir``, ``mask_dir``) or ``image_list`` say what the images are. They
+    are split by groups, none of which is in two parts. Shares count groups. Normal groups go to all three parts;
     groups with an abnormal image to validation and test, in the proportion of their shares, unless ``train_abnormal``.
     Images with the same pixels as one of the training part are left out of validation and test.
 
@@ -170,12 +170,13 @@ class MedicalFolder(CheckedDataModule):
         if mask_dir and not abnormal_dir:
             msg = "mask_dir needs abnormal_dir: masks are of abnormal images."
             raise ValueError(msg)
-        if group_by is not None and group_by not in GROUPINGS:
-            if "(" not in group_by:
-                choices = ", ".join(GROUPINGS)
-                msg = f"group_by must be one of {choices}, or a pattern of file names with a group; got '{group_by}'."
-                raise ValueError(msg)
-            parse_pattern(group_by)
+        pattern = None if group_by in GROUPINGS else group_by
+        if pattern and "(" not in pattern:
+            choices = ", ".join(GROUPINGS)
+            msg = f"group_by must be one of {choices}, or a pattern of file names with a group; got '{group_by}'."
+            raise ValueError(msg)
+        if pattern:
+            parse_pattern(pattern)
         if any(len(box) != 4 or min(box) < 0 for box in blackout):
             msg = f"blackout takes rectangles [left, top, width, height] in pixels, got {list(blackout)}."
             raise ValueError(msg)
@@ -205,6 +206,7 @@ class MedicalFolder(CheckedDataModule):
         self.mask_dir = mask_dir
         self.image_list = image_list
         self.group_by = group_by
+        self._pattern = pattern
         self.train_abnormal = train_abnormal
         # The base class would take a share of 0 for one that was not given.
         self.val_split_ratio = val_split_ratio
@@ -249,15 +251,10 @@ class MedicalFolder(CheckedDataModule):
         return ImageRef(self.path, None, self.axis, root, self.volume, self.max_pixels)
 
     def setup(self, stage: str | None = None) -> None:
-        """List the images, check those of the stage, and in prediction write anomaly maps of volumes.
-
-        Args:
-            stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``; ``None`` lists only.
-        """
+        """List the images, check those of the stage, and in prediction write anomaly maps of volumes."""
         super().setup(stage)
-        trainer = self.trainer
-        if stage == TrainerFn.PREDICTING and trainer is not None:
-            callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning
+        if stage == TrainerFn.PREDICTING and self.trainer is not None:
+            callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning
             if not any(isinstance(callback, AnomalyVolumes) for callback in callbacks):
                 callbacks.append(AnomalyVolumes())
 
@@ -265,10 +262,7 @@ class MedicalFolder(CheckedDataModule):
         if not self.labelled and _stage == TrainerFn.VALIDATING:  # which precedes the prediction by given adapters
             return
         if not self.labelled and _stage == TrainerFn.PREDICTING:
-            refs = list_images(
-                self.path, axis=self.axis, slices=self.slices, volume=self.volume, max_pixels=self.max_pixels
-            )
-            samples = self._table([_Entry(refs, LabelName.UNKNOWN, split=Split.TEST.value)])
+            samples = self._table([_Entry(self._images_in(self.path), LabelName.UNKNOWN, split=Split.TEST.value)])
             self.predict_data = MedicalDataset(samples, None, self._like, report=True, blackout=self.blackout)
             return
         if not self.labelled:
@@ -278,27 +272,18 @@ class MedicalFolder(CheckedDataModule):
             )
             raise ValueError(msg)
         samples = self._split(self._table(list(self._listed() if self.image_list else self._in_folders())))
-        parts = {split: samples[samples["split"] == split.value] for split in (Split.TRAIN, Split.VAL, Split.TEST)}
+        train, test, val = (samples[samples["split"] == split] for split in (Split.TRAIN, Split.TEST, Split.VAL))
         if _stage is not None:  # FewShot, which asks for no stage, looks for copies of its supports
-            for split, earlier in ((Split.TEST, (Split.TRAIN,)), (Split.VAL, (Split.TRAIN, Split.TEST))):
-                taken = pd.concat([parts[other] for other in earlier])
-                of = "images of other parts"
-                keep = drop_copies(parts[split], taken, split.value, of, self._like)
-                parts[split] = parts[split].iloc[keep]
-        rule = IntensityRule.parse(self.intensity)
-        datasets = {
-            split: MedicalDataset(part, rule, self._like, blackout=self.blackout) for split, part in parts.items()
-        }
-        self.train_data = datasets[Split.TRAIN]
-        self.test_data: MedicalDataset = datasets[Split.TEST]
-        if len(datasets[Split.VAL]):
-            self.val_data = datasets[Split.VAL]
-
-    def _create_test_split(self) -> None:
-        """The groups are split already."""
-
-    def _create_val_split(self) -> None:
-        """The groups are split already."""
+            of = "images of other parts"
+            test = test.iloc[drop_copies(test, train, Split.TEST, of, self._like)]
+            val = val.iloc[drop_copies(val, pd.concat([train, test]), Split.VAL, of, self._like)]
+        read = partial(
+            MedicalDataset, rule=IntensityRule.parse(self.intensity), like=self._like, blackout=self.blackout
+        )
+        self.train_data: MedicalDataset = read(train)
+        self.test_data: MedicalDataset = read(test)
+        if len(val):
+            self.val_data: MedicalDataset = read(val)
 
     def _update_augmentations(self) -> None:
         super()._update_augmentations()
@@ -309,10 +294,6 @@ class MedicalFolder(CheckedDataModule):
             data.augmentations = self.test_augmentations
             if transform is not None:
                 self._update_subset_augmentations(data, self.test_augmentations, transform)
-
-    def val_dataloader(self) -> EVAL_DATALOADERS:
-        """Return the validation images; nothing if there are none."""
-        return super().val_dataloader() if hasattr(self, "val_data") else []
 
     def predict_dataloader(self) -> EVAL_DATALOADERS:
         """Return every image of ``path``, or the test images where labels were given."""
@@ -326,41 +307,30 @@ class MedicalFolder(CheckedDataModule):
             collate_fn=self.external_collate_fn or data.collate_fn,
         )
 
-    # Tables of images
-
     def _images_in(self, path: Path) -> list[ImageRef]:
-        """List the images of a file or folder; one that does not exist is listed, so that reading it reports it."""
-        if not path.exists():
-            return [replace(self._like, path=path)]
+        """List the images of a file or folder."""
         refs = list_images(path, axis=self.axis, slices=self.slices, volume=self.volume, max_pixels=self.max_pixels)
         return [replace(ref, root=self._like.root) for ref in refs]
 
     def _in_folders(self) -> Iterator[_Entry]:
         """Yield the files of the folders."""
-        masks = {}
-        if self.mask_dir:
-            masks = _masks_in(self.path / self.mask_dir)
-            if not masks:
-                msg = (
-                    f"No mask in {self.path / self.mask_dir}. Put masks with the names of the abnormal images there, "
-                    "or omit mask_dir."
-                )
-                raise FileNotFoundError(msg)
+        masks = _masks_in(self.path / self.mask_dir) if self.mask_dir else {}
+        if self.mask_dir and not masks:
+            msg = (
+                f"No mask in {self.path / self.mask_dir}. Put masks with the names of the abnormal images there, "
+                "or omit mask_dir."
+            )
+            raise FileNotFoundError(msg)
         for name, label in ((self.normal_dir, LabelName.NORMAL), (self.abnormal_dir, LabelName.ABNORMAL)):
             if name is None:
                 continue
             folder = self.path / name
-            if not folder.exists():
-                list_images(folder)  # raises the error
             loose = []
-            refs: dict[Path, list[ImageRef]] = {}
-            for ref in self._images_in(folder):
-                refs.setdefault(ref.path, []).append(ref)
-            for file, images in refs.items():
+            for file, images in groupby(self._images_in(folder), key=lambda ref: ref.path):
                 inner = file.relative_to(folder).parts
                 loose += [str(file)] if len(inner) == 1 else []
                 mask = masks.get(ImageRef(file, root=folder).name) if label == LabelName.ABNORMAL else None
-                yield _Entry(images, label, mask, group=inner[0] if self.group_by == "folder" else None)
+                yield _Entry(list(images), label, mask, group=inner[0] if self.group_by == "folder" else None)
             if loose and self.group_by == "folder":
                 msg = (
                     f"group_by='folder' needs one folder per patient in {folder}, but {len(loose)} images lie in it "
@@ -395,28 +365,24 @@ class MedicalFolder(CheckedDataModule):
             raise ValueError(msg)
         for row in table.to_dict("records"):
             file = self.path / row["path"]
+            # One that does not exist is listed, so that reading it reports it.
+            refs = self._images_in(file) if file.exists() else [replace(self._like, path=file)]
             mask = self.path / row["mask"] if row.get("mask") else None
             group = row.get("group") or (str(file) if file.is_dir() else None)
             if self.group_by == "folder":
                 group = str(file if file.is_dir() else file.parent)
-            folder = mask if mask is not None and mask.is_dir() else None
             split = SPLITS[row["split"].strip().lower()].value if "split" in row else ""
-            yield _Entry(self._images_in(file), LABELS[row["label"].strip().lower()], mask, folder, group, split)
+            yield _Entry(refs, LABELS[row["label"].strip().lower()], mask, group, split)
 
     def _table(self, entries: Sequence[_Entry]) -> pd.DataFrame:
         """Build the table of all images."""
         has_masks = any(entry.mask for entry in entries)
         rows = []
-        empty = 0
         for entry in entries:
-            masks = _masks_in(entry.mask_folder) if entry.mask_folder else {}
+            masks = _masks_in(entry.mask) if entry.mask and entry.mask.is_dir() else None
             for ref in entry.refs:
-                mask = masks.get(ImageRef(ref.path).name) if entry.mask_folder else entry.mask
+                mask = entry.mask if masks is None else masks.get(ImageRef(ref.path).name)
                 label, problem = _slice_label(entry.label, mask, ref, has_masks)
-                is_empty = label != entry.label
-                empty += is_empty
-                if is_empty and self.skip_empty_masks:
-                    continue
                 rows.append(
                     {
                         "image_path": str(ref.path),
@@ -429,10 +395,13 @@ class MedicalFolder(CheckedDataModule):
                         "problem": problem,
                     }
                 )
-        if empty:
-            done = "left out" if self.skip_empty_masks else "labelled normal"
-            logger.info("%d images of abnormal files have an empty mask and are %s.", empty, done)
         samples = pd.DataFrame(rows)
+        empty = samples["abnormal"] & (samples["label_index"] == LabelName.NORMAL.value)
+        if empty.any():
+            done = "left out" if self.skip_empty_masks else "labelled normal"
+            logger.info("%d images of abnormal files have an empty mask and are %s.", empty.sum(), done)
+        if self.skip_empty_masks:
+            samples = samples[~empty].reset_index(drop=True)
         samples["group"] = self._groups(samples)
         samples["label"] = samples["label_index"].map({0: "normal", 1: "abnormal"})
         samples.attrs["task"] = (TaskType.SEGMENTATION if has_masks else TaskType.CLASSIFICATION).value
@@ -453,8 +422,8 @@ class MedicalFolder(CheckedDataModule):
                     "Group by 'folder', or give the groups in image_list with group_by='csv'."
                 )
                 raise ValueError(msg)
-        elif self.group_by not in {None, *GROUPINGS}:
-            keys = dict(zip(files, pattern_groups(files, str(self.group_by)), strict=True))
+        elif self._pattern:
+            keys = dict(zip(files, pattern_groups(files, self._pattern), strict=True))
         elif self.group_by == "folder" and not self.labelled:
             inner = {file: Path(file).relative_to(self._like.root or "").parts for file in files}
             keys = {file: parts[0] if len(parts) > 1 else None for file, parts in inner.items()}
@@ -466,17 +435,16 @@ class MedicalFolder(CheckedDataModule):
         by_entry = self.group_by in {None, "folder", "csv"}
         names = []
         for file, given in zip(samples["image_path"], samples["given_group"], strict=True):
-            group = given if by_entry else None
-            series = None if keys[file] or group else series_key(file)
-            names.append(keys[file] or group or (f"{Path(file).parent}\0{series}" if series else file))
-        numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
-        return [numbers[name] for name in names]
+            name = keys[file] or (given if by_entry else None)
+            series = None if name else series_key(file)
+            names.append(name or (f"{Path(file).parent}\0{series}" if series else file))
+        return pd.factorize(pd.Series(names))[0].tolist()
 
     def _split(self, samples: pd.DataFrame) -> pd.DataFrame:
         """Fill in the column ``split``, group by group, or check the one that was given."""
         if (samples["split"] != "").any():
-            groups = samples.groupby("group", sort=True)
-            torn = [str(part["image_path"].iloc[0]) for _, part in groups if len(set(part["split"])) > 1]
+            several = samples.groupby("group").filter(lambda group: len(set(group["split"])) > 1)
+            torn = several.drop_duplicates("group")["image_path"].tolist()
             if torn:
                 msg = (
                     f"{len(torn)} groups are in more than one split of {self.image_list}: those of "
@@ -485,13 +453,9 @@ class MedicalFolder(CheckedDataModule):
                 raise ValueError(msg)
         else:
             shares = {Split.VAL: self.val_split_ratio, Split.TEST: self.test_split_ratio}
-            samples["split"] = split_groups(
-                samples,
-                {**shares, Split.TRAIN: 1 - sum(shares.values())},
-                self.seed or 0,
-                train_abnormal=self.train_abnormal,
-                remedy="Add some, group more finely, or set val_split_ratio or test_split_ratio to 0.",
-            )
+            shares[Split.TRAIN] = 1 - sum(shares.values())
+            remedy = "Add some, group more finely, or set val_split_ratio or test_split_ratio to 0."
+            samples["split"] = split_groups(samples, shares, self.seed or 0, self.train_abnormal, remedy)
         training = samples[samples["split"] == Split.TRAIN.value]
         if not (training["label_index"] == LabelName.NORMAL.value).any():
             msg = (

@@ -87,7 +87,7 @@ def _load(path: Path, volume: int | None, max_pixels: int, *_: object) -> tuple[
 
 
 def _open(path: Path) -> tuple[tuple[int, ...], Affine, Callable[[int], Pixels]]:
-    """Read a header: the shape of three dimensions or more, the affine to RAS+ in mm, and a loader of the n-th volume."""
+    """Read a header: the shape of three dimensions or more, the affine to RAS+ in mm, a loader of the n-th volume."""
     if has_suffix(path, ITK_SUFFIXES):
         return _open_itk(path)
     nibabel = optional("nibabel")
