@@ -52,7 +52,7 @@ class AnomalyVolumes(Callback):
             return
         for item in outputs:
             ref = dataset.ref(item.image_path)
-            if self._ref is not None and ref.path != self._ref.path:
+            if self._ref is None or ref.path != self._ref.path:
                 self._write(trainer)
             if is_volume(ref.path) and not item.explanation:
                 if self._ref is None:
@@ -67,8 +67,7 @@ class AnomalyVolumes(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the last volume, or merge the slices of several processes."""
         del pl_module
-        if self._ref is not None:
-            self._write(trainer)
+        self._write(trainer)
         volumes = {ref for refs in gather_objects(set(self._parts)) for ref in refs}
         for ref in sorted(volumes, key=lambda ref: ref.path):
             own = self._parts.pop(ref, None)

@@ -21,15 +21,9 @@ NUM_VERSIONS = 1 + len(ANGLES) + len(SHIFTS) + 2
 
 
 def support_version(images: Tensor, version: int) -> Tensor:
-    """Make one version of images or masks.
+    """Make version 0 to 10 of images or masks ``(N, C, H, W)``, floating point.
 
-    Args:
-        images: ``(N, C, H, W)``, floating point. A mask changed so has values between 0 and 1; the released code takes
-            what exceeds one half.
-        version: 0 to 10.
-
-    Returns:
-        ``(N, C, H, W)``.
+    A mask changed so has values between 0 and 1; the released code takes what exceeds one half.
     """
     if version == 0:
         return images
@@ -51,13 +45,7 @@ def support_version(images: Tensor, version: int) -> Tensor:
 
 
 def support_versions(images: Tensor) -> Tensor:
-    """Make all versions of images or masks.
-
-    Args:
-        images: ``(N, C, H, W)``, floating point.
-
-    Returns:
-        ``(11, N, C, H, W)``.
+    """Make all versions ``(11, N, C, H, W)`` of images or masks ``(N, C, H, W)``, floating point.
 
     Example:
         >>> support_versions(torch.zeros(2, 3, 8, 8)).shape

@@ -65,20 +65,14 @@ class BMADLayout:
 
 
 def available_sets(root: Path | str) -> list[str]:
-    """Names of the sets under ``root`` in any of the layouts, sorted, each once and without ``_AD``.
-
-    A ``root`` that is itself the folder of a set yields its own name; one without sets, or absent, an empty list.
-    """
+    """Names of the sets under ``root``, or of the set that it is, in any of the layouts, sorted, without ``_AD``."""
     root = Path(root)
-    folders = [root.absolute()] if _is_set(root) else [folder for folder in _subfolders(root) if _is_set(folder)]
+    folders = [root.absolute()] if _is_set(root) else filter(_is_set, _subfolders(root))
     return sorted({_set_name(folder.name) for folder in folders})
 
 
 def find_layout(root: Path | str, category: str) -> BMADLayout:
-    """Find the folder of a set and its layout.
-
-    ``<root>/<category>`` is preferred to ``<root>/<category>_AD`` where both exist; ``root`` may also be the set's own
-    folder.
+    """Find the folder of a set and its layout; ``<root>/<category>`` is preferred to ``<root>/<category>_AD``.
 
     Args:
         root: Folder that holds the sets, or the folder of the set itself.
@@ -91,7 +85,7 @@ def find_layout(root: Path | str, category: str) -> BMADLayout:
     root, name = Path(root), _set_name(category)
     matches = [folder for folder in _subfolders(root) if _set_name(folder.name).lower() == name.lower()]
     matches.sort(key=lambda folder: folder.name.lower() != category.lower())
-    folder = next((candidate for candidate in (root, *matches) if _is_set(candidate)), None)
+    folder = next(filter(_is_set, (root, *matches)), None)
     if folder is None:
         msg = (
             f"No set '{category}' under {root}: looked for {name}/ and {name}_AD/ (or {root} itself) "
@@ -115,11 +109,6 @@ def find_layout(root: Path | str, category: str) -> BMADLayout:
 
 def read_samples(layout: BMADLayout) -> DataFrame:
     """List the images of a set, each abnormal one with the mask of the same stem.
-
-    Masks of normal images are not read: they are empty by definition.
-
-    Args:
-        layout: What :func:`find_layout` returned.
 
     Returns:
         One row an image: ``image_path``, ``split`` (``"train"``, ``"val"``, ``"test"``), ``label`` (``"good"``,
@@ -155,8 +144,7 @@ class MedicalBMAD(CheckedDataModule, BMAD):
 
     The arguments are those of :class:`anomalib.data.BMAD`. ``root`` is the folder that holds the sets, or the folder of
     one set; ``category`` is any set name under it. ``val_split_mode="from_dir"`` (default) validates on the set's own
-    ``valid`` split, the other modes are those of anomalib. If ``root`` does not exist, the six sets are downloaded to
-    it.
+    ``valid`` split, the other modes are those of anomalib.
 
     A set without a train split (the archives of MVFA) trains on the normal images of ``valid``, the only ones outside
     the test split. With ``"from_dir"`` these are then the normal images of the validation split too.
@@ -186,11 +174,7 @@ class MedicalBMAD(CheckedDataModule, BMAD):
         return self.layout.mask_folder is not None
 
     def prepare_data(self) -> None:
-        """Download the six BMAD sets if ``root`` does not exist and ``category`` is one of them.
-
-        Raises:
-            FileNotFoundError: If ``root`` exists, or was just filled, but the set is not there.
-        """
+        """Download the six BMAD sets if ``root`` does not exist and ``category`` is one of them."""
         if not self.root.exists() and self.category.lower() in published_class_names():
             super().prepare_data()
         find_layout(self.root, self.category)
@@ -245,34 +229,31 @@ def _is_set(folder: Path) -> bool:
     return all(_find(folder, "test", label) for label in ("good", "Ungood"))
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+def _subfolders(folder: Path | None) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir()) if folder and folder.is_dir() else []
 
 
-def _find(folder: Path, *names: str) -> Path | None:
+def _find(folder: Path | None, *names: str) -> Path | None:
     """Folder at ``folder/<names[0]>/<names[1]>/...``, each name in any letter case, or ``None``."""
     for name in names:
-        matches = [entry for entry in _subfolders(folder) if entry.name.lower() == name.lower()]
-        if not matches:
-            return None
-        folder = matches[0]
+        folder = next((entry for entry in _subfolders(folder) if entry.name.lower() == name.lower()), None)
     return folder
 
 
-def _image_files(folder: Path) -> list[Path]:
-    entries = folder.iterdir()
+def _image_files(folder: Path | None) -> list[Path]:
+    entries = folder.iterdir() if folder else ()
     return sorted(path for path in entries if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."))
 
 
 def _images(label_folder: Path | None) -> list[Path]:
     """Images of a ``good`` or ``Ungood`` folder, in its ``img`` folder if it has one."""
-    return _image_files(_find(label_folder, "img") or label_folder) if label_folder else []
+    return _image_files(_find(label_folder, "img") or label_folder)
 
 
 def _masks(label_folder: Path | None) -> list[Path]:
     """Masks of an ``Ungood`` folder, from the first mask folder that is not empty."""
-    folders = [_find(label_folder, name) for name in MASK_FOLDERS] if label_folder else []
-    return next((masks for folder in folders if folder and (masks := _image_files(folder))), [])
+    lists = (_image_files(_find(label_folder, name)) for name in MASK_FOLDERS)
+    return next(filter(None, lists), [])
 
 
 def _contents(folder: Path) -> str:

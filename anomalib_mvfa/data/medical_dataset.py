@@ -68,16 +68,10 @@ class MedicalDataset(AnomalibDataset):
     @property
     def collate_fn(self) -> Callable[..., Any]:
         """Collate into batches, in which unreadable images have no predictions where such images are reported."""
-        collate: Callable[..., Any] = ReportedBatch.collate if self.report else super().collate_fn
-        return collate
+        return ReportedBatch.collate if self.report else super().collate_fn
 
     def __getitem__(self, index: int) -> ImageItem:
-        """Read one image and its mask.
-
-        Raises:
-            UnreadableImageError: If the image or its mask is unreadable, or the mask has another size, unless such
-                images are reported.
-        """
+        """Read one image and its mask; an UnreadableImageError, unless such images are reported."""
         row = self.samples.iloc[index]
         ref = self._ref(row.image_path, row.get("frame", WHOLE_FILE))
         mask, reason = None, ""
@@ -95,7 +89,7 @@ class MedicalDataset(AnomalibDataset):
             image=image,
             gt_mask=mask,
             gt_label=None if row.label_index == LabelName.UNKNOWN else torch.tensor(int(row.label_index)),
-            image_path=row.image_path if ref.frame is None else f"{row.image_path}#{ref.frame}",
+            image_path=_item_path(row.image_path, row.get("frame", WHOLE_FILE)),
             mask_path=row.mask_path,
             explanation=reason if self.report else None,
         )
@@ -140,8 +134,7 @@ class MedicalDataset(AnomalibDataset):
     def image_paths(self) -> list[str]:
         """The ``image_path`` of every item."""
         frames = self.samples.get("frame", [WHOLE_FILE] * len(self.samples))
-        rows = zip(self.samples["image_path"], frames, strict=True)
-        return [path if frame == WHOLE_FILE else f"{path}#{frame}" for path, frame in rows]
+        return [_item_path(*row) for row in zip(self.samples["image_path"], frames, strict=True)]
 
     def original(self, image_path: str) -> Tensor:
         """Read the image of an item again, at its own size: ``(3, H, W)`` in [0, 1]."""
@@ -152,11 +145,14 @@ class MedicalDataset(AnomalibDataset):
         return self.ref(image_path).name
 
 
+def _item_path(path: str, frame: int) -> str:
+    return path if frame == WHOLE_FILE else f"{path}#{frame}"
+
+
 def read_by_us(dataset: AnomalibDataset, root: Path) -> AnomalibDataset:
     """Return a data set that reads images in anomalib's default way, such as ``Folder``'s, with our readers instead.
 
-    These read 8-bit files alike, files of more bits by their percentiles, and JPEG masks without their blurred edges.
-    Data sets with a way of reading of their own are returned as they are. Names of outputs are relative to ``root``.
+    Those with a way of reading of their own are returned as they are. Names of outputs are relative to ``root``.
     """
     if type(dataset).__getitem__ is not AnomalibDataset.__getitem__:
         return dataset

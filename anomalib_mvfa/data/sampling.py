@@ -6,6 +6,7 @@
 A resumed training continues the same order, and several processes agree without communication.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,11 +20,7 @@ class EpochSampler(DistributedSampler):  # type: ignore[type-arg]
     """Passes the epoch, which Lightning sets, on to the data set, in case the images depend on it."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the number of the epoch.
-
-        Args:
-            epoch: Zero-based.
-        """
+        """Set the number of the epoch, from 0."""
         super().set_epoch(epoch)
         self.dataset.epoch = epoch  # type: ignore[attr-defined]
 
@@ -46,7 +43,7 @@ class BalancedSampler(EpochSampler):
 
     def __init__(self, dataset: Dataset[Any], groups: Sequence[str], **kwargs: Any) -> None:  # noqa: ANN401
         super().__init__(dataset, shuffle=True, **kwargs)
-        counts = {group: groups.count(group) for group in set(groups)}
+        counts = Counter(groups)
         self.weights = torch.tensor([1 / counts[group] for group in groups])
 
     def __iter__(self) -> Iterator[int]:

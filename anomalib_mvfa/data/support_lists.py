@@ -25,15 +25,7 @@ __all__ = ["find_support", "read_support_list", "write_support_list"]
 
 
 def read_support_list(path: Path | str, draw: int = 0) -> tuple[list[str], list[str]]:
-    """Read one draw of supports.
-
-    Args:
-        path: The list.
-        draw: Number of the draw.
-
-    Returns:
-        File names of the normal and of the abnormal supports, in the order of the list. The abnormal ones are empty if
-        the draw has no ``a`` line.
+    """Read one draw: the file names of its normal and of its abnormal supports, none without an ``a`` line.
 
     Raises:
         ValueError: If a line is malformed, a key or a name stands twice, or the draw has no ``n`` line.
@@ -58,10 +50,9 @@ def write_support_list(path: Path | str, normal: Sequence[str], abnormal: Sequen
         ValueError: If a file name holds a blank, which the format cannot express.
     """
     path = Path(path)
-    lines = _parse(path) if path.exists() else {}
-    lines[f"n-{draw}"] = [Path(name).name for name in normal]
-    lines[f"a-{draw}"] = [Path(name).name for name in abnormal]
-    blank = [name for name in lines[f"n-{draw}"] + lines[f"a-{draw}"] if re.search(r"\s", name)]
+    drawn = {f"n-{draw}": [Path(name).name for name in normal], f"a-{draw}": [Path(name).name for name in abnormal]}
+    lines = (_parse(path) if path.exists() else {}) | drawn
+    blank = [name for names in drawn.values() for name in names if re.search(r"\s", name)]
     if blank:
         msg = f"{path} separates file names by blanks and cannot hold {blank[0]!r}: rename the image."
         raise ValueError(msg)
@@ -78,9 +69,7 @@ def find_support(
     path: Path | str = "the support list",
     draw: int = 0,
 ) -> list[int]:
-    """Find the supports of a list among the images of a split.
-
-    An image matches by its file name, or by its stem if the list leaves the extension out.
+    """Find the supports of a list among the images of a split, by file name, or by stem without an extension.
 
     Args:
         data: The split, or its table of samples.
@@ -120,12 +109,12 @@ def _parse(path: Path) -> dict[str, list[str]]:
         if not line.strip():
             continue
         key, _, rest = line.partition(":")
-        names = rest.split()
-        if not re.fullmatch(r"[na]-\d+", key.strip()):
+        key, names = key.strip(), rest.split()
+        if not re.fullmatch(r"[na]-\d+", key):
             msg = f"{path}, line {number}: expected 'n-<draw>: names' or 'a-<draw>: names', found {line[:60]!r}."
             raise ValueError(msg)
-        if key.strip() in lines or len(set(names)) != len(names):
-            msg = f"{path}, line {number}: {key.strip()} or one of its file names stands twice; keep one of them."
+        if key in lines or len(set(names)) != len(names):
+            msg = f"{path}, line {number}: {key} or one of its file names stands twice; keep one of them."
             raise ValueError(msg)
-        lines[key.strip()] = names
+        lines[key] = names
     return lines
