@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
-from anomalib.data import ImageBatch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision, binary_f1_score
@@ -81,7 +80,11 @@ class PredictionTable(Callback):
         path = partial_name(self._path(trainer))
         return path if trainer.is_global_zero else path.with_name(f"{path.stem}-{trainer.global_rank}.csv")
 
-    def _start(self, trainer: Trainer) -> None:
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a table."""
+        del pl_module
+        if trainer.predicting and from_command_line(trainer):  # nobody receives what would fill the memory
+            trainer.predict_loop.return_predictions = False
         self._images = self._unread = 0
         self._groups, self._results = _groups(trainer), []
         path = self._partial(trainer)
@@ -89,51 +92,11 @@ class PredictionTable(Callback):
         with path.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerow(self._columns(trainer))
 
+    on_test_start = on_predict_start
+
     def _columns(self, trainer: Trainer) -> list[str]:
         last = "error" if trainer.predicting else "true_label"
         return ["path", *(["group"] if self._groups else []), "score", "label", "threshold", "abnormal_area", last]
-
-    def _append(self, trainer: Trainer, module: LightningModule, batch: ImageBatch) -> None:
-        post_processor = getattr(module, "post_processor", None)
-        threshold = ""
-        # Without a threshold of its own anomalib labels raw scores by one half, which means nothing.
-        if post_processor is not None and not post_processor.image_threshold.isnan():
-            threshold = f"{float(post_processor.normalized_image_threshold):.6g}"
-        with self._partial(trainer).open("a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            for item in batch:
-                error = (item.explanation or "") if trainer.predicting else ""
-                self._images += 1
-                self._unread += bool(error)
-                truth = None if item.gt_label is None else int(item.gt_label)
-                score = "" if error or item.pred_score is None else f"{float(item.pred_score):.8g}"
-                label = int(item.pred_label) if score and threshold and item.pred_label is not None else None
-                has_area = label is not None and item.pred_mask is not None
-                row = {
-                    "path": item.image_path,
-                    "group": self._groups.get(str(item.image_path)),
-                    "score": score,
-                    "label": label,
-                    "threshold": "" if error else threshold,
-                    "abnormal_area": f"{float(item.pred_mask.float().mean()):.6f}" if has_area else "",
-                    "error": error,
-                    "true_label": truth,
-                }
-                if row["group"] is not None:
-                    self._results.append(_Result(row["group"], float(score) if score else None, label, truth))
-                writer.writerow([row[column] for column in self._columns(trainer)])
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin a table."""
-        del pl_module
-        if from_command_line(trainer):  # the predictions are not used and would fill the memory
-            trainer.predict_loop.return_predictions = False
-        self._start(trainer)
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin a table."""
-        del pl_module
-        self._start(trainer)
 
     def on_predict_batch_end(
         self,
@@ -145,7 +108,35 @@ class PredictionTable(Callback):
     ) -> None:
         """Append a batch."""
         del args, kwargs
-        self._append(trainer, pl_module, outputs)
+        post_processor = getattr(pl_module, "post_processor", None)
+        threshold = ""
+        # Without a threshold of its own anomalib labels raw scores by one half, which means nothing.
+        if post_processor is not None and not post_processor.image_threshold.isnan():
+            threshold = f"{float(post_processor.normalized_image_threshold):.6g}"
+        with self._partial(trainer).open("a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            for item in outputs:
+                error = (item.explanation or "") if trainer.predicting else ""
+                self._images += 1
+                self._unread += bool(error)
+                truth = None if item.gt_label is None else int(item.gt_label)
+                score = "" if error or item.pred_score is None else f"{float(item.pred_score):.8g}"
+                label = int(item.pred_label) if score and threshold and item.pred_label is not None else None
+                mask = None if label is None else item.pred_mask
+                group = self._groups.get(str(item.image_path))
+                row = {
+                    "path": item.image_path,
+                    "group": group,
+                    "score": score,
+                    "label": label,
+                    "threshold": "" if error else threshold,
+                    "abnormal_area": "" if mask is None else f"{float(mask.float().mean()):.6f}",
+                    "error": error,
+                    "true_label": truth,
+                }
+                if group is not None:
+                    self._results.append(_Result(group, float(score) if score else None, label, truth))
+                writer.writerow([row[column] for column in self._columns(trainer)])
 
     on_test_batch_end = on_predict_batch_end
 
@@ -168,8 +159,8 @@ class PredictionTable(Callback):
     def _group_rows(self) -> pd.DataFrame:
         """Return one row per group, of the images of all processes."""
         results = [result for part in gather_objects(self._results) for result in part]
-        types = {"group": int, "score": float, "label": "Int64", "truth": "Int64"}
-        groups = pd.DataFrame(results, columns=_Result._fields).astype(types).groupby("group")
+        table = pd.DataFrame(results, columns=_Result._fields)
+        groups = table.astype({"score": "float", "label": "Int64", "truth": "Int64"}).groupby("group")
         return pd.DataFrame(
             {
                 "score": groups["score"].max(),

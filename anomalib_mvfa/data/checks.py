@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 from pandas import DataFrame
 from PIL import Image
 from rich.progress import track
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from .readers import JPEG_SUFFIXES, UnreadableImageError, has_burned_in_text, is_volume, read_image, read_mask
 
@@ -39,10 +39,7 @@ class CheckedDataModule(AnomalibDataModule):
     """A datamodule that reads every image of a stage once before it begins, and warns of text in images to be shown."""
 
     def setup(self, stage: str | None = None) -> None:
-        """List the images; before training, validation and testing also read each that will be used once.
-
-        Args:
-            stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``; ``None`` lists only.
+        """List the images; before ``"fit"``, ``"validate"`` and ``"test"`` also read each that will be used once.
 
         Raises:
             FileNotFoundError: If a file or folder does not exist.
@@ -101,10 +98,6 @@ def check_images(*parts: AnomalibDataset, num_workers: int = 0) -> None:
     A volume is read once, not once a slice. Files that this process has read before and that have not changed since are
     passed over, so that further draws of supports cost nothing.
 
-    Args:
-        *parts: Data sets, which read their images in their own way.
-        num_workers: Number of processes that read. With none, this one does.
-
     Raises:
         ValueError: If an image or mask cannot be read, a mask has another size than its image, or an abnormal image
             lacks a mask in a set that has masks. The message lists every file with its reason.
@@ -118,10 +111,10 @@ def check_images(*parts: AnomalibDataset, num_workers: int = 0) -> None:
             len(masks),
         )
     loader: DataLoader[list[str]] = DataLoader(
-        _Reading(units),
+        units,  # type: ignore[arg-type]  # a list is a data set
         batch_size=None,
         num_workers=min(num_workers, len(units) // PROGRESS_FROM),
-        collate_fn=list,
+        collate_fn=_problems,
         generator=torch.Generator(),  # its own: whether files are read must not change the course of a seeded training
     )
     problems: dict[str, None] = {}
@@ -162,18 +155,9 @@ def _stamp(path: str) -> tuple[object, ...]:
     return (path, None)
 
 
-class _Reading(Dataset[list[str]]):
-    """What is wrong with each unit."""
-
-    def __init__(self, units: Sequence[_Unit]) -> None:
-        self.units = units
-
-    def __len__(self) -> int:
-        return len(self.units)
-
-    def __getitem__(self, index: int) -> list[str]:
-        part, positions, _ = self.units[index]
-        return [problem for position in positions if (problem := _problem(part, position))]
+def _problems(unit: _Unit) -> list[str]:
+    part, positions, _ = unit
+    return [problem for position in positions if (problem := _problem(part, position))]
 
 
 def _problem(part: AnomalibDataset, position: int) -> str | None:

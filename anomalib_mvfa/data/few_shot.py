@@ -42,12 +42,7 @@ ABNORMAL_SOURCES = ("auto", "validation", "test", "synthetic")
 class SupportDataset(AnomalibDataset):
     """The eleven versions of each support image, the abnormal ones first, as the released code orders them.
 
-    Args:
-        normal: Rows of the normal supports, in their order.
-        abnormal: Rows of the abnormal supports, likewise. Without any, the normal ones get synthetic lesions.
-        task: ``"segmentation"`` when the supports have masks, otherwise ``"classification"``.
-        seed: Seed of the synthetic lesions.
-        source: Data set that reads the images in its own way. Defaults to anomalib's.
+    Without abnormal rows the normal ones get synthetic lesions under the seed. The source reads the images.
     """
 
     def __init__(
@@ -71,7 +66,7 @@ class SupportDataset(AnomalibDataset):
 
     @property
     def augmentations(self) -> Transform | None:
-        """Transform of the unchanged supports, the model's resize as a rule; it precedes the eleven versions."""
+        """Transform of the unchanged supports, before the versions: the model's resize as a rule."""
         return self._augmentations
 
     @augmentations.setter
@@ -102,9 +97,8 @@ class SupportDataset(AnomalibDataset):
         first = 0 if abnormal else NUM_VERSIONS * block
         version, position = divmod(index - first, block if abnormal else self.num_normal)
         position += 0 if abnormal else self.num_abnormal
-        item = self.support(position)
+        item, mask = self.support(position), None
         image = support_version(_plain(item.image)[None], version)[0]
-        mask = None
         if item.gt_mask is not None:
             mask = support_version(_plain(item.gt_mask)[None, None].float(), version)[0, 0] > 0.5
         if abnormal and self.lesions is not None:
@@ -137,8 +131,8 @@ class FewShot(SplitDataModule):
         support_list: File in the published text format that names the supports, of the sets of BMAD those in their
             ``valid`` split; ``k_shot`` and ``seed`` are then not used.
         draw: Which draw of the file.
-        abnormal_source: ``"auto"`` as described above, ``"validation"``, ``"test"``, or ``"synthetic"``: no abnormal
-            image is used, the normal supports get synthetic lesions.
+        abnormal_source: ``"auto"`` as described above, ``"validation"``, ``"test"``, or ``"synthetic"``: the normal
+            supports get synthetic lesions.
         group_by: Regular expression whose first group is the part of a file name that all images of a patient share,
             such as ``"(?P<patient>\d+)_\d+"``. By default the groups are those of the source, if it has any.
         shuffle: Whether to shuffle the training images in each epoch. The order depends on seed and epoch alone.
@@ -166,8 +160,7 @@ class FewShot(SplitDataModule):
         shuffle: bool = True,
         train_batch_size: int = 1,
     ) -> None:
-        if isinstance(source, Mapping):
-            source = get_datamodule(dict(source))
+        source = get_datamodule(dict(source)) if isinstance(source, Mapping) else source
         if not isinstance(source, AnomalibDataModule):
             msg = f"source must be an anomalib datamodule such as Folder or MVTecAD, got {type(source).__name__}."
             raise TypeError(msg)

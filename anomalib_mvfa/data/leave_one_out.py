@@ -83,9 +83,9 @@ class LeaveOneOut(SplitDataModule):
         sets: The sets to train on. Defaults to all others under ``root``.
         train_split: ``"valid"`` trains on the other sets' validation splits; ``"test"`` on their test splits, as
             published.
-        val_split_mode: Where thresholds come from. ``"from_train"`` (default) holds a part of the training images
-            out, so that nothing of the target is used; ``"from_dir"`` takes the target's ``valid`` split,
-            ``"same_as_test"`` its test split, as in the published choice of the epoch; ``"none"`` goes without.
+        val_split_mode: Where thresholds come from. ``"from_train"`` holds a part of the training images out, so that
+            nothing of the target is used; ``"from_dir"`` takes the target's ``valid`` split, ``"same_as_test"`` its
+            test split, as in the published choice of the epoch; ``"none"`` goes without.
         val_split_ratio: Share of the groups of each training set, with and without abnormal images, that
             ``"from_train"`` holds out.
         group_by: Regular expression whose first group is the part of a file name that all images of a patient share,

@@ -49,13 +49,8 @@ logger = logging.getLogger(__name__)
 
 GROUPINGS = ("folder", "patient", "csv")
 LABELS = {
-    "normal": LabelName.NORMAL,
-    "good": LabelName.NORMAL,
-    "0": LabelName.NORMAL,
-    "abnormal": LabelName.ABNORMAL,
-    "anomalous": LabelName.ABNORMAL,
-    "ungood": LabelName.ABNORMAL,
-    "1": LabelName.ABNORMAL,
+    **dict.fromkeys(("normal", "good", "0"), LabelName.NORMAL),
+    **dict.fromkeys(("abnormal", "anomalous", "ungood", "1"), LabelName.ABNORMAL),
 }
 SPLITS = {"train": Split.TRAIN, "val": Split.VAL, "valid": Split.VAL, "validation": Split.VAL, "test": Split.TEST}
 
@@ -321,10 +316,8 @@ class MedicalFolder(SplitDataModule):
                 "or omit mask_dir."
             )
             raise FileNotFoundError(msg)
-        for name, label in ((self.normal_dir, LabelName.NORMAL), (self.abnormal_dir, LabelName.ABNORMAL)):
-            if name is None:
-                continue
-            folder = self.path / name
+        given = ((self.normal_dir, LabelName.NORMAL), (self.abnormal_dir, LabelName.ABNORMAL))
+        for folder, label in ((self.path / name, label) for name, label in given if name is not None):
             loose = []
             for file, images in groupby(self._images_in(folder), key=lambda ref: ref.path):
                 inner = file.relative_to(folder).parts
@@ -359,9 +352,9 @@ class MedicalFolder(SplitDataModule):
                 f"Labels are {', '.join(LABELS)}; splits are train, val, test, in every line or in none."
             )
             raise ValueError(msg)
-        lone = [line + 2 for line, group in enumerate(table["group"]) if not group] if "group" in table else []
+        lone = [str(line + 2) for line, group in enumerate(table.get("group", ())) if not group]
         if lone:
-            msg = f"{path} has lines without a group: {enumerate_some(list(map(str, lone)), 5)}. Fill the column in."
+            msg = f"{path} has lines without a group: {enumerate_some(lone, 5)}. Fill the column in."
             raise ValueError(msg)
         for row in table.to_dict("records"):
             file = self.path / row["path"]

@@ -38,13 +38,7 @@ def read_support_list(path: Path | str, draw: int = 0) -> tuple[list[str], list[
 
 
 def write_support_list(path: Path | str, normal: Sequence[str], abnormal: Sequence[str], draw: int = 0) -> None:
-    """Write one draw of supports; other draws already in the file stay.
-
-    Args:
-        path: The list. Its folder must exist.
-        normal: Normal supports: file names, or paths of which the file name is written.
-        abnormal: Abnormal supports, likewise; may be empty.
-        draw: Number of the draw.
+    """Write the file names of one draw of supports; other draws already in the file stay.
 
     Raises:
         ValueError: If a file name holds a blank, which the format cannot express.
@@ -69,17 +63,9 @@ def find_support(
     path: Path | str = "the support list",
     draw: int = 0,
 ) -> list[int]:
-    """Find the supports of a list among the images of a split, by file name, or by stem without an extension.
+    """Find the rows of listed supports of one label in a split, by file name, or by stem without an extension.
 
-    Args:
-        data: The split, or its table of samples.
-        names: File names from :func:`read_support_list`.
-        label: Label of the supports, 0 (normal) or 1 (abnormal); images of the other label are not looked at.
-        path: The list, for the error message.
-        draw: Number of the draw, for the error message.
-
-    Returns:
-        Row numbers in ``data``, in the order of ``names``.
+    ``path`` and ``draw`` are for the error message.
 
     Raises:
         ValueError: If a name matches no image of that label, or several.

@@ -88,13 +88,8 @@ def list_images(
     1 % of the volume's foreground level) are left out. A file that cannot be read is listed, and so is a volume of
     empty slices alone, so that reading it reports the reason.
 
-    Args:
-        path: File or folder.
-        axis: Axis along which volumes are cut: 0 sagittal, 1 coronal, 2 axial.
-        slices: Range ``(start, stop)`` of frames or slices to keep of each multi-frame file and volume; negative
-            numbers count from the end.
-        volume: Which volume of a file of four or more dimensions, from 0.
-        max_pixels: Largest number of pixels or voxels of a file that is read.
+    ``axis``, ``volume`` and ``max_pixels`` are those of :class:`ImageRef`; ``slices`` is a range ``(start, stop)`` of
+    frames or slices to keep of each multi-frame file and volume, whose negative numbers count from the end.
 
     Raises:
         FileNotFoundError: If there is no such file or folder.
@@ -146,7 +141,7 @@ def read_image(
     source: ImageRef | str | Path,
     rule: IntensityRule | str | Mapping[str, Any] | Sequence[float] = "auto",
 ) -> torch.Tensor:
-    """Read one image.
+    """Read one image ``(3, H, W)``, float32 in ``[0, 1]``, grey ones with three equal channels.
 
     Ordinary 8-bit files equal those of anomalib's own ``read_image``: divided by 255, EXIF orientation not applied.
     Transparent pixels are laid on black. Of a TIFF file with previews the first page is read. Pixels that a DICOM file
@@ -157,9 +152,6 @@ def read_image(
     Args:
         source: A reference from :func:`list_images`, or the path of a file that holds one image.
         rule: See :class:`IntensityRule`.
-
-    Returns:
-        ``(3, H, W)``, float32 in ``[0, 1]``; grey images have three equal channels.
 
     Raises:
         FileNotFoundError: If there is no such file.

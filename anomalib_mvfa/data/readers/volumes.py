@@ -43,12 +43,8 @@ def read_volume(
 ) -> tuple[NDArray[np.float32], Affine]:
     """Read a volume in its closest canonical orientation (RAS+). The last two volumes are kept in memory.
 
-    NaN and -inf voxels are set to the smallest finite value, +inf to the largest.
-
-    Args:
-        path: A file in one of the formats of this module.
-        volume: Which volume of a file of four or more dimensions, from 0.
-        max_pixels: Largest number of voxels that is read.
+    NaN and -inf voxels are set to the smallest finite value, +inf to the largest. ``volume`` and ``max_pixels`` are
+    those of :class:`~anomalib_mvfa.data.readers.ImageRef`.
 
     Returns:
         Voxels ``(X, Y, Z)``, float32, read-only, in the file's unit with its slope and intercept applied, X increasing
@@ -169,16 +165,10 @@ def slice_image(ref: ImageRef, rule: IntensityRule) -> Pixels:
 
 
 def volume_slice(volume: Pixels, index: int, axis: int = 2) -> Pixels:
-    """View one slice of a canonical volume the way it is displayed; writing to the view writes to the volume.
+    """View one slice ``(H, W)`` of a canonical volume ``(X, Y, Z)`` as displayed; writing to it writes to the volume.
 
-    Args:
-        volume: Voxels ``(X, Y, Z)`` as from :func:`read_volume`.
-        index: Slice index along ``axis``.
-        axis: 0 sagittal, 1 coronal, 2 axial.
-
-    Returns:
-        View ``(H, W)``: rows run from anterior (axial) or superior (coronal, sagittal) down, columns from the patient's
-        right, or from anterior for sagittal slices.
+    Rows run from anterior (axial, 2) or superior (coronal, 1, and sagittal, 0) down, columns from the patient's right,
+    or from anterior for sagittal slices.
 
     Example:
         >>> scores = np.zeros((4, 5, 6), dtype=np.float32)
@@ -191,15 +181,10 @@ def volume_slice(volume: Pixels, index: int, axis: int = 2) -> Pixels:
 
 
 def write_volume(path: str | Path, data: Pixels, like: str | Path) -> None:
-    """Write a canonical volume in the voxel grid of another file, so that it overlays that file.
+    """Write a canonical volume ``(X, Y, Z)``, as from :func:`read_volume`, in the voxel grid of another file.
 
     Orientation, affine and units are those of ``like``; its descriptive header fields and extensions, which may
-    identify a patient, are not copied.
-
-    Args:
-        path: A ``.nii`` or ``.nii.gz`` file to write; missing folders are created.
-        data: Voxels ``(X, Y, Z)`` in the canonical orientation of ``like``, as from :func:`read_volume`.
-        like: The file that defines the grid.
+    identify a patient, are not copied. Missing folders are created.
 
     Raises:
         ValueError: If the shape of ``data`` is not that of ``like``, or ``path`` has another suffix.
