@@ -111,9 +111,7 @@ def _why_unreadable(path: Path, error: Exception) -> str:
         return "permission denied"
     if not path.is_file():
         return "no such file"
-    if path.stat().st_size == 0:
-        return "the file is empty"
-    return "truncated, damaged or not an image"
+    return "truncated, damaged or not an image" if path.stat().st_size else "the file is empty"
 
 
 def read_ahead(loader: Any) -> Any:  # noqa: ANN401 - any loader

@@ -5,7 +5,7 @@
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,7 @@ def check_images(*parts: AnomalibDataset, num_workers: int = 0) -> None:
         units,  # type: ignore[arg-type]  # a list is a data set
         batch_size=None,
         num_workers=min(num_workers, len(units) // PROGRESS_FROM),
-        collate_fn=_problems,
+        collate_fn=_problems,  # type: ignore[arg-type]  # called with one unit
         generator=torch.Generator(),  # its own: whether files are read must not change the course of a seeded training
     )
     problems: dict[str, None] = {}
@@ -227,6 +227,13 @@ def check_masks(samples: DataFrame) -> None:
             f"{len(differing)} of {len(abnormal)} masks differ in size (width x height) from their image: "
             f"{enumerate_some(differing, 5)}. Resample these masks onto their images, nearest neighbour."
         )
+        raise ValueError(msg)
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Raise a ValueError for an argument that is none of the choices."""
+    if value not in set(choices):
+        msg = f"{name} must be one of {', '.join(choices)}, got '{value}'."
         raise ValueError(msg)
 
 

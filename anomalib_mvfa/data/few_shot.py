@@ -25,7 +25,7 @@ from anomalib_mvfa.model.prompts import prompt_name
 from anomalib_mvfa.training.lesions import LesionSynthesizer
 
 from .augmentation import NUM_VERSIONS, support_version, support_versions
-from .checks import SplitDataModule
+from .checks import SplitDataModule, check_choice
 from .duplicates import drop_copies
 from .groups import parse_pattern, pattern_groups
 from .medical_dataset import read_by_us
@@ -46,12 +46,7 @@ class SupportDataset(AnomalibDataset):
     """
 
     def __init__(
-        self,
-        normal: pd.DataFrame,
-        abnormal: pd.DataFrame,
-        task: str,
-        seed: int = 0,
-        source: AnomalibDataset | None = None,
+        self, normal: pd.DataFrame, abnormal: pd.DataFrame, task: str, seed: int, source: AnomalibDataset | None = None
     ) -> None:
         self.images = AnomalibDataset() if source is None else copy.copy(source)  # the supports unchanged
         # Set directly: the setter of anomalib would sort by path and lose the order of the draw.
@@ -167,9 +162,7 @@ class FewShot(SplitDataModule):
         if k_shot < 1:
             msg = f"k_shot must be at least 1, got {k_shot}."
             raise ValueError(msg)
-        if abnormal_source not in ABNORMAL_SOURCES:
-            msg = f"abnormal_source must be one of {', '.join(ABNORMAL_SOURCES)}, got '{abnormal_source}'."
-            raise ValueError(msg)
+        check_choice("abnormal_source", abnormal_source, ABNORMAL_SOURCES)
         if group_by is not None:
             parse_pattern(group_by)
         super().__init__(
@@ -211,26 +204,13 @@ class FewShot(SplitDataModule):
         return own or (prompt_name(self.category) if self.category else None)
 
     def episodes(self, count: int) -> list["FewShot"]:
-        """Return several draws of supports from the same source and its same splits, for a mean and its spread.
-
-        Args:
-            count: Number of draws. Seeds count up from ``seed``; with a support list, draws count up from ``draw``.
-        """
-        listed = self.support_list is not None
-        return [
-            FewShot(
-                self.source,
-                k_shot=self.k_shot,
-                seed=(self.seed or 0) + (0 if listed else number),
-                support_list=self.support_list,
-                draw=self.draw + (number if listed else 0),
-                abnormal_source=self.abnormal_source,
-                group_by=self.group_by,
-                shuffle=self.shuffle,
-                train_batch_size=self.train_batch_size,
-            )
-            for number in range(count)
-        ]
+        """Return several draws from the same splits: seeds count up, or with a support list the draws of the file."""
+        names = ("source", "k_shot", "support_list", "abnormal_source", "group_by", "shuffle", "train_batch_size")
+        options = {name: getattr(self, name) for name in names}
+        seed = self.seed or 0
+        if self.support_list is not None:
+            return [FewShot(**options, seed=seed, draw=self.draw + number) for number in range(count)]
+        return [FewShot(**options, seed=seed + number, draw=self.draw) for number in range(count)]
 
     @property
     def intensity(self) -> str | None:
@@ -298,10 +278,7 @@ class FewShot(SplitDataModule):
         return part.images if isinstance(part, SupportDataset) else part
 
     def _draw_supports(
-        self,
-        train: AnomalibDataset,
-        val: AnomalibDataset | None,
-        test: AnomalibDataset,
+        self, train: AnomalibDataset, val: AnomalibDataset | None, test: AnomalibDataset
     ) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Choose the rows of the normal and of the abnormal supports."""
         # Sets that keep a split for supports and validation are asked for it: the validation part may be another one.

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from anomalib_mvfa.model.prompts import prompt_name
 
 from .bmad import available_sets, find_layout, read_samples, read_set
-from .checks import SplitDataModule
+from .checks import SplitDataModule, check_choice
 from .duplicates import drop_copies
 from .groups import parse_pattern, pattern_groups, split_groups
 from .medical_dataset import MedicalDataset
@@ -121,13 +121,8 @@ class LeaveOneOut(SplitDataModule):
         num_workers: int = 2,
         seed: int = 0,
     ) -> None:
-        if train_split not in TRAIN_SPLITS:
-            msg = f"train_split must be one of {', '.join(TRAIN_SPLITS)}, got '{train_split}'."
-            raise ValueError(msg)
-        if val_split_mode not in VAL_SPLIT_MODES:
-            modes = ", ".join(mode.value for mode in VAL_SPLIT_MODES)
-            msg = f"val_split_mode must be one of {modes}, got '{val_split_mode}'."
-            raise ValueError(msg)
+        check_choice("train_split", train_split, TRAIN_SPLITS)
+        check_choice("val_split_mode", val_split_mode, [mode.value for mode in VAL_SPLIT_MODES])
         if not 0 < val_split_ratio < 1:
             msg = f"val_split_ratio is a share between 0 and 1, got {val_split_ratio}."
             raise ValueError(msg)

@@ -10,6 +10,7 @@ import hashlib
 import math
 import zlib
 from contextlib import suppress
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -237,7 +238,7 @@ def _modality_values(stored: Pixels, dataset: "Dataset", index: int, path: Path)
 
 def _rescale(modality: "Dataset") -> tuple[float, float]:
     slope, intercept = modality.get("RescaleSlope"), modality.get("RescaleIntercept")
-    return 1.0 if slope is None else float(slope), 0.0 if intercept is None else float(intercept)
+    return 1.0 if slope is None else float(slope), float(intercept or 0)
 
 
 def _series_limits(ref: ImageRef, rule: IntensityRule) -> tuple[float, float] | None:
@@ -267,11 +268,8 @@ def _limits_of_files(
     files: tuple[tuple[Path, tuple[int, int]], ...], rule: IntensityRule, max_pixels: int
 ) -> tuple[float, float] | None:
     """Return the percentiles over the grey frames of some files; of many pixels an even sample is used."""
-    refs = [
-        ImageRef(path, frame, max_pixels=max_pixels)
-        for path, _ in files
-        for frame in dicom_header(ImageRef(path, max_pixels=max_pixels)).frames
-    ]
+    paths = [ImageRef(path, max_pixels=max_pixels) for path, _ in files]
+    refs = [replace(ref, frame=frame) for ref in paths for frame in dicom_header(ref).frames]
     sample = []
     for ref in refs:
         with suppress(UnreadableImageError, ValueError), unreadable(ref.path, "image attributes"):
@@ -280,7 +278,7 @@ def _limits_of_files(
                 values, shown, _ = _modality_values(stored, dataset, index, ref.path)
                 step = -(-stored.size * len(refs) // _MAX_SAMPLE)
                 sample.append(values[shown][::step].astype(np.float32))
-    values = np.concatenate(sample) if sample else np.empty(0)
+    values = np.concatenate([*sample, np.empty(0, np.float32)])
     return limits(values, rule) if len(values) else None
 
 
