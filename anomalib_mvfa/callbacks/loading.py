@@ -101,7 +101,8 @@ class ReportingDataset(Dataset[ImageItem]):
                 item = self.source[index]
         except Exception as error:  # Pillow raises many kinds on damaged files
             reason = _why_unreadable(path, error)
-        item = item or ImageItem(image=torch.zeros(3, 1, 1), image_path=str(path))
+        if item is None:
+            item = ImageItem(image=torch.zeros(3, 1, 1), image_path=str(path))
         item.explanation = reason
         return item
 

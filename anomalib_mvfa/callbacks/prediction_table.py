@@ -173,24 +173,20 @@ class PredictionTable(Callback):
             }
         )
 
-    def _write_groups(self, trainer: Trainer) -> None:
-        rows = self._group_rows()
-        if rows.empty or not trainer.is_global_zero:
-            return
-        left_out = "true_label" if trainer.predicting else "unreadable_images"
-        with replacing(self._path(trainer).with_name("predictions_by_group.csv")) as partial:
-            rows.drop(columns=left_out).to_csv(partial, float_format="%.8g")
-
     def _finish(self, trainer: Trainer) -> None:
-        """Rename the complete table, with the rows of all processes in it."""
+        """Complete the tables, with the rows of all processes."""
         partial, path = self._partial(trainer), self._path(trainer)
-        self._write_groups(trainer)
+        rows = self._group_rows()
+        if len(rows) and trainer.is_global_zero:
+            left_out = "true_label" if trainer.predicting else "unreadable_images"
+            with replacing(path.with_name("predictions_by_group.csv")) as by_group:
+                rows.drop(columns=left_out).to_csv(by_group, float_format="%.8g")
         if trainer.world_size == 1:
             partial.replace(path)
             return
         with partial.open(newline="", encoding="utf-8") as file:
-            columns, *rows = csv.reader(file)
-        parts = gather_objects(rows)
+            columns, *own = csv.reader(file)
+        parts = gather_objects(own)
         counts = gather_objects((self._images, self._unread))
         self._images, self._unread = (sum(count) for count in zip(*counts, strict=True))
         if trainer.is_global_zero:
@@ -208,11 +204,7 @@ class PredictionTable(Callback):
     on_test_end = on_predict_end
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Report how many images could not be read, once everything is written, and let the command fail.
-
-        Raises:
-            SystemExit: If images could not be read and the command line runs this.
-        """
+        """Report how many images could not be read, once everything is written, and let the command fail."""
         del pl_module
         if stage != "predict" or not self._unread:
             return

@@ -50,18 +50,11 @@ _PARTS = (
 
 @dataclass(frozen=True)
 class BMADLayout:
-    """Where a set lies and which of the optional folders it has.
+    """Where a set lies and which of the optional folders it has."""
 
-    Attributes:
-        folder: Folder of the set, the one that holds ``test``.
-        has_train: Whether ``train/good`` holds images.
-        mask_folder: Name of the mask folder in ``test/Ungood`` (``"label"`` or ``"anomaly_mask"``), or ``None`` for a
-            set with image labels only.
-    """
-
-    folder: Path
-    has_train: bool
-    mask_folder: str | None
+    folder: Path  # the one that holds `test`
+    has_train: bool  # whether `train/good` holds images
+    mask_folder: str | None  # in `test/Ungood`; without one the set has image labels only
 
 
 def available_sets(root: Path | str) -> list[str]:
@@ -74,9 +67,7 @@ def available_sets(root: Path | str) -> list[str]:
 def find_layout(root: Path | str, category: str) -> BMADLayout:
     """Find the folder of a set and its layout; ``<root>/<category>`` is preferred to ``<root>/<category>_AD``.
 
-    Args:
-        root: Folder that holds the sets, or the folder of the set itself.
-        category: Name of the set's folder in any letter case, with or without ``_AD``.
+    ``root`` may also be the set's own folder. Case and ``_AD`` do not matter in ``category``.
 
     Raises:
         FileNotFoundError: If no such set lies under ``root``. The message lists what was looked for and what is there.

@@ -19,9 +19,6 @@ __all__ = ["parse_pattern", "pattern_groups", "split_groups"]
 def parse_pattern(pattern: str) -> re.Pattern[str]:
     r"""Compile a pattern of file names whose first group is what images that belong together share.
 
-    Raises:
-        ValueError: If it is no regular expression, or has no group.
-
     Example:
         >>> parse_pattern(r"(?P<patient>\d+)_\d+").search("0012_7.png")[1]
         '0012'
@@ -41,11 +38,7 @@ def parse_pattern(pattern: str) -> re.Pattern[str]:
 
 
 def pattern_groups(paths: Iterable[str], pattern: str) -> list[str]:
-    """Return the group of each file: the text of the pattern's first group in its name.
-
-    Raises:
-        ValueError: If the pattern is invalid, or names do not match it. The message lists five of them.
-    """
+    """Return the text of a pattern's first group in each file name; a ValueError lists names without."""
     compiled = parse_pattern(pattern)
     matches = [(path, compiled.search(Path(path).name)) for path in paths]
     others = [path for path, match in matches if match is None or match[1] is None]

@@ -187,12 +187,11 @@ class LeaveOneOut(SplitDataModule):
             rows = target[target["split"] == Split.VAL.value] if from_dir else test
             self.val_data = read_set(rows, layout)
         self.train_data = SetsDataset(pool)
-        counts = pool.groupby("set").size()
         logger.info(
             "Training on the %s splits of %s; %d validation images; testing on %d images of %s.",
             self.train_split,
-            ", ".join(f"{name} ({count})" for name, count in counts.items()),
-            len(self.val_data) if hasattr(self, "val_data") else 0,
+            ", ".join(f"{name} ({count})" for name, count in pool.groupby("set").size().items()),
+            len(getattr(self, "val_data", ())),
             len(test),
             self.target,
         )
