@@ -511,6 +511,15 @@ def test_damaged_weights_are_refused_or_fit(weights, small_backbone, tmp_path, n
     assert refused >= len(cuts)
 
 
+@pytest.mark.parametrize("key", [b"calibration", b"coreset", b"image_threshold"])
+def test_checkpoint_with_a_changed_name_is_refused_whatever_the_name(weights, tmp_path, key):
+    content = weights["a.ckpt"]
+    assert key in content
+    (tmp_path / "a.ckpt").write_bytes(content.replace(key, key[:-1] + b"x"))
+    with pytest.raises(ValueError, match=r"a\.ckpt could not be read as a checkpoint \(BadZipFile\)"):
+        MVFA.load_from_checkpoint(tmp_path / "a.ckpt")
+
+
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pth", "a.ckpt"])
 def test_no_loader_executes_what_a_file_holds(tmp_path, small_backbone, name):
     path, trace = tmp_path / name, tmp_path / "executed"

@@ -213,7 +213,7 @@ def check_masks(samples: DataFrame) -> None:
     if missing:
         msg = (
             f"{len(missing)} of {len(abnormal)} abnormal images have no mask of the same stem: "
-            f"{enumerate_some(missing, 5)}. "
+            f"{enumerate_some(missing)}. "
             "Add the masks, or remove every mask folder to use the set with image labels only."
         )
         raise ValueError(msg)
@@ -225,7 +225,7 @@ def check_masks(samples: DataFrame) -> None:
     if differing:
         msg = (
             f"{len(differing)} of {len(abnormal)} masks differ in size (width x height) from their image: "
-            f"{enumerate_some(differing, 5)}. Resample these masks onto their images, nearest neighbour."
+            f"{enumerate_some(differing)}. Resample these masks onto their images, nearest neighbour."
         )
         raise ValueError(msg)
 

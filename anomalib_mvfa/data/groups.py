@@ -45,7 +45,7 @@ def pattern_groups(paths: Iterable[str], pattern: str) -> list[str]:
     if others:
         msg = (
             f"group_by='{pattern}' does not match the names of {len(others)} of {len(matches)} images: "
-            f"{enumerate_some(others, 5)}. Correct the pattern."
+            f"{enumerate_some(others)}. Correct the pattern."
         )
         raise ValueError(msg)
     return [match[1] for _, match in matches if match is not None]

@@ -327,7 +327,7 @@ class MedicalFolder(SplitDataModule):
             if loose and self.group_by == "folder":
                 msg = (
                     f"group_by='folder' needs one folder per patient in {folder}, but {len(loose)} images lie in it "
-                    f"directly: {enumerate_some(loose, 5)}. Move them into folders, or choose another group_by."
+                    f"directly: {enumerate_some(loose)}. Move them into folders, or choose another group_by."
                 )
                 raise ValueError(msg)
 
@@ -348,13 +348,13 @@ class MedicalFolder(SplitDataModule):
         ]
         if wrong:
             msg = (
-                f"{path} has values that are not understood: {enumerate_some(wrong, 5)}. "
+                f"{path} has values that are not understood: {enumerate_some(wrong)}. "
                 f"Labels are {', '.join(LABELS)}; splits are train, val, test, in every line or in none."
             )
             raise ValueError(msg)
         lone = [str(line + 2) for line, group in enumerate(table.get("group", ())) if not group]
         if lone:
-            msg = f"{path} has lines without a group: {enumerate_some(lone, 5)}. Fill the column in."
+            msg = f"{path} has lines without a group: {enumerate_some(lone)}. Fill the column in."
             raise ValueError(msg)
         for row in table.to_dict("records"):
             file = self.path / row["path"]
@@ -411,7 +411,7 @@ class MedicalFolder(SplitDataModule):
             if nameless and self.labelled:
                 msg = (
                     "group_by='patient' needs DICOM files with a PatientID; there is none in "
-                    f"{enumerate_some(nameless, 5)}. "
+                    f"{enumerate_some(nameless)}. "
                     "Group by 'folder', or give the groups in image_list with group_by='csv'."
                 )
                 raise ValueError(msg)
@@ -441,7 +441,7 @@ class MedicalFolder(SplitDataModule):
             if torn:
                 msg = (
                     f"{len(torn)} groups are in more than one split of {self.image_list}: those of "
-                    f"{enumerate_some(torn, 5)}. Put all rows of a group into one split."
+                    f"{enumerate_some(torn)}. Put all rows of a group into one split."
                 )
                 raise ValueError(msg)
         else:

@@ -40,19 +40,6 @@ _META_START = 144  # preamble, prefix and the element that holds the length of t
 _VOLUME_OF_ULTRASOUND = "Enhanced US Volume Storage"  # an image, although its name does not say so
 _MAX_SAMPLE = 2**24  # pixels of a series from which percentiles are computed
 _PIXEL_DATA = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
-_TAGS = [
-    "BurnedInAnnotation",
-    "ImageOrientationPatient",
-    "ImagePositionPatient",
-    "InstanceNumber",
-    "Modality",
-    "NumberOfFrames",
-    "PerFrameFunctionalGroupsSequence",
-    "Rows",
-    "SOPClassUID",
-    "SeriesInstanceUID",
-    "SharedFunctionalGroupsSequence",
-]
 
 
 class Header(NamedTuple):
@@ -78,7 +65,7 @@ def _header(path: Path, max_pixels: int, *_: object) -> Header:
     try:
         with unreadable(path, "header"):
             _refuse_deflated_bomb(ImageRef(path, max_pixels=max_pixels))
-            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS)
+            header = pydicom.dcmread(path, stop_before_pixels=True)
             storage = header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID")
             name = storage.name if storage is not None else ""
             # Doses, segmentations and parametric maps have rows and pixels, but are no images.
@@ -120,7 +107,6 @@ def slice_order(group: list[tuple[Path, Header]]) -> list[tuple[Path, Header]]:
     """Sort the files of one series by geometry, InstanceNumber and path, using only what all files have."""
     use_place = not any(math.isnan(header.place) for _, header in group)
     use_number = not any(math.isnan(header.number) for _, header in group)
-
     return sorted(
         group, key=lambda file: (file[1].place if use_place else 0, file[1].number if use_number else 0, file[0])
     )
