@@ -72,7 +72,7 @@ class ReportedBatch(ImageBatch):
 class ReportingDataset(Dataset[ImageItem]):
     """anomalib's data set of a folder, with a black image in the place of each file that cannot be read.
 
-    Such a file becomes a black image whose ``explanation`` is the reason; the other explanations are empty.
+    Its ``explanation`` is the reason; the other explanations are empty.
     """
 
     collate_fn = staticmethod(ReportedBatch.collate)
@@ -118,7 +118,7 @@ def _why_unreadable(path: Path, error: Exception) -> str:
 def read_ahead(loader: Any) -> Any:  # noqa: ANN401 - any loader
     """Report unreadable images of a plain folder, and let other processes read while the model computes.
 
-    Other loaders are returned as they are; none reads ahead where starting a process would import everything anew.
+    Other loaders are returned unchanged; none reads ahead where a new process would import everything again.
     """
     if type(loader) is not DataLoader or type(loader.dataset) is not PredictDataset:
         return loader
@@ -136,7 +136,7 @@ def read_ahead(loader: Any) -> Any:  # noqa: ANN401 - any loader
 
 
 def prepare_processes(trainer: Trainer) -> None:
-    """Prepare Lightning, in its ``setup`` phase, before it wraps the model and makes the loaders."""
+    """Prepare a trainer before it wraps the model and makes the loaders."""
     strategy = trainer.strategy
     if isinstance(strategy, DDPStrategy):
         # The last level's outputs and, without masks, the segmentation adapters have no gradients. The buffers are
@@ -171,7 +171,7 @@ def _process_loader(trainer: Trainer, process: Callable[[object], object], loade
 
 
 def _share_folder(trainer: Trainer) -> None:
-    """Let every process write into the folder of the first, and remove the empty one that it has made."""
+    """Let every process write into the folder of the first, and remove the empty ones that the others have made."""
     own = Path(trainer.default_root_dir)
     shared = Path(trainer.strategy.broadcast(str(own)))
     if own != shared:

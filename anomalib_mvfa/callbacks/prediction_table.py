@@ -83,7 +83,7 @@ class PredictionTable(Callback):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a table."""
         del pl_module
-        if trainer.predicting and from_command_line(trainer):  # nobody receives what would fill the memory
+        if trainer.predicting and from_command_line(trainer):  # they are not used and would fill the memory
             trainer.predict_loop.return_predictions = False
         self._images = self._unread = 0
         self._groups, self._results = _groups(trainer), []

@@ -97,7 +97,7 @@ def write_whole_checkpoints(trainer: Trainer) -> None:
 
 @contextmanager
 def _readable(path: str | Path) -> Iterator[None]:
-    """Turn what torch raises on damaged files into one error."""
+    """Raise one error for what torch raises on damaged files."""
     if not Path(path).is_file():
         msg = f"No checkpoint at {path}. Give the path of a .ckpt that `anomalib train --model MVFA` has written."
         raise FileNotFoundError(msg)
