@@ -3,7 +3,7 @@
 
 """Runs the published protocols on the six sets and compares the results with published and independent ones.
 
-    python -m anomalib_mvfa.comparison.reproduce --data DATA --lists LISTS [--weights WEIGHTS]
+    python -m tools.reproduce --data DATA --lists LISTS [--weights WEIGHTS]
 
 ``DATA`` holds the sets, ``LISTS`` the support lists ``<Set>/4-shot.txt`` and ``<Set>/shot4_sample1.txt`` to ``9``,
 ``WEIGHTS`` the released adapters ``few-shot/<Set>.pth`` and ``zero-shot/<Set>.pth``. What was computed is kept in
@@ -24,14 +24,13 @@ from anomalib.engine import Engine
 from lightning.pytorch import Callback
 
 from anomalib_mvfa import MVFA
+from anomalib_mvfa.comparison.cells import Cell, load_cells
+from anomalib_mvfa.comparison.published import PAPER_SETS, PUBLISHED, TEN_DRAWS
+from anomalib_mvfa.comparison.report import Table, environment
+from anomalib_mvfa.comparison.runner import Comparison, run_comparison
+from anomalib_mvfa.comparison.statistics import mean_and_spread
 from anomalib_mvfa.data import FewShot
 from anomalib_mvfa.files import replacing
-
-from .cells import Cell, load_cells
-from .published import PAPER_SETS, PUBLISHED, TEN_DRAWS
-from .report import Table, environment
-from .runner import Comparison, run_comparison
-from .statistics import mean_and_spread
 
 __all__ = ["main", "protocols", "results"]
 
@@ -39,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 DRAWS = ("4-shot", *(f"shot4_sample{number}" for number in range(1, 10)))
 FEW, ZERO = "MVFA", "MVFA (zero-shot)"
+TEMPLATE = Path(__file__).with_name("reproduce.md.jinja")
 
 
 def protocols(options: argparse.Namespace) -> dict[str, Comparison]:
@@ -234,14 +234,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
     made = protocols(options)
-    print(estimate(made, options), flush=True)  # noqa: T201
+    print(estimate(made, options), flush=True)
     failed = []
-    template = environment(markdown=True).get_template("reproduce.md.jinja")
+    template = environment(markdown=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
     for comparison in made.values():
         failed += run_comparison(comparison)
         with replacing(options.output / "reproduce.md") as partial:
             partial.write_text(template.render(tables=results(made)), encoding="utf-8")
-    print((options.output / "reproduce.md").read_text(encoding="utf-8"))  # noqa: T201
+    print((options.output / "reproduce.md").read_text(encoding="utf-8"))
     if failed:
         names = "\n".join(f"  {folder / 'cell.json'}" for folder in failed)
         msg = f"{len(failed)} runs failed; the same command tries them again. The reasons are in\n{names}"
