@@ -45,40 +45,24 @@ def sees_supports(method: str, arguments: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class Shown:
-    """What a method was shown of the set before it was tested.
-
-    Attributes:
-        normal: Number of normal images.
-        abnormal: Number of abnormal images.
-        masks: Number of those with a mask.
-        remark: What else it knows, in a few words.
-    """
+    """What a method was shown of the set before it was tested: numbers of images, and of those with a mask."""
 
     normal: int = 0
     abnormal: int = 0
     masks: int = 0
-    remark: str = ""
+    remark: str = ""  # what else it knows, in a few words
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A method that is ready to predict.
+    """A method that is ready to predict."""
 
-    Attributes:
-        model: The module to move to the device.
-        network: Its part that maps images ``(B, 3, H, W)`` to an ``InferenceBatch``.
-        transform: Maps one image ``(3, h, w)`` in [0, 1], as it was read, to an input of the network.
-        threshold: Raw score from which on an image is called abnormal, or ``None``.
-        shown: What it was shown.
-        supports: Paths of the supports that it saw.
-    """
-
-    model: nn.Module
-    network: nn.Module
-    transform: Callable[[Tensor], Tensor]
-    threshold: float | None
+    model: nn.Module  # to move to the device
+    network: nn.Module  # its part that maps images (B, 3, H, W) to an `InferenceBatch`
+    transform: Callable[[Tensor], Tensor]  # of an image (3, h, w) in [0, 1], as it was read, to the network's input
+    threshold: float | None  # raw score from which on an image is called abnormal
     shown: Shown
-    supports: tuple[str, ...] = ()
+    supports: tuple[str, ...] = ()  # paths of those that it saw
 
 
 class Trainer:
@@ -135,7 +119,7 @@ class Trainer:
                 )
                 raise ValueError(msg)
             arguments |= {"memory": False, "class_name": arguments.get("class_name", data.class_name)}
-            shown = Shown(remark="adapters trained on other sets")
+            shown = Shown(remark="adapters from a file" if others is None else "adapters trained on other sets")
         if arguments.get("adapters") is not None:
             arguments["adapters"] = str(arguments["adapters"]).format(set=set_name)
         if others is not None:
@@ -144,8 +128,6 @@ class Trainer:
                 raise ValueError(msg)
             arguments.setdefault("learning_rate", 1e-4)
             source = LeaveOneOut(**{"target": data.category, "seed": data.seed, **others})
-        elif method == "MVFA (zero-shot)":
-            shown = Shown(remark="adapters from a file")
         model = MVFA(**self.backbone, visualizer=False, evaluator=False, **arguments)
         threshold = self._fit(model, options, datamodule=source)
         if arguments.get("fusion_scale") == "test" and arguments.get("memory", True):
@@ -170,12 +152,9 @@ class Trainer:
         if weights not in {None, RANDOM} and not Path(weights).is_file():
             msg = f"No weights at {weights}: give a .safetensors file of the timm backbone, or 'random' for a test run."
             raise FileNotFoundError(msg)
+        entry = {"class_path": arguments["class_path"], "init_args": dict(arguments.get("init_args") or {})}
         with _timm_weights(weights):
-            model = get_model(
-                {"class_path": arguments["class_path"], "init_args": dict(arguments.get("init_args") or {})},
-                visualizer=False,
-                evaluator=False,
-            )
+            model = get_model(entry, visualizer=False, evaluator=False)
         if size is not None:
             size = (size, size) if isinstance(size, int) else tuple(size)
             model.pre_processor = type(model).configure_pre_processor(size)
@@ -184,12 +163,9 @@ class Trainer:
         validation = copy.copy(data.val_data)
         normal.augmentations = validation.augmentations = resize
         batch = {"batch_size": min(8, len(normal)), "collate_fn": normal.collate_fn}
-        threshold = self._fit(
-            model,
-            options,
-            train_dataloaders=DataLoader(normal, shuffle=True, **batch),  # type: ignore[arg-type]
-            val_dataloaders=DataLoader(validation, **batch),  # type: ignore[arg-type]
-        )
+        train = DataLoader(normal, shuffle=True, **batch)  # type: ignore[arg-type]
+        valid = DataLoader(validation, **batch)  # type: ignore[arg-type]
+        threshold = self._fit(model, options, train_dataloaders=train, val_dataloaders=valid)
         remarks = ["random weights"] if weights == RANDOM else []
         remarks += ["whole training part"] if trained_on == "train" else []
         supports = _paths(data, 0) if trained_on == "supports" else ()
@@ -209,13 +185,10 @@ class Trainer:
         epochs = arguments.pop("epochs", self.epochs)
         return {"max_epochs": epochs, "check_val_every_n_epoch": epochs} | dict(arguments.pop("trainer", None) or {})
 
-    def _engine(self, options: Mapping[str, Any], folder: str | None = None) -> Engine:
-        return Engine(
-            **{"accelerator": self.accelerator, "devices": 1, "logger": False, **options},
-            default_root_dir=folder or tempfile.gettempdir(),
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+    def _engine(self, options: Mapping[str, Any], folder: str = tempfile.gettempdir()) -> Engine:
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        chosen = {"accelerator": self.accelerator, "devices": 1, **quiet, **options}
+        return Engine(**chosen, default_root_dir=folder)
 
     def _fit(self, model: AnomalibModule, options: Mapping[str, Any], **data: Any) -> float | None:  # noqa: ANN401
         with tempfile.TemporaryDirectory() as folder:
