@@ -5,13 +5,14 @@
 
 import base64
 import io
-import statistics
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from anomalib.data.utils import read_image
 from jinja2 import Environment
@@ -43,39 +44,24 @@ PIXELS = 224
 
 @dataclass(frozen=True)
 class Example:
-    """A test image beside the heatmaps of the methods.
+    """A test image beside the heatmaps of the methods."""
 
-    Args:
-        title: Its name and state.
-        image: With its lesion outlined.
-        heatmaps: By the name of the method, with the label that the method gave.
-    """
-
-    title: str
-    image: Image.Image
-    heatmaps: dict[str, tuple[Image.Image, str]]
+    title: str  # name and state
+    image: Image.Image  # with its lesion outlined
+    heatmaps: dict[str, tuple[Image.Image, str]]  # by the name of the method, with the label that it predicted
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What was measured on a set.
+    """What was measured on a set."""
 
-    Args:
-        rows: Method, image AUROC, pixel AUROC, share of correct labels; a line each.
-        examples: Test images at even distances in the list of files.
-        images: Number of test images.
-    """
-
-    rows: list[tuple[str, str, str, str]]
-    examples: list[Example]
+    rows: list[tuple[str, str, str, str]]  # method, image AUROC, pixel AUROC, share of correct labels
+    examples: list[Example]  # test images at even distances in the list of files
     images: int
 
 
 def summarise(folder: Path) -> Summary:
-    """Read a comparison of one set.
-
-    Args:
-        folder: Its output folder.
+    """Read the comparison of one set from its output folder.
 
     Raises:
         ValueError: If a cell failed.
@@ -86,27 +72,24 @@ def summarise(folder: Path) -> Summary:
         msg = f"{failed[0].folder.name} failed: {failed[0].error}"
         raise ValueError(msg)
     groups = {title: [cell for cell in cells if cell.method == method] for method, title in METHODS.items()}
-    rows = [(title, *_figures(group)) for title, group in groups.items() if group]
+    rows = [(title, *_metrics(group)) for title, group in groups.items() if group]
     pictured = {method: next(cell for cell in cells if cell.method == method) for method in PICTURED}
     return Summary(rows, _examples(pictured), len(cells[0].scores.scores))
 
 
-def _figures(cells: Sequence[Cell]) -> tuple[str, str, str]:
+def _metrics(cells: Sequence[Cell]) -> tuple[str, str, str]:
     """Format mean and standard deviation over the draws: image AUROC, pixel AUROC, share of correct labels."""
+    table = pd.DataFrame([cell.metrics for cell in cells]).reindex(columns=["image_AUROC", "pixel_AUROC"])
+    image, pixel = (
+        "-" if math.isnan(mean) else f"{mean:.3f} ± {spread:.3f}" if spread > 0 else f"{mean:.3f}"
+        for mean, spread in zip(table.mean(), table.std(), strict=True)
+    )
     correct = [
-        float(np.mean((cell.scores.scores > cell.threshold) == cell.scores.labels))
+        np.mean((cell.scores.scores > cell.threshold) == cell.scores.labels)
         for cell in cells
         if cell.threshold is not None
     ]
-    columns = ([cell.metrics.get(f"{level}_AUROC") for cell in cells] for level in ("image", "pixel"))
-    image, pixel = ([value for value in column if value is not None] for column in columns)
-    return _spread(image), _spread(pixel), f"{100 * statistics.mean(correct):.0f} %" if correct else "-"
-
-
-def _spread(values: Sequence[float]) -> str:
-    if not values:
-        return "-"
-    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(set(values)) > 1 else "")
+    return image, pixel, f"{100 * np.mean(correct):.0f} %" if correct else "-"
 
 
 def _examples(cells: Mapping[str, Cell]) -> list[Example]:
@@ -157,7 +140,7 @@ def write_page(
     results: Mapping[str, Path],
     limits: str,
 ) -> Path:
-    """Write the page, one file without scripts.
+    """Write the page, one file without scripts, and return its path.
 
     Args:
         path: The file.
@@ -165,9 +148,6 @@ def write_page(
         commands: As they were run.
         results: Files by what they hold.
         limits: What the results do not show.
-
-    Returns:
-        The path.
     """
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["picture"] = _inline
