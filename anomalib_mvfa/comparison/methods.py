@@ -28,11 +28,11 @@ from anomalib_mvfa.data import FewShot, LeaveOneOut
 from anomalib_mvfa.data.few_shot import SupportDataset
 from anomalib_mvfa.pre_processing import EightBitResize
 
-__all__ = ["BUILT_IN", "TRIVIAL", "Ready", "Shown", "Trainer", "sees_supports"]
+from .report import TRIVIAL
 
-TRIVIAL = ("mean brightness", "image variance", "distance to mean normal")
+__all__ = ["BUILT_IN", "Ready", "Shown", "Trainer", "sees_supports"]
+
 BUILT_IN = ("MVFA", "MVFA (normal only)", "MVFA (zero-shot)", "WinCLIP", "WinCLIP (zero-shot)", *TRIVIAL)
-"""Methods that need no ``class_path``."""
 WITHOUT_SUPPORTS = frozenset({"MVFA (zero-shot)", "WinCLIP (zero-shot)", "mean brightness", "image variance"})
 PEER_KEYS = frozenset({"class_path", "init_args", "weights", "trained_on", "image_size", "epochs", "trainer"})
 RANDOM = "random"
@@ -66,13 +66,9 @@ class Ready:
 
 
 class Trainer:
-    """Trains one method on one episode.
+    """Trains one method on one episode, with the backbone and the settings that the methods share.
 
-    Args:
-        backbone: ``backbone``, ``pretrained`` and ``image_size`` of MVFA and WinCLIP.
-        image_size: Height and width in pixels at which MVFA, WinCLIP and the trivial baselines read the images.
-        epochs: Epochs of methods that name none.
-        accelerator: As of Lightning.
+    MVFA, WinCLIP and the trivial baselines read the images at ``image_size``, height and width in pixels.
     """
 
     def __init__(self, backbone: Mapping[str, Any], image_size: tuple[int, int], epochs: int, accelerator: str) -> None:
@@ -82,20 +78,21 @@ class Trainer:
         self.accelerator = accelerator
 
     def train(self, method: str, arguments: Mapping[str, Any], data: FewShot, set_name: str, k_shot: int) -> Ready:
-        """Train a method.
+        """Train a method, a name of `BUILT_IN` or any other if its arguments have a ``class_path``.
 
-        Args:
-            method: A name of `BUILT_IN`, or any other name if the arguments have a ``class_path``.
-            arguments: Its arguments in the configuration.
-            data: The episode, set up. For ``MVFA (normal only)`` one with synthetic lesions.
-            set_name: Replaces ``{set}`` in the name of an adapters file.
-            k_shot: Number of normal supports.
+        The episode is set up; for ``MVFA (normal only)`` it has synthetic lesions. ``{set}`` in the name of an adapters
+        file stands for ``set_name``.
         """
         own = dict(arguments)
         if "class_path" in own:
             return self._peer(own, data)
+        if method == "distance to mean normal":
+            normal = self._normal(data, "supports")
+            normal.augmentations = self.resize
+            images = torch.stack([torch.as_tensor(normal[index].image) for index in range(len(normal))])
+            return self._ready(DistanceToMean(images, **own), Shown(len(normal)), None, _paths(data, 0))
         if method in TRIVIAL:
-            return self._trivial(method, own, data)
+            return self._ready(MeanBrightness() if method == "mean brightness" else ImageVariance(), Shown())
         if method.startswith("WinCLIP"):
             k_shot = k_shot if method == "WinCLIP" else 0
             model = WinClipAny(**self.backbone, k_shot=k_shot, visualizer=False, evaluator=False, **own)
@@ -109,7 +106,7 @@ class Trainer:
         others = arguments.pop("data", None)
         source: AnomalibDataModule = data
         support: SupportDataset = data.train_data  # type: ignore[assignment]
-        masks = sum(bool(data.train_data[index].gt_mask is not None) for index in range(support.num_abnormal))
+        masks = sum(support[index].gt_mask is not None for index in range(support.num_abnormal))
         shown = Shown(support.num_normal, support.num_abnormal, masks)
         if method == "MVFA (zero-shot)":
             if (others is None) == (arguments.get("adapters") is None):
@@ -136,14 +133,6 @@ class Trainer:
             data.trainer = None
         return self._ready(model, shown, threshold, _paths(data, shown.abnormal) if shown.normal else ())
 
-    def _trivial(self, method: str, arguments: dict[str, Any], data: FewShot) -> Ready:
-        if method == "distance to mean normal":
-            normal = self._normal(data, "supports")
-            normal.augmentations = self.resize
-            images = torch.stack([torch.as_tensor(normal[index].image) for index in range(len(normal))])
-            return self._ready(DistanceToMean(images, **arguments), Shown(len(normal)), None, _paths(data, 0))
-        return self._ready(MeanBrightness() if method == "mean brightness" else ImageVariance(), Shown())
-
     def _peer(self, arguments: dict[str, Any], data: FewShot) -> Ready:
         """Train a model of anomalib on normal images alone."""
         options = self._trainer_options(arguments)
@@ -166,10 +155,10 @@ class Trainer:
         train = DataLoader(normal, shuffle=True, **batch)  # type: ignore[arg-type]
         valid = DataLoader(validation, **batch)  # type: ignore[arg-type]
         threshold = self._fit(model, options, train_dataloaders=train, val_dataloaders=valid)
-        remarks = ["random weights"] if weights == RANDOM else []
-        remarks += ["whole training part"] if trained_on == "train" else []
+        remarks = {"random weights": weights == RANDOM, "whole training part": trained_on == "train"}
+        shown = Shown(len(normal), remark=", ".join(remark for remark, holds in remarks.items() if holds))
         supports = _paths(data, 0) if trained_on == "supports" else ()
-        return self._ready(model, Shown(len(normal), remark=", ".join(remarks)), threshold, supports)
+        return self._ready(model, shown, threshold, supports)
 
     def _normal(self, data: FewShot, trained_on: str) -> AnomalibDataset:
         """Return the normal supports as they are, or all normal training images."""

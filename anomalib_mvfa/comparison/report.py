@@ -408,7 +408,7 @@ def facts(comparison: FinishedCells) -> dict[str, Any]:
         "summary": _summary(comparison),
         "demonstration": "tiny" in comparison.backbones,
         "paper": _paper_tables(comparison),
-        "source": SOURCE if any(paper_set(name) for name in comparison.sets) else "",
+        "source": SOURCE if any(map(paper_set, comparison.sets)) else "",
         "metrics": _metric_tables(comparison),
         "tests": _pair_tables(comparison),
         "costs": _cost_tables(comparison),

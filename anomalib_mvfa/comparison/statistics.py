@@ -254,15 +254,10 @@ def bootstrap(runs: Sequence[ImageScores], draws: int = DRAWS, seed: int = 0) ->
 
     Groups of normal images, groups of abnormal images and groups with both are resampled apart, as many of each as
     there are. The draws depend on the names, labels and groups of the images and on the seed alone, so that two methods
-    on the same images can be subtracted.
-
-    Args:
-        runs: One method with different supports, usually on the same images.
-        draws: Number of draws ``B``.
-        seed: Seed of the draws.
+    on the same images can be subtracted. Results are cached for the next call with the same runs.
 
     Returns:
-        One entry for each of `IMAGE_METRICS`, cached for the next call with the same runs.
+        One entry for each of `IMAGE_METRICS`.
     """
     return _resampled(tuple(runs), draws, seed)
 
@@ -298,9 +293,7 @@ def _resampled(runs: tuple[ImageScores, ...], draws: int, seed: int) -> dict[str
     whole = evaluate(np.ones((1, len(ill)), dtype=np.int32))
     return {
         name: Resampled(
-            float(whole[name][0]),
-            np.concatenate([part[name] for part in drawn]),
-            tuple(part[name] for part in left_out),
+            float(whole[name][0]), np.concatenate([p[name] for p in drawn]), tuple(p[name] for p in left_out)
         )
         for name in IMAGE_METRICS
     }
@@ -311,10 +304,6 @@ def bca_interval(sample: Resampled, level: float = LEVEL) -> tuple[float, float]
 
     Efron, "Better bootstrap confidence intervals" (1987), with the acceleration for several samples that
     `scipy.stats.bootstrap` uses.
-
-    Args:
-        sample: What `bootstrap` returns, or a difference of two.
-        level: Nominal coverage.
 
     Returns:
         Both ends; NaN if no draw is finite. If all draws are equal, both ends are their value.

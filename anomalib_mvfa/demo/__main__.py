@@ -69,15 +69,10 @@ class Demonstration:
     def run(
         self, title: str, commands: Sequence[Sequence[str]], watch: Callable[[], tuple[int, int]] | None = None
     ) -> None:
-        """Run commands side by side behind a progress bar.
+        """Run commands, arguments of ``anomalib``, side by side behind a progress bar.
 
-        Args:
-            title: What they do.
-            commands: Arguments of ``anomalib``.
-            watch: Returns the parts that are done and their number, where the progress can be seen.
-
-        Raises:
-            StepError: If a command fails; the message names the log.
+        ``watch`` returns the parts that are done and their number. A command that fails raises a `StepError`, which
+        names the log.
         """
         self.console.print(f"\n[bold]{title}[/bold]")
         program = str(Path(sys.executable).with_name("anomalib"))
@@ -90,9 +85,8 @@ class Demonstration:
                 self.console.print(f"  $ {self.commands[-1]}")
                 log.write(f"\n$ {self.commands[-1]}\n")
                 log.flush()
-                running.append(
-                    subprocess.Popen([program, *arguments], stdout=log, stderr=log, env={**os.environ, **threads}),  # noqa: S603
-                )
+                environment = {**os.environ, **threads}
+                running.append(subprocess.Popen([program, *arguments], stdout=log, stderr=log, env=environment))  # noqa: S603
             with Progress(*columns, console=self.console) as progress:
                 bar = progress.add_task("", total=None)
                 while any(process.poll() is None for process in running):
@@ -180,12 +174,6 @@ def has_full_size_weights() -> bool:
     return (Path.home() / ".cache" / "clip" / name).is_file()
 
 
-def generated_set(root: Path, name: str) -> dict[str, Any]:
-    """Describe a generated set as a datamodule."""
-    arguments = {"root": str(root), "category": name, "eval_batch_size": 16, "num_workers": 0}
-    return {"class_path": "MedicalBMAD", "init_args": arguments}
-
-
 def user_folder(data: Path) -> dict[str, dict[str, Any]]:
     """Describe a user's folder, which holds ``normal``, ``abnormal`` and perhaps ``masks``, as anomalib's datamodule.
 
@@ -218,7 +206,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if options.data is None:
             images = write_phantoms(root / "images", size=SIZE)
-            sets = {SET_NAMES[modality]: generated_set(images, SET_NAMES[modality]) for modality in SHOWN}
+            common = {"root": str(images), "eval_batch_size": 16, "num_workers": 0}
+            names = [SET_NAMES[modality] for modality in SHOWN]
+            sets = {name: {"class_path": "MedicalBMAD", "init_args": {**common, "category": name}} for name in names}
             predicted = images / SET_NAMES[SHOWN[0]] / "test" / "Ungood" / "img"
         else:
             sets, predicted = user_folder(options.data), options.data / "abnormal"

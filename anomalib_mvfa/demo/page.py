@@ -3,8 +3,6 @@
 
 """Results of the demonstration as table rows, pictures and a page."""
 
-import base64
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,12 +13,13 @@ import numpy as np
 import pandas as pd
 import torch
 from anomalib.data.utils import read_image
-from jinja2 import Environment
 from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
 from anomalib_mvfa.comparison.cells import Cell, load_cells
+from anomalib_mvfa.comparison.figures import picture
+from anomalib_mvfa.comparison.report import environment
 from anomalib_mvfa.visualization import heatmap, outlines
 
 __all__ = ["Example", "Summary", "summarise", "write_page"]
@@ -84,11 +83,8 @@ def _metrics(cells: Sequence[Cell]) -> tuple[str, str, str]:
         "-" if math.isnan(mean) else f"{mean:.3f} ± {spread:.3f}" if spread > 0 else f"{mean:.3f}"
         for mean, spread in zip(table.mean(), table.std(), strict=True)
     )
-    correct = [
-        np.mean((cell.scores.scores > cell.threshold) == cell.scores.labels)
-        for cell in cells
-        if cell.threshold is not None
-    ]
+    known = [(cell.scores, cell.threshold) for cell in cells if cell.threshold is not None]
+    correct = [np.mean((scores.scores > threshold) == scores.labels) for scores, threshold in known]
     return image, pixel, f"{100 * np.mean(correct):.0f} %" if correct else "-"
 
 
@@ -98,25 +94,23 @@ def _examples(cells: Mapping[str, Cell]) -> list[Example]:
     root = Path(first.config["source"]["init_args"]["root"])
     scores = first.scores
     order = np.argsort(scores.paths)
-    chosen: list[int] = []
+    chosen = []
     for abnormal, count in ((True, ABNORMAL_EXAMPLES), (False, NORMAL_EXAMPLES)):
-        rows = [int(row) for row in order if bool(scores.labels[row]) == abnormal]
+        rows = order[scores.labels[order] == abnormal]
         chosen += [rows[(2 * index + 1) * len(rows) // (2 * count)] for index in range(min(count, len(rows)))]
     maps = {method: _display(cell) for method, cell in cells.items()}
-    masks = first.read_maps()
-    truth = None if masks is None else masks.masks
+    masks = getattr(first.read_maps(), "masks", None)
     examples = []
     for row in chosen:
-        image = (
-            to_pil_image(read_image(root / scores.paths[row], as_tensor=True)).convert("RGB").resize((PIXELS, PIXELS))
-        )
+        pixels = read_image(root / scores.paths[row], as_tensor=True)
+        image = to_pil_image(pixels).convert("RGB").resize((PIXELS, PIXELS))
         shown = {}
         for method, cell in cells.items():
             index = cell.scores.paths.index(scores.paths[row])
             score, threshold = cell.scores.scores[index], cell.threshold
             label = "" if threshold is None else ("abnormal" if score > threshold else "normal")
             shown[method] = heatmap(image, torch.from_numpy(maps[method][index])), label
-        outlined = outlines(image, None if truth is None else torch.from_numpy(truth[row]), None)
+        outlined = outlines(image, None if masks is None else torch.from_numpy(masks[row]), None)
         state = "abnormal" if scores.labels[row] else "normal"
         examples.append(Example(f"{Path(scores.paths[row]).stem}, {state}", outlined, shown))
     return examples
@@ -134,11 +128,7 @@ def _display(cell: Cell) -> NDArray[np.float32]:
 
 
 def write_page(
-    path: Path,
-    summaries: Mapping[str, Summary],
-    commands: Sequence[str],
-    results: Mapping[str, Path],
-    limits: str,
+    path: Path, summaries: Mapping[str, Summary], commands: Sequence[str], results: Mapping[str, Path], limits: str
 ) -> Path:
     """Write the page, one file without scripts, and return its path.
 
@@ -149,17 +139,9 @@ def write_page(
         results: Files by what they hold.
         limits: What the results do not show.
     """
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["picture"] = _inline
-    template = environment.from_string(files(__package__).joinpath("page.html.jinja").read_text(encoding="utf-8"))
-    relative = {name: file.resolve() for name, file in results.items()}
-    text = template.render(summaries=summaries, commands=commands, results=relative, limits=limits, coloured=COLOURED)
+    page = environment().from_string(files(__package__).joinpath("page.html.jinja").read_text(encoding="utf-8"))
+    page.globals["picture"] = lambda image: picture(np.asarray(image))
+    links = {name: file.resolve() for name, file in results.items()}
+    text = page.render(summaries=summaries, commands=commands, results=links, limits=limits, coloured=COLOURED)
     path.write_text(text, encoding="utf-8")
     return path.resolve()
-
-
-def _inline(image: Image.Image) -> str:
-    """Encode an image for ``src``."""
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
