@@ -6,7 +6,7 @@
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -192,7 +192,7 @@ def shot(k_shot: int) -> str:
     return f"k = {k_shot}" if k_shot else "no supports"
 
 
-def _percent(values: Iterable[float]) -> str:
+def _percent(values: Sequence[float]) -> str:
     known = [100 * value for value in values if not math.isnan(value)]
     if not known:
         return "-"

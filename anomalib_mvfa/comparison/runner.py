@@ -124,13 +124,10 @@ class Comparison:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Comparison":
         """Make a comparison of a configuration, whose entries must be known."""
-        unknown = config.keys() - cls.__dataclass_fields__.keys()
-        missing = {"sets", "methods"} - config.keys()
+        fields = cls.__dataclass_fields__
+        unknown, missing = sorted(config.keys() - fields), sorted({"sets", "methods"} - config.keys())
         if unknown or missing:
-            known = ", ".join(cls.__dataclass_fields__)
-            msg = (
-                f"comparison: unknown entries {sorted(unknown)}, missing entries {sorted(missing)}. Known are {known}."
-            )
+            msg = f"comparison: unknown entries {unknown}, missing entries {missing}. Known are {', '.join(fields)}."
             raise ValueError(msg)
         return cls(**config)
 
@@ -197,10 +194,11 @@ class Spec:
             record = json.loads((self.folder / "cell.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return False
-        if record.get("status") == "done" and record.get("config") != self.config:
+        done = bool(record.get("status") == "done")
+        if done and record.get("config") != self.config:
             logger.warning("%s was computed with another configuration and is computed again.", self.folder.name)
             return False
-        return bool(record.get("status") == "done")
+        return done
 
 
 def run_comparison(comparison: Comparison) -> list[Path]:
@@ -233,9 +231,7 @@ def run_comparison(comparison: Comparison) -> list[Path]:
 def write_report(comparison: Comparison, command: str | None = None) -> Path:
     """Write ``results.csv``, ``results.md`` and ``index.html`` of the cells that exist, and return the page.
 
-    Args:
-        comparison: The grid.
-        command: How it was run.
+    ``command`` is shown there: how the comparison was run.
     """
     output = Path(comparison.output)
     made = {name: get_datamodule(dict(source)) for name, source in comparison.sets.items()}
@@ -343,8 +339,6 @@ class _Test:
         self.data: AnomalibDataset = copy.copy(tested)
         self.data.augmentations = None  # images and masks as they were read
         self.has_masks = tested.samples.attrs["task"] == "segmentation"
-        use_gpu = spec.comparison.accelerator != "cpu" and torch.cuda.is_available()
-        self.device = torch.device("cuda" if use_gpu else "cpu")
         self.pixels = _Pixels()
         self.small: list[NDArray[np.float32]] = []
         self.masks: list[NDArray[np.uint8]] = []
@@ -352,12 +346,14 @@ class _Test:
 
     def run(self) -> tuple[dict[str, float], float]:
         """Predict, and return the metrics and the milliseconds per image."""
-        self.ready.model.to(self.device).eval()
+        use_gpu = self.spec.comparison.accelerator != "cpu" and torch.cuda.is_available()
+        device = torch.device("cuda" if use_gpu else "cpu")
+        self.ready.model.to(device).eval()
         scores, labels, times = [], [], []
         options = {"batch_size": self.datamodule.eval_batch_size, "num_workers": self.datamodule.num_workers}
         for items in DataLoader(self.data, collate_fn=list, **options):  # type: ignore[arg-type]
             images = [torch.as_tensor(item.image).as_subclass(Tensor) for item in items]
-            inputs = torch.stack([self.ready.transform(image) for image in images]).to(self.device)
+            inputs = torch.stack([self.ready.transform(image) for image in images]).to(device)
             began = time.perf_counter()
             with torch.inference_mode():
                 output = self.ready.network(inputs)

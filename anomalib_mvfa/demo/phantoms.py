@@ -47,8 +47,8 @@ CONTRASTS = {"one scanner": (0.25, 0.5), "mixed": (0.13, 0.4)}
 SET_NAMES = dict(
     zip(MODALITIES, ("BrainMRI", "ChestXray", "LiverCT", "RetinalOCT", "Histology", "BreastUltrasound"), strict=True),
 )
-SPLITS = ("train", "valid", "test")
 DEFAULT_COUNTS = {"train": 32, "valid": 16, "test": 40}
+SPLITS = tuple(DEFAULT_COUNTS)
 
 
 @dataclass(frozen=True)
