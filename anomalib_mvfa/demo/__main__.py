@@ -221,8 +221,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     root.mkdir(parents=True, exist_ok=True)
     demonstration = Demonstration(root, sets, backbone, images)
     demonstration.log.write_text("", encoding="utf-8")
-    note = "" if large else f" ({FULL_SIZE}, the published one, needs a download: see docs/quickstart.md)"
-    demonstration.console.print(f"Backbone: {backbone['backbone']}{note}\nFull log: {demonstration.log}")
+    reason = "" if large else f" ({FULL_SIZE}, the published one, needs a download: see docs/quickstart.md)"
+    demonstration.console.print(f"Backbone: {backbone['backbone']}{reason}\nFull log: {demonstration.log}")
     try:
         summaries = demonstration.compare()
         checkpoint = demonstration.train()
