@@ -40,7 +40,7 @@ bench: $(ENV) ## measure speed and memory, well over an hour on two cores: make 
 
 reproduce: $(ENV) ## run the published protocols: make reproduce DATA=DIR LISTS=DIR [WEIGHTS=DIR] [ARGS="--sets Brain"]
 	@test -n "$(DATA)" -a -n "$(LISTS)" || { echo "usage: make reproduce DATA=DIR LISTS=DIR [WEIGHTS=DIR]" >&2; exit 2; }
-	$(BIN)/python -m anomalib_mvfa.comparison.reproduce --data $(DATA) --lists $(LISTS) $(if $(WEIGHTS),--weights $(WEIGHTS)) $(ARGS)
+	$(BIN)/python -m tools.reproduce --data $(DATA) --lists $(LISTS) $(if $(WEIGHTS),--weights $(WEIGHTS)) $(ARGS)
 
 mutants: $(ENV) ## look for faults that the tests do not catch, hours: make mutants [AREA=statistics]
 	$(BIN)/python -m tools.mutants $(AREA)

@@ -11,6 +11,7 @@ import functools
 import linecache
 import logging
 import sys
+from traceback import walk_tb
 from types import ModuleType, TracebackType
 from typing import Any
 
@@ -25,11 +26,7 @@ NOT_FOR_USERS = ("💡", "The following callbacks returned in", "TPU available: 
 
 
 def quieten(loggers: ModuleType) -> None:
-    """Let the command set up its messages and errors in our way, which it does when it starts.
-
-    Args:
-        loggers: The module ``anomalib.loggers``; its ``configure_logger`` is replaced.
-    """
+    """Replace ``configure_logger`` of ``anomalib.loggers``, which the command calls when it starts, by ours."""
     configure = loggers.configure_logger
 
     @functools.wraps(configure)
@@ -69,10 +66,9 @@ def _show_error(show: Any, kind: type[BaseException], error: BaseException, trac
 
 def _is_for_user(traceback: TracebackType | None) -> bool:
     """Return whether a ``raise`` statement of this package raised the error: its message then was written for users."""
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
     if traceback is None:
         return False
-    package = traceback.tb_frame.f_globals.get("__name__", "").split(".")[0]
-    line = linecache.getline(traceback.tb_frame.f_code.co_filename, traceback.tb_lineno)
+    *_, (frame, number) = walk_tb(traceback)
+    package = frame.f_globals.get("__name__", "").split(".")[0]
+    line = linecache.getline(frame.f_code.co_filename, number)
     return package == __name__.split(".")[0] and line.lstrip().startswith("raise ")

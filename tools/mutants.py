@@ -27,7 +27,6 @@ AREAS: dict[str, tuple[list[str], list[str]]] = {
         ["anomalib_mvfa/comparison/runner.py", "anomalib_mvfa/comparison/methods.py"],
         ["tests/comparison/test_runner.py"],
     ),
-    "reproduce": (["anomalib_mvfa/comparison/reproduce.py"], ["tests/comparison/test_reproduce.py"]),
     "baselines": (["anomalib_mvfa/baselines/*"], ["tests/baselines"]),
     "model": (["anomalib_mvfa/model/*"], ["tests/model"]),
     "calibration": (["anomalib_mvfa/training/calibration.py"], ["tests/training/test_calibration.py"]),

@@ -7,8 +7,8 @@ import json
 import logging
 import math
 import zipfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,61 +28,33 @@ _TOLERANCE = 0.01  # between the AUROC in cell.json and that of scores.csv; sing
 
 @dataclass(frozen=True, eq=False)
 class Maps:
-    """Small anomaly maps for display.
+    """Small anomaly maps for display, in the order of the scores."""
 
-    Attributes:
-        levels: ``(N, h, w)``, uint8, in the order of the scores.
-        low: Map value of 0.
-        high: Map value of 255.
-        masks: ``(N, h, w)``, true inside lesions, or ``None``.
-    """
-
-    levels: NDArray[np.uint8]
-    low: float
-    high: float
-    masks: NDArray[np.bool_] | None
+    levels: NDArray[np.uint8]  # (N, h, w)
+    low: float  # map value of 0
+    high: float  # map value of 255
+    masks: NDArray[np.bool_] | None  # (N, h, w), true inside lesions
 
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """One method on one set, with one number of supports and one seed.
-
-    Attributes:
-        folder: Where its files lie.
-        method: Name of the method.
-        set: Name of the set.
-        k_shot: Number of normal supports; 0 for methods without supports.
-        seed: Seed of the supports and of the training.
-        backbone: Name of the backbone.
-        status: ``"done"``, ``"failed"`` while it was computed, or ``"unreadable"``: its files are damaged.
-        error: Why it is not done. That of a failed cell may name files; that of an unreadable one names none but the
-            cell's own.
-        metrics: Metrics in [0, 1] by name.
-        cost: ``train_seconds``, ``train_peak_mb``, ``predict_ms`` an image, ``size_mb`` of what is shipped.
-        threshold: Score from which on an image is called abnormal.
-        supports: Their paths, relative to the data root.
-        shown: What the method was shown, see :class:`~anomalib_mvfa.comparison.methods.Shown`.
-        machine: Processor, threads and graphics card that it was computed with.
-        version: Version of this package that computed it.
-        config: Everything that it was run with.
-        images: Labels and scores of the test images, if it is done.
-    """
+    """One method on one set, with one number of supports and one seed."""
 
     folder: Path
     method: str = ""
     set: str = ""
-    k_shot: int = 0
+    k_shot: int = 0  # number of normal supports; 0 for methods without supports
     seed: int = 0
     backbone: str = ""
-    status: str = "done"
-    error: str | None = None
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    cost: Mapping[str, float] = field(default_factory=dict)
-    threshold: float | None = None
-    supports: tuple[str, ...] = ()
-    shown: Mapping[str, Any] = field(default_factory=dict)
+    status: str = "done"  # or "failed" while it was computed, or "unreadable": its files are damaged
+    error: str | None = None  # that of a failed cell may name files, that of an unreadable one only the cell's own
+    metrics: Mapping[str, float] = field(default_factory=dict)  # in [0, 1]
+    cost: Mapping[str, float] = field(default_factory=dict)  # train_seconds, train_peak_mb, predict_ms, size_mb
+    threshold: float | None = None  # score from which on an image is called abnormal
+    supports: tuple[str, ...] = ()  # paths, relative to the data root
+    shown: Mapping[str, Any] = field(default_factory=dict)  # see `methods.Shown`
     machine: str = ""
-    version: str = ""
+    version: str = ""  # of this package
     config: Mapping[str, Any] = field(default_factory=dict)
     images: ImageScores | None = None
 
@@ -95,10 +67,7 @@ class Cell:
         return self.images
 
     def read_maps(self) -> Maps | None:
-        """Read the maps from disk.
-
-        Returns:
-            The maps, or ``None`` if the method gives none.
+        """Read the maps from disk, ``None`` if the method computes none.
 
         Raises:
             ValueError: If the file is damaged or does not fit the scores.
@@ -114,11 +83,9 @@ class Cell:
             msg = f"{path} is damaged. {_REMEDY}"
             raise ValueError(msg) from error
         shape = (len(self.scores.paths), *maps.levels.shape[1:])
-        if maps.levels.dtype != np.uint8 or maps.levels.ndim != 3 or maps.levels.shape != shape:
-            msg = f"{path}: 'maps' are not one 8-bit picture per line of scores.csv. {_REMEDY}"
-            raise ValueError(msg)
-        if maps.masks is not None and maps.masks.shape != shape:
-            msg = f"{path}: 'masks' do not have the shape of 'maps'. {_REMEDY}"
+        shapes = {maps.levels.shape} if masks is None else {maps.levels.shape, masks.shape}
+        if maps.levels.dtype != np.uint8 or maps.levels.ndim != 3 or shapes != {shape}:
+            msg = f"{path}: 'maps' and 'masks' are not one 8-bit picture per line of scores.csv. {_REMEDY}"
             raise ValueError(msg)
         return maps
 
@@ -128,16 +95,13 @@ class _UnreadableError(Exception):
 
 
 def load_cells(folder: Path | str) -> list[Cell]:
-    """Read the cells of a comparison.
+    """Read the cells of a comparison, in the order of their folders' names.
 
     A cell whose files are missing or damaged is logged and returned with the status ``"unreadable"``; the others are
     read. A folder without ``cell.json`` was not finished, and counts as unreadable too.
 
     Args:
         folder: The folder of the comparison, the one that holds ``cells``.
-
-    Returns:
-        The cells, in the order of their folders' names.
 
     Raises:
         FileNotFoundError: If there are no cells.
@@ -157,35 +121,33 @@ def load_cells(folder: Path | str) -> list[Cell]:
     return cells
 
 
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """Convert to numbers, without those that were not measured."""
+    return {str(name): float(value) for name, value in values.items() if value is not None}
+
+
+_KINDS: Mapping[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("method", "set", "backbone", "status", "machine"), str),
+    **dict.fromkeys(("k_shot", "seed"), int),
+    **dict.fromkeys(("metrics", "cost"), _numbers),
+    **dict.fromkeys(("shown", "config"), dict),
+    "error": lambda value: None if value is None else str(value),
+    "threshold": lambda value: None if value is None else float(value),
+    "supports": lambda value: tuple(map(str, value)),
+}
+
+
 def _load(folder: Path) -> Cell:
     try:
         stored = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
+        known = {name: kind(stored[name]) for name, kind in _KINDS.items()}
+        cell = Cell(folder, **known, version=str(stored["anomalib_mvfa"]))
     except FileNotFoundError:
         msg = "cell.json is missing: the cell was not finished. Run the comparison again, which continues there."
         raise _UnreadableError(msg) from None
-    except (OSError, ValueError):
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
         msg = f"cell.json is damaged. {_REMEDY}"
         raise _UnreadableError(msg) from None
-    try:
-        cell = Cell(
-            folder=folder,
-            method=str(stored["method"]),
-            set=str(stored["set"]),
-            k_shot=int(stored["k_shot"]),
-            seed=int(stored["seed"]),
-            backbone=str(stored["backbone"]),
-            status=str(stored["status"]),
-            error=None if stored["error"] is None else str(stored["error"]),
-            metrics=_numbers(stored["metrics"]),
-            cost=_numbers(stored["cost"]),
-            threshold=None if stored["threshold"] is None else float(stored["threshold"]),
-            supports=tuple(map(str, stored["supports"])),
-            shown=dict(stored["shown"]),
-            machine=str(stored["machine"]),
-            version=str(stored["anomalib_mvfa"]),
-            config=dict(stored["config"]),
-            images=_read_scores(folder / "scores.csv") if stored["status"] == "done" else None,
-        )
     except KeyError as error:
         msg = f"cell.json lacks {error}. {_REMEDY}"
         raise _UnreadableError(msg) from None
@@ -196,55 +158,46 @@ def _load(folder: Path) -> Cell:
         msg = f"cell.json has a status that is neither 'done' nor 'failed'. {_REMEDY}"
         raise _UnreadableError(msg)
     if cell.status == "done":
+        cell = replace(cell, images=_read_scores(folder / "scores.csv"))
         _check(cell)
     return cell
-
-
-def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """Convert to numbers, without those that were not measured."""
-    return {str(name): float(value) for name, value in values.items() if value is not None}
 
 
 def _read_scores(path: Path) -> ImageScores:
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except FileNotFoundError:
-        msg = f"scores.csv is missing. {_REMEDY}"
-        raise _UnreadableError(msg) from None
     except (OSError, ValueError):
-        msg = f"scores.csv is damaged. {_REMEDY}"
+        msg = f"scores.csv is {'damaged' if path.is_file() else 'missing'}. {_REMEDY}"
         raise _UnreadableError(msg) from None
+    reason = None
     if not {"path", "label", "score"} <= set(table):
-        msg = f"scores.csv lacks a column path, label or score. {_REMEDY}"
-        raise _UnreadableError(msg)
+        reason = f"scores.csv lacks a column path, label or score. {_REMEDY}"
+        raise _UnreadableError(reason)
     scores = pd.to_numeric(table.score, errors="coerce").to_numpy(dtype=np.float64)
-    wrong = np.flatnonzero(~table.label.isin(["0", "1"]).to_numpy() | ~np.isfinite(scores))
-    if len(wrong):
-        msg = f"scores.csv, line {wrong[0] + 2}: the label is not 0 or 1, or the score is not finite. {_REMEDY}"
-        raise _UnreadableError(msg)
-    if table.path.duplicated().any():
-        msg = f"scores.csv names an image twice. {_REMEDY}"
-        raise _UnreadableError(msg)
     labels = (table.label == "1").to_numpy()
-    if labels.all() or not labels.any():
-        msg = "scores.csv has no normal or no abnormal image: give a test part with both, and run the cell again."
-        raise _UnreadableError(msg)
-    groups = tuple(table.group) if "group" in table else ()
-    return ImageScores(tuple(table.path), labels, scores, groups)
+    wrong = np.flatnonzero(~table.label.isin(["0", "1"]) | ~np.isfinite(scores))
+    if len(wrong):
+        reason = f"scores.csv, line {wrong[0] + 2}: the label is not 0 or 1, or the score is not finite. {_REMEDY}"
+    elif table.path.duplicated().any():
+        reason = f"scores.csv names an image twice. {_REMEDY}"
+    elif labels.all() or not labels.any():
+        reason = "scores.csv has no normal or no abnormal image: give a test part with both, and run the cell again."
+    if reason:
+        raise _UnreadableError(reason)
+    return ImageScores(tuple(table.path), labels, scores, tuple(table.get("group", ())))
 
 
 def _check(cell: Cell) -> None:
     """Check that the files of a cell agree."""
     known = cell.metrics.get("image_AUROC", math.nan)
     area = float(image_metrics(cell.scores.labels, cell.scores.scores)["image_AUROC"][0])
-    if not abs(known - area) <= _TOLERANCE:
-        msg = f"cell.json has an image AUROC of {known:.4f}, but scores.csv gives {area:.4f}. {_REMEDY}"
-        raise _UnreadableError(msg)
     maps = cell.folder / "maps.npz"
-    if maps.is_file():
-        if not zipfile.is_zipfile(maps):
-            msg = f"maps.npz is damaged. {_REMEDY}"
-            raise _UnreadableError(msg)
-    elif any(name.startswith("pixel_") for name in cell.metrics):
-        msg = f"maps.npz is missing. {_REMEDY}"
-        raise _UnreadableError(msg)
+    reason = None
+    if not abs(known - area) <= _TOLERANCE:
+        reason = f"cell.json has an image AUROC of {known:.4f}, but scores.csv gives {area:.4f}. {_REMEDY}"
+    elif maps.is_file() and not zipfile.is_zipfile(maps):
+        reason = f"maps.npz is damaged. {_REMEDY}"
+    elif not maps.is_file() and any(name.startswith("pixel_") for name in cell.metrics):
+        reason = f"maps.npz is missing. {_REMEDY}"
+    if reason:
+        raise _UnreadableError(reason)

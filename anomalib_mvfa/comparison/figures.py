@@ -28,13 +28,7 @@ _OUTLINE = (0, 255, 255)  # cyan, which no tissue has
 
 
 def curves(roc: Mapping[str, tuple[Array, Array]], precision: Mapping[str, tuple[Array, Array]], share: float) -> str:
-    """Plot ROC and precision-recall curves side by side.
-
-    Args:
-        roc: False-positive rates and sensitivities by the name of the method.
-        precision: Recalls and precisions by the name of the method.
-        share: Share of abnormal images, the precision of guessing.
-    """
+    """Plot ROC and precision-recall curves by method, side by side; ``share`` is that of abnormal images."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8.4, 3.6 + 0.12 * len(roc)), layout="constrained")
         left, right = figure.subplots(1, 2)
@@ -54,11 +48,7 @@ def curves(roc: Mapping[str, tuple[Array, Array]], precision: Mapping[str, tuple
 
 
 def forest(rows: Sequence[tuple[str, float, float, float]]) -> str:
-    """Plot differences with their intervals, one per line.
-
-    Args:
-        rows: Name, difference and both ends, in points.
-    """
+    """Plot differences with their intervals, one per line: name, difference and both ends, in points."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8.4, 0.7 + 0.28 * len(rows)), layout="constrained")
         axes = figure.subplots()
@@ -73,14 +63,7 @@ def forest(rows: Sequence[tuple[str, float, float, float]]) -> str:
 
 
 class Histogram(NamedTuple):
-    """Scores of one method.
-
-    Attributes:
-        title: Its title.
-        normal: Scores of normal images.
-        abnormal: Scores of abnormal images.
-        threshold: Score from which on an image is called abnormal, or ``None``.
-    """
+    """Scores of one method, and that from which on an image is called abnormal."""
 
     title: str
     normal: Array
@@ -88,7 +71,7 @@ class Histogram(NamedTuple):
     threshold: float | None
 
 
-def histograms(methods: Sequence[Histogram], columns: int = 3, bins: int = 32) -> str:
+def histograms(methods: Sequence[Histogram], columns: int = 3) -> str:
     """Plot score histograms, normal images upwards, abnormal ones downwards, as shares of each class."""
     with mpl.rc_context(STYLE):
         lines = -(-len(methods) // columns)
@@ -99,7 +82,7 @@ def histograms(methods: Sequence[Histogram], columns: int = 3, bins: int = 32) -
         for axes, method in zip(grid, methods, strict=False):
             low, high = np.quantile(np.concatenate([method.normal, method.abnormal]), [0.005, 0.995])
             low, high = (low, high) if high > low else (low - 0.5, high + 0.5)
-            edges = np.linspace(low, high, bins + 1)
+            edges = np.linspace(low, high, 33)
             for scores, colour, sign in ((method.normal, NORMAL, 1), (method.abnormal, ABNORMAL, -1)):
                 shares = np.histogram(np.clip(scores, low, high), edges)[0] / len(scores)
                 axes.stairs(sign * shares, edges, fill=True, color=colour)
@@ -137,9 +120,8 @@ def colour_bar() -> str:
 
 def thumbnail(image: Pixels) -> Pixels:
     """Shrink an image ``(H, W, 3)`` to at most 160 pixels a side."""
-    height, width = image.shape[:2]
-    scale = min(1.0, THUMBNAIL / max(height, width))
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    scale = min(1.0, THUMBNAIL / max(image.shape[:2]))
+    size = [max(1, round(side * scale)) for side in image.shape[1::-1]]
     return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
 
 

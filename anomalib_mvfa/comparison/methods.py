@@ -28,11 +28,11 @@ from anomalib_mvfa.data import FewShot, LeaveOneOut
 from anomalib_mvfa.data.few_shot import SupportDataset
 from anomalib_mvfa.pre_processing import EightBitResize
 
-__all__ = ["BUILT_IN", "TRIVIAL", "Ready", "Shown", "Trainer", "sees_supports"]
+from .report import TRIVIAL
 
-TRIVIAL = ("mean brightness", "image variance", "distance to mean normal")
+__all__ = ["BUILT_IN", "Ready", "Shown", "Trainer", "sees_supports"]
+
 BUILT_IN = ("MVFA", "MVFA (normal only)", "MVFA (zero-shot)", "WinCLIP", "WinCLIP (zero-shot)", *TRIVIAL)
-"""Methods that need no ``class_path``."""
 WITHOUT_SUPPORTS = frozenset({"MVFA (zero-shot)", "WinCLIP (zero-shot)", "mean brightness", "image variance"})
 PEER_KEYS = frozenset({"class_path", "init_args", "weights", "trained_on", "image_size", "epochs", "trainer"})
 RANDOM = "random"
@@ -45,50 +45,30 @@ def sees_supports(method: str, arguments: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class Shown:
-    """What a method was shown of the set before it was tested.
-
-    Attributes:
-        normal: Number of normal images.
-        abnormal: Number of abnormal images.
-        masks: Number of those with a mask.
-        remark: What else it knows, in a few words.
-    """
+    """What a method was shown of the set before it was tested: numbers of images, and of those with a mask."""
 
     normal: int = 0
     abnormal: int = 0
     masks: int = 0
-    remark: str = ""
+    remark: str = ""  # what else it knows, in a few words
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A method that is ready to predict.
+    """A method that is ready to predict."""
 
-    Attributes:
-        model: The module to move to the device.
-        network: Its part that maps images ``(B, 3, H, W)`` to an ``InferenceBatch``.
-        transform: Maps one image ``(3, h, w)`` in [0, 1], as it was read, to an input of the network.
-        threshold: Raw score from which on an image is called abnormal, or ``None``.
-        shown: What it was shown.
-        supports: Paths of the supports that it saw.
-    """
-
-    model: nn.Module
-    network: nn.Module
-    transform: Callable[[Tensor], Tensor]
-    threshold: float | None
+    model: nn.Module  # to move to the device
+    network: nn.Module  # its part that maps images (B, 3, H, W) to an `InferenceBatch`
+    transform: Callable[[Tensor], Tensor]  # of an image (3, h, w) in [0, 1], as it was read, to the network's input
+    threshold: float | None  # raw score from which on an image is called abnormal
     shown: Shown
-    supports: tuple[str, ...] = ()
+    supports: tuple[str, ...] = ()  # paths of those that it saw
 
 
 class Trainer:
-    """Trains one method on one episode.
+    """Trains one method on one episode, with the backbone and the settings that the methods share.
 
-    Args:
-        backbone: ``backbone``, ``pretrained`` and ``image_size`` of MVFA and WinCLIP.
-        image_size: Height and width in pixels at which MVFA, WinCLIP and the trivial baselines read the images.
-        epochs: Epochs of methods that name none.
-        accelerator: As of Lightning.
+    MVFA, WinCLIP and the trivial baselines read the images at ``image_size``, height and width in pixels.
     """
 
     def __init__(self, backbone: Mapping[str, Any], image_size: tuple[int, int], epochs: int, accelerator: str) -> None:
@@ -98,20 +78,21 @@ class Trainer:
         self.accelerator = accelerator
 
     def train(self, method: str, arguments: Mapping[str, Any], data: FewShot, set_name: str, k_shot: int) -> Ready:
-        """Train a method.
+        """Train a method, a name of `BUILT_IN` or any other if its arguments have a ``class_path``.
 
-        Args:
-            method: A name of `BUILT_IN`, or any other name if the arguments have a ``class_path``.
-            arguments: Its arguments in the configuration.
-            data: The episode, set up. For ``MVFA (normal only)`` one with synthetic lesions.
-            set_name: Replaces ``{set}`` in the name of an adapters file.
-            k_shot: Number of normal supports.
+        The episode is set up; for ``MVFA (normal only)`` it has synthetic lesions. ``{set}`` in the name of an adapters
+        file stands for ``set_name``.
         """
         own = dict(arguments)
         if "class_path" in own:
             return self._peer(own, data)
+        if method == "distance to mean normal":
+            normal = self._normal(data, "supports")
+            normal.augmentations = self.resize
+            images = torch.stack([torch.as_tensor(normal[index].image) for index in range(len(normal))])
+            return self._ready(DistanceToMean(images, **own), Shown(len(normal)), None, _paths(data, 0))
         if method in TRIVIAL:
-            return self._trivial(method, own, data)
+            return self._ready(MeanBrightness() if method == "mean brightness" else ImageVariance(), Shown())
         if method.startswith("WinCLIP"):
             k_shot = k_shot if method == "WinCLIP" else 0
             model = WinClipAny(**self.backbone, k_shot=k_shot, visualizer=False, evaluator=False, **own)
@@ -125,7 +106,7 @@ class Trainer:
         others = arguments.pop("data", None)
         source: AnomalibDataModule = data
         support: SupportDataset = data.train_data  # type: ignore[assignment]
-        masks = sum(bool(data.train_data[index].gt_mask is not None) for index in range(support.num_abnormal))
+        masks = sum(support[index].gt_mask is not None for index in range(support.num_abnormal))
         shown = Shown(support.num_normal, support.num_abnormal, masks)
         if method == "MVFA (zero-shot)":
             if (others is None) == (arguments.get("adapters") is None):
@@ -135,7 +116,7 @@ class Trainer:
                 )
                 raise ValueError(msg)
             arguments |= {"memory": False, "class_name": arguments.get("class_name", data.class_name)}
-            shown = Shown(remark="adapters trained on other sets")
+            shown = Shown(remark="adapters from a file" if others is None else "adapters trained on other sets")
         if arguments.get("adapters") is not None:
             arguments["adapters"] = str(arguments["adapters"]).format(set=set_name)
         if others is not None:
@@ -144,8 +125,6 @@ class Trainer:
                 raise ValueError(msg)
             arguments.setdefault("learning_rate", 1e-4)
             source = LeaveOneOut(**{"target": data.category, "seed": data.seed, **others})
-        elif method == "MVFA (zero-shot)":
-            shown = Shown(remark="adapters from a file")
         model = MVFA(**self.backbone, visualizer=False, evaluator=False, **arguments)
         threshold = self._fit(model, options, datamodule=source)
         if arguments.get("fusion_scale") == "test" and arguments.get("memory", True):
@@ -153,14 +132,6 @@ class Trainer:
             self._engine({"limit_test_batches": 1}).test(model, datamodule=data, verbose=False)
             data.trainer = None
         return self._ready(model, shown, threshold, _paths(data, shown.abnormal) if shown.normal else ())
-
-    def _trivial(self, method: str, arguments: dict[str, Any], data: FewShot) -> Ready:
-        if method == "distance to mean normal":
-            normal = self._normal(data, "supports")
-            normal.augmentations = self.resize
-            images = torch.stack([torch.as_tensor(normal[index].image) for index in range(len(normal))])
-            return self._ready(DistanceToMean(images, **arguments), Shown(len(normal)), None, _paths(data, 0))
-        return self._ready(MeanBrightness() if method == "mean brightness" else ImageVariance(), Shown())
 
     def _peer(self, arguments: dict[str, Any], data: FewShot) -> Ready:
         """Train a model of anomalib on normal images alone."""
@@ -170,12 +141,9 @@ class Trainer:
         if weights not in {None, RANDOM} and not Path(weights).is_file():
             msg = f"No weights at {weights}: give a .safetensors file of the timm backbone, or 'random' for a test run."
             raise FileNotFoundError(msg)
+        entry = {"class_path": arguments["class_path"], "init_args": dict(arguments.get("init_args") or {})}
         with _timm_weights(weights):
-            model = get_model(
-                {"class_path": arguments["class_path"], "init_args": dict(arguments.get("init_args") or {})},
-                visualizer=False,
-                evaluator=False,
-            )
+            model = get_model(entry, visualizer=False, evaluator=False)
         if size is not None:
             size = (size, size) if isinstance(size, int) else tuple(size)
             model.pre_processor = type(model).configure_pre_processor(size)
@@ -184,16 +152,13 @@ class Trainer:
         validation = copy.copy(data.val_data)
         normal.augmentations = validation.augmentations = resize
         batch = {"batch_size": min(8, len(normal)), "collate_fn": normal.collate_fn}
-        threshold = self._fit(
-            model,
-            options,
-            train_dataloaders=DataLoader(normal, shuffle=True, **batch),  # type: ignore[arg-type]
-            val_dataloaders=DataLoader(validation, **batch),  # type: ignore[arg-type]
-        )
-        remarks = ["random weights"] if weights == RANDOM else []
-        remarks += ["whole training part"] if trained_on == "train" else []
+        train = DataLoader(normal, shuffle=True, **batch)  # type: ignore[arg-type]
+        valid = DataLoader(validation, **batch)  # type: ignore[arg-type]
+        threshold = self._fit(model, options, train_dataloaders=train, val_dataloaders=valid)
+        remarks = {"random weights": weights == RANDOM, "whole training part": trained_on == "train"}
+        shown = Shown(len(normal), remark=", ".join(remark for remark, holds in remarks.items() if holds))
         supports = _paths(data, 0) if trained_on == "supports" else ()
-        return self._ready(model, Shown(len(normal), remark=", ".join(remarks)), threshold, supports)
+        return self._ready(model, shown, threshold, supports)
 
     def _normal(self, data: FewShot, trained_on: str) -> AnomalibDataset:
         """Return the normal supports as they are, or all normal training images."""
@@ -209,13 +174,10 @@ class Trainer:
         epochs = arguments.pop("epochs", self.epochs)
         return {"max_epochs": epochs, "check_val_every_n_epoch": epochs} | dict(arguments.pop("trainer", None) or {})
 
-    def _engine(self, options: Mapping[str, Any], folder: str | None = None) -> Engine:
-        return Engine(
-            **{"accelerator": self.accelerator, "devices": 1, "logger": False, **options},
-            default_root_dir=folder or tempfile.gettempdir(),
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+    def _engine(self, options: Mapping[str, Any], folder: str = tempfile.gettempdir()) -> Engine:
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        chosen = {"accelerator": self.accelerator, "devices": 1, **quiet, **options}
+        return Engine(**chosen, default_root_dir=folder)
 
     def _fit(self, model: AnomalibModule, options: Mapping[str, Any], **data: Any) -> float | None:  # noqa: ANN401
         with tempfile.TemporaryDirectory() as folder:

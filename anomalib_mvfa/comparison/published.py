@@ -56,21 +56,3 @@ def paper_set(name: str) -> str | None:
     """
     known = {published.lower(): published for published in PAPER_SETS}
     return known.get(name.lower().removesuffix("_ad"))
-
-
-# Ten draws of 4 + 4 supports: the lists shot4_sample1 to shot4_sample9, and the published list 4-shot at the end.
-_TEN_IMAGE = {
-    "Histopathology": (78.23, 78.71, 71.21, 63.63, 70.46, 80.33, 75.64, 80.52, 77.12, 83.58),
-    "Chest": (58.85, 84.92, 75.07, 78.36, 79.48, 80.86, 80.94, 75.65, 79.96, 82.46),
-    "Retina_OCT2017": (99.57, 93.53, 98.58, 98.54, 96.27, 99.97, 99.45, 98.68, 98.50, 99.57),
-    "Brain": (94.41, 90.94, 86.04, 86.39, 94.16, 91.45, 92.50, 92.64, 94.45, 90.94),
-    "Liver": (86.76, 82.76, 85.84, 87.91, 84.45, 86.23, 81.40, 84.92, 78.47, 86.94),
-    "Retina_RESC": (95.18, 97.82, 93.40, 96.86, 93.23, 91.37, 95.73, 96.88, 93.24, 95.86),
-}
-_TEN_PIXEL = {
-    "Brain": (97.81, 97.16, 97.13, 97.45, 98.08, 97.42, 97.50, 97.67, 97.40, 96.89),
-    "Liver": (99.38, 97.67, 99.06, 99.52, 96.82, 98.63, 97.41, 98.78, 96.14, 99.57),
-    "Retina_RESC": (98.78, 98.99, 97.93, 99.12, 97.98, 98.41, 98.37, 98.71, 98.58, 99.16),
-}
-TEN_DRAWS: Mapping[str, Mapping[str, tuple[float, ...]]] = {"image": _TEN_IMAGE, "pixel": _TEN_PIXEL}
-"""AUROC in percent of the released code on ten draws, by level and set: forPaperOfCwj/SGGP, tables S.IV and S.V."""

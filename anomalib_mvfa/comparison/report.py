@@ -3,11 +3,10 @@
 
 """Groups the cells of a comparison, compares the methods, and writes the results as tables."""
 
-import csv
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -16,37 +15,22 @@ from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
+import pandas as pd
 
 from anomalib_mvfa.files import replacing
 
 from .cells import Cell
 from .published import PAPER_SETS, PUBLISHED, SOURCE, paper_set
-from .statistics import (
-    IMAGE_METRICS,
-    Difference,
-    differences,
-    holm,
-    intervals,
-    mean_and_spread,
-)
+from .statistics import IMAGE_METRICS, Difference, differences, holm, intervals, mean_and_spread
 
 __all__ = ["FinishedCells", "write_tables"]
 
 logger = logging.getLogger(__name__)
 
-ORDER = (
-    "MVFA",
-    "MVFA (normal only)",
-    "MVFA (zero-shot)",
-    "WinCLIP",
-    "WinCLIP (zero-shot)",
-    "",  # models of anomalib
-    "distance to mean normal",
-    "mean brightness",
-    "image variance",
-)
-TRIVIAL = frozenset({"mean brightness", "image variance", "distance to mean normal"})
 NORMAL_ONLY = "MVFA (normal only)"
+TRIVIAL = ("distance to mean normal", "mean brightness", "image variance")
+ORDER = ("MVFA", NORMAL_ONLY, "MVFA (zero-shot)", "WinCLIP", "WinCLIP (zero-shot)", "models of anomalib", *TRIVIAL)
+SHOWN = ("normal shown", "abnormal shown", "masks shown", "remark")
 TITLES = {
     "image_AUROC": "AUROC",
     "image_AP": "AP",
@@ -69,19 +53,11 @@ LEVEL = 0.05
 
 
 class Table(NamedTuple):
-    """A table of text; the first column holds the headings of the rows.
-
-    Attributes:
-        caption: Its title.
-        header: One heading per column.
-        rows: As many texts per row as there are columns.
-        published: Indices of the rows with numbers that others published.
-    """
+    """A table of text with a row of headings; the first column holds the headings of the rows."""
 
     caption: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    published: frozenset[int] = frozenset()
+    frame: pd.DataFrame
+    published: frozenset[int] = frozenset()  # indices of the rows with numbers that others published
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,18 +81,20 @@ class Group:
         return f"{self.method}, random weights" if "random weights" in remark else self.method
 
     @property
-    def shown(self) -> list[str]:
-        """What the method was shown: normal images, abnormal images, masks, and a remark."""
-        known = self.first.shown
-        return [*(str(known.get(name, "-")) for name in ("normal", "abnormal", "masks")), known.get("remark") or "-"]
+    def shown(self) -> dict[str, str]:
+        """What the method was shown, by the columns of a table."""
+        known = [self.first.shown.get(name) for name in ("normal", "abnormal", "masks", "remark")]
+        return {"method": self.label} | {
+            name: "-" if value in {None, ""} else str(value) for name, value in zip(SHOWN, known, strict=True)
+        }
 
-    def value(self, metric: str) -> str:
+    def values(self, metric: str) -> list[float]:
+        """Return a metric for each seed, NaN where it was not measured."""
+        return [cell.metrics.get(metric, math.nan) for cell in self.cells.values()]
+
+    def text(self, metric: str) -> str:
         """Format the mean over the seeds in percent, with the standard deviation of several seeds."""
-        return _percent(cell.metrics.get(metric, math.nan) for cell in self.cells.values())
-
-    def mean(self, metric: str) -> float:
-        """Return the mean over the seeds, NaN if a seed lacks the metric."""
-        return float(np.mean([cell.metrics.get(metric, math.nan) for cell in self.cells.values()]))
+        return _percent(self.values(metric))
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,36 +116,31 @@ class Pair:
 class FinishedCells:
     """The finished cells, grouped and ordered for display.
 
-    Args:
-        cells: All cells.
-
     Raises:
         ValueError: If two cells are of the same method, set, shot and seed.
     """
 
     def __init__(self, cells: Sequence[Cell]) -> None:
+        def order(cell: Cell) -> tuple[Any, ...]:
+            method = ORDER.index(cell.method if cell.method in ORDER else "models of anomalib")
+            return (self.sets.index(cell.set), cell.k_shot == 0, cell.k_shot, method, cell.method, cell.seed)
+
         self.cells = [cell for cell in cells if cell.status == "done"]
         self.others = [cell for cell in cells if cell.status != "done"]
-        peers = ORDER.index("")
-        rank = {name: index for index, name in enumerate(ORDER)}
         sets = dict.fromkeys(cell.set for cell in self.cells)
         self.sets = sorted(sets, key=lambda name: PAPER_SETS.index(paper_set(name) or "") if paper_set(name) else 99)
-        self.cells.sort(
-            key=lambda c: (self.sets.index(c.set), c.k_shot == 0, c.k_shot, rank.get(c.method, peers), c.method, c.seed)
-        )
-        self.groups: list[Group] = []
-        for key, members in groupby(self.cells, key=lambda cell: (cell.set, cell.k_shot, cell.method)):
-            found: dict[int, Cell] = {}
-            for cell in members:
-                if cell.seed in found:
-                    msg = (
-                        f"{found[cell.seed].folder} and {cell.folder} are of the same method, set, shot and seed: "
-                        "write one report per backbone, each with cells of its own."
-                    )
-                    raise ValueError(msg)
-                found[cell.seed] = cell
-            self.groups.append(Group(*key, found))
+        self.cells.sort(key=order)
+        for first, second in zip(self.cells, self.cells[1:], strict=False):
+            if order(first) == order(second):
+                msg = (
+                    f"{first.folder} and {second.folder} are of the same method, set, shot and seed: "
+                    "write one report per backbone, each with cells of its own."
+                )
+                raise ValueError(msg)
+        grouped = groupby(self.cells, key=lambda cell: (cell.set, cell.k_shot, cell.method))
+        self.groups = [Group(*key, {cell.seed: cell for cell in members}) for key, members in grouped]
         self.shots = sorted({cell.k_shot for cell in cells if cell.method}, key=lambda k: (k == 0, k))
+        self.backbones = sorted({cell.backbone for cell in self.cells if cell.backbone})
 
     @cached_property
     def places(self) -> list[tuple[str, int]]:
@@ -181,7 +154,7 @@ class FinishedCells:
 
     @cached_property
     def pairs(self) -> dict[tuple[str, int], list[Pair]]:
-        """Comparisons by set and shot: one family of Holm's correction each.
+        """Comparisons by set and shot, one family of Holm's correction each.
 
         The first method of MVFA is compared with every other method, and ``MVFA (normal only)`` with those that were
         shown normal supports and nothing else.
@@ -196,29 +169,20 @@ class FinishedCells:
         wanted = [(own[0], other) for other in everything if other is not own[0]]
         like = [g for g in everything if g.k_shot and not g.first.shown.get("abnormal")]
         wanted += [(g, other) for g in own[1:] if g.method == NORMAL_ONLY for other in like if other is not g]
-        found: dict[int, tuple[Group, Group, Mapping[str, Difference]]] = {}
-        for number, (first, second) in enumerate(wanted):
-            if not first.k_shot or second.k_shot:
-                seeds = [seed for seed in first.cells if seed in second.cells]
-                theirs = [second.cells[seed].scores for seed in seeds]
-            else:  # run once, for all draws
-                seeds, theirs = list(first.cells), [second.first.scores] * len(first.cells)
-            if not seeds:
-                continue
+        found = []
+        for first, second in wanted:
+            once = first.k_shot and not second.k_shot  # the second was run once, for all draws
+            seeds = [seed for seed in first.cells if once or seed in second.cells]
+            ours = [first.cells[seed].scores for seed in seeds]
+            theirs = [(second.first if once else second.cells[seed]).scores for seed in seeds]
             try:
-                measured = differences([first.cells[seed].scores for seed in seeds], theirs)
+                if seeds:
+                    found.append((first, second, differences(ours, theirs)))
             except ValueError as error:
                 logger.warning("%s and %s are not compared on %s: %s", first.method, second.method, name, error)
-                continue
-            found[number] = (first, second, measured)
-        adjusted = holm({number: measured["image_AUROC"].p_value for number, (*_, measured) in found.items()})
+        adjusted = holm({number: measured["image_AUROC"].p_value for number, (*_, measured) in enumerate(found)})
         family = sum(not math.isnan(value) for value in adjusted.values())
-        return [Pair(*members, adjusted[number], family) for number, members in found.items()]
-
-    @property
-    def backbones(self) -> list[str]:
-        """Names of the backbones."""
-        return sorted({cell.backbone for cell in self.cells if cell.backbone})
+        return [Pair(*members, adjusted[number], family) for number, members in enumerate(found)]
 
 
 # Formatting
@@ -228,7 +192,7 @@ def shot(k_shot: int) -> str:
     return f"k = {k_shot}" if k_shot else "no supports"
 
 
-def _percent(values: Iterable[float]) -> str:
+def _percent(values: Sequence[float]) -> str:
     known = [100 * value for value in values if not math.isnan(value)]
     if not known:
         return "-"
@@ -249,10 +213,8 @@ def points(difference: Difference) -> str:
 def _units(group: Group) -> str:
     """Describe the test images and how they are grouped."""
     scores = group.first.scores
-    images = f"{int((~scores.labels).sum())} normal and {int(scores.labels.sum())} abnormal test images"
-    if scores.groups:
-        return f"{images} of {len(set(scores.groups))} patients"
-    return images
+    patients = f" of {len(set(scores.groups))} patients" if scores.groups else ""
+    return f"{int((~scores.labels).sum())} normal and {int(scores.labels.sum())} abnormal test images{patients}"
 
 
 def _summary(comparison: FinishedCells) -> list[str]:
@@ -260,29 +222,29 @@ def _summary(comparison: FinishedCells) -> list[str]:
     sentences = []
     for (name, k_shot), pairs in comparison.pairs.items():
         first = pairs[0].first
-        count = len(first.cells)
-        seeds = f"mean of {count} draws of supports" if count > 1 else "one run"
+        seeds = f"mean of {len(first.cells)} draws of supports" if len(first.cells) > 1 else "one run"
         said = [f"{name}, {shot(k_shot)}, {seeds}, {_units(first)}."]
         by_name = {(pair.first.method, pair.second.method): pair for pair in pairs}
-        like = by_name.get((NORMAL_ONLY, "WinCLIP"))
-        labels = by_name.get((first.method, NORMAL_ONLY))
-        trivial = [pair for pair in pairs if pair.first is first and pair.second.method in TRIVIAL]
-        trivial.sort(key=lambda pair: math.inf if math.isnan(pair.area.mean) else pair.area.mean)
-        if like:
+        own = [pair for pair in pairs if pair.first is first]
+        rest = sorted(
+            (pair for pair in own if pair.second.method in TRIVIAL), key=lambda p: np.nan_to_num(p.area.mean, nan=9)
+        )[:1]
+        if like := by_name.get((NORMAL_ONLY, "WinCLIP")):
             said.append(f"Of methods that are shown the same normal images, {_verdict(like)}")
-        if labels:
-            shown = labels.first.first.shown
+        else:
+            rest = [pair for pair in pairs if pair.second.method.startswith("WinCLIP")][:1] + rest
+        if labels := by_name.get((first.method, NORMAL_ONLY)):
+            shown = first.first.shown
             extra = f"{shown.get('abnormal')} abnormal images and {shown.get('masks')} masks"
             said.append(f"Given {extra} as well, {_verdict(labels)}")
-        others = [] if like else [pair for pair in pairs if pair.second.method.startswith("WinCLIP")][:1]
-        said += [_verdict(pair) for pair in others + trivial[:1] or ([] if like or labels else pairs[:1])]
+        said += [_verdict(pair) for pair in rest or ([] if like or labels else pairs[:1])]
         sentences.append(" ".join([said[0], *(sentence[0].upper() + sentence[1:] for sentence in said[1:])]))
     return sentences or ["No two methods could be compared on the same images."]
 
 
 def _verdict(pair: Pair) -> str:
     area = pair.area
-    ours, theirs = (f"{group.label} ({group.value('image_AUROC')} %)" for group in (pair.first, pair.second))
+    ours, theirs = (f"{group.label} ({group.text('image_AUROC')} %)" for group in (pair.first, pair.second))
     if math.isnan(area.mean):
         return f"{ours} and {theirs} cannot be compared: their common test images lack a class."
     numbers = f"{100 * area.mean:+.1f} points, 95 % interval {100 * area.low:+.1f} to {100 * area.high:+.1f}, "
@@ -303,8 +265,6 @@ def _verdict(pair: Pair) -> str:
 
 # Tables
 
-SHOWN = ("normal shown", "abnormal shown", "masks shown", "remark")
-
 
 def _paper_tables(comparison: FinishedCells) -> list[Table]:
     """AUROC of images and pixels, one method per row, the sets side by side, the mean at the end."""
@@ -312,51 +272,48 @@ def _paper_tables(comparison: FinishedCells) -> list[Table]:
     for k_shot in comparison.shots:
         groups = {(g.method, g.set): g for g in comparison.groups if g.k_shot == k_shot}
         sets = [name for name in comparison.sets if any(key[1] == name for key in groups)]
-        masked = {
-            name for (_, name), g in groups.items() if any("pixel_AUROC" in cell.metrics for cell in g.cells.values())
-        }
+        masked = {name for (_, name), group in groups.items() if not np.isnan(group.values("pixel_AUROC")).all()}
         columns = [(name, level) for level in ("image", "pixel") for name in sets if level == "image" or name in masked]
-        levels = list(dict.fromkeys(level for _, level in columns)) if len(sets) > 1 else []
-        header = ["method", *SHOWN[:3], *(f"{name}, {level}" for name, level in columns)]
-        header += [f"mean, {level}" for level in levels]
-        published = {method: row for (method, k), row in PUBLISHED.items() if k == k_shot}
-        if not any(paper_set(name) for name in sets):
-            published = {}
-        rows, grey = [], set()
-        failed = {cell.method: None for cell in comparison.others if cell.status == "failed" and cell.k_shot == k_shot}
-        for method in dict.fromkeys([*(method for method, _ in groups), *failed, *published]):
-            own = [group for (named, _), group in groups.items() if named == method]
+        published = {method: row for (method, k), row in PUBLISHED.items() if k == k_shot and any(map(paper_set, sets))}
+        failed = {cell.method for cell in comparison.others if cell.status == "failed" and cell.k_shot == k_shot}
+        rows: list[dict[str, str]] = []
+        grey = set()
+        for method in dict.fromkeys([*(method for method, _ in groups), *sorted(failed), *published]):
+            own = {name: groups[method, name] for name in sets if (method, name) in groups}
             if own:
-                by_set = {group.set: group for group in own}
-                cells = [by_set[n].value(f"{level}_AUROC") if n in by_set else "-" for n, level in columns]
-                means = [
-                    [
-                        by_set[n].mean(f"{level}_AUROC") if n in by_set else math.nan
-                        for n, kind in columns
-                        if kind == level
-                    ]
-                    for level in levels
-                ]
-                rows.append([own[0].label, *own[0].shown[:3], *cells, *(_mean(values) for values in means)])
-            if not own and method in failed:
-                rows.append([method, "failed, see Missing", *["-"] * (len(header) - 2)])
+                texts = {(n, level): own[n].text(f"{level}_AUROC") for n, level in columns if n in own}
+                means = {(n, level): float(np.mean(own[n].values(f"{level}_AUROC"))) for n, level in texts}
+                head = {name: text for name, text in next(iter(own.values())).shown.items() if name != "remark"}
+                rows.append(head | _paper_row(columns, texts, means, 1))
+            elif method in failed:
+                rows.append({"method": method, SHOWN[0]: "failed, see Missing"})
             if method in published:
                 grey.add(len(rows))
-                values = [
-                    (getattr(published[method].get(paper_set(n) or ""), level, None), level) for n, level in columns
-                ]
-                texts = ["-" if value is None else f"{value:.2f}" for value, _ in values]
-                means = [[math.nan if v is None else v / 100 for v, kind in values if kind == w] for w in levels]
-                rows.append([f"{method}, published", "-", "-", "-", *texts, *(_mean(values, 2) for values in means)])
+                known = {(n, w): getattr(published[method].get(paper_set(n) or ""), w, None) for n, w in columns}
+                means = {column: value / 100 for column, value in known.items() if value is not None}
+                texts = {column: f"{100 * value:.2f}" for column, value in means.items()}
+                rows.append({"method": f"{method}, published"} | _paper_row(columns, texts, means, 2))
+        header = ["method", *SHOWN[:3], *_paper_row(columns, {}, {}, 1)]
         kind = f"Few-shot, k = {k_shot}" if k_shot else "Without supports"
         note = "; in italics: published, not measured here" if grey else ""
-        tables.append(Table(f"{kind}: AUROC in percent{note}", header, rows, frozenset(grey)))
+        frame = pd.DataFrame(rows, columns=header).fillna("-")
+        tables.append(Table(f"{kind}: AUROC in percent{note}", frame, frozenset(grey)))
     return tables
 
 
-def _mean(values: Sequence[float], digits: int = 1) -> str:
-    mean = float(np.mean(values)) if values else math.nan
-    return "-" if math.isnan(mean) else f"{100 * mean:.{digits}f}"
+Column = tuple[str, str]  # set, and image or pixel
+
+
+def _paper_row(
+    columns: Sequence[Column], texts: Mapping[Column, str], means: Mapping[Column, float], digits: int
+) -> dict[str, str]:
+    """Return the cells of a row, and with several sets their means, missing where a set is."""
+    row = {f"{name}, {level}": texts.get((name, level), "-") for name, level in columns}
+    if len({name for name, _ in columns}) > 1:
+        for level in dict.fromkeys(level for _, level in columns):
+            mean = float(np.mean([means.get(column, math.nan) for column in columns if column[1] == level]))
+            row[f"mean, {level}"] = "-" if math.isnan(mean) else f"{100 * mean:.{digits}f}"
+    return row
 
 
 def _metric_tables(comparison: FinishedCells) -> list[Table]:
@@ -368,17 +325,14 @@ def _metric_tables(comparison: FinishedCells) -> list[Table]:
         rows = []
         for group in groups:
             ends = intervals([cell.scores for cell in group.cells.values()])
-            row = [group.label, *group.shown]
-            for metric in shown:
-                text = group.value(metric)
-                if metric in IMAGE_METRICS:
-                    text += f" [{100 * ends[metric][0]:.1f}, {100 * ends[metric][1]:.1f}]"
-                row.append(text)
-            rows.append([*row, str(len(group.cells))])
+            texts = {TITLES[metric]: group.text(metric) for metric in shown}
+            for metric in IMAGE_METRICS:
+                texts[TITLES[metric]] += f" [{100 * ends[metric][0]:.1f}, {100 * ends[metric][1]:.1f}]"
+            rows.append(group.shown | texts | {"runs": str(len(group.cells))})
         size = "the network's" if groups[0].first.config.get("pixel_metrics") == "network" else "each mask's own"
         caption = f"{name}, {shot(k_shot)}: {_units(groups[0])}"
         caption += f"; pixel metrics at {size} size" if any(metric.startswith("pixel") for metric in shown) else ""
-        tables.append(Table(caption, ["method", *SHOWN, *(TITLES[metric] for metric in shown), "runs"], rows))
+        tables.append(Table(caption, pd.DataFrame(rows)))
     return tables
 
 
@@ -386,53 +340,49 @@ def _pair_tables(comparison: FinishedCells) -> list[Table]:
     tables = []
     for (name, k_shot), pairs in comparison.pairs.items():
         rows = [
-            [
-                f"{pair.first.label} - {pair.second.label}",
-                points(pair.area),
-                _p_value(pair.area.p_value),
-                _p_value(pair.adjusted),
-                f"{pair.area.ahead} of {pair.area.seeds}",
-                *(points(pair.differences[metric]) for metric in IMAGE_METRICS[1:]),
-            ]
+            {
+                "methods": f"{pair.first.label} - {pair.second.label}",
+                "AUROC": points(pair.area),
+                "p": _p_value(pair.area.p_value),
+                "Holm's p": _p_value(pair.adjusted),
+                "ahead, draws": f"{pair.area.ahead} of {pair.area.seeds}",
+                **{TITLES[metric]: points(pair.differences[metric]) for metric in IMAGE_METRICS[1:]},
+            }
             for pair in pairs
         ]
-        header = ["methods", "AUROC", "p", "Holm's p", "ahead, draws", *(TITLES[m] for m in IMAGE_METRICS[1:])]
         family = f"Holm's family: the {pairs[0].family} comparisons of this table"
         grouped = "patients resampled" if pairs[0].first.first.scores.groups else "images taken as independent"
-        tables.append(Table(f"{name}, {shot(k_shot)}. {family}; {grouped}", header, rows))
+        tables.append(Table(f"{name}, {shot(k_shot)}. {family}; {grouped}", pd.DataFrame(rows)))
     return tables
 
 
 def _cost_tables(comparison: FinishedCells) -> list[Table]:
     tables = []
     for name in comparison.sets:
-        rows = []
-        for group in (group for group in comparison.groups if group.set == name):
-            row = [group.label, str(group.k_shot)]
-            for cost in COSTS:
-                known = [
-                    value for cell in group.cells.values() if not math.isnan(value := cell.cost.get(cost, math.nan))
-                ]
-                mean = float(np.mean(known)) if known else math.nan
-                row.append("-" if not known else f"{mean:,.3g}" if mean < 100 else f"{mean:,.0f}")
-            rows.append(row)
+        groups = [group for group in comparison.groups if group.set == name]
+        means = pd.DataFrame([pd.DataFrame([cell.cost for cell in g.cells.values()]).mean() for g in groups])
+        frame = means.reindex(columns=list(COSTS)).rename(columns=COSTS).map(_cost)
+        frame.insert(0, "k", [str(group.k_shot) for group in groups])
+        frame.insert(0, "method", [group.label for group in groups])
         machines = "; ".join(sorted({cell.machine for cell in comparison.cells if cell.set == name and cell.machine}))
-        tables.append(Table(f"{name}: mean over the runs, on {machines}", ["method", "k", *COSTS.values()], rows))
+        tables.append(Table(f"{name}: mean over the runs, on {machines}", frame))
     return tables
 
 
+def _cost(mean: float) -> str:
+    return "-" if math.isnan(mean) else f"{mean:,.3g}" if mean < 100 else f"{mean:,.0f}"
+
+
 def failures(comparison: FinishedCells, show_paths: bool) -> list[Table]:
+    """List the cells without results; reasons that may name files are shown on request alone."""
     rows = []
     for cell in comparison.others:
-        hidden = f"see {Path('cells', cell.folder.name, 'cell.json').as_posix()}"
         error = cell.error or ""
-        public = (
-            show_paths
-            or cell.status == "unreadable"
-            or error.startswith(("FileNotFoundError: The weights of", "FileNotFoundError: No weights"))
-        )
-        rows.append([cell.folder.name, cell.status, error if public else hidden])
-    return [Table("Cells without results", ["cell", "status", "reason"], rows)] if rows else []
+        public = error.startswith(("FileNotFoundError: The weights of", "FileNotFoundError: No weights"))
+        if not (show_paths or public or cell.status == "unreadable"):
+            error = f"see {Path('cells', cell.folder.name, 'cell.json').as_posix()}"
+        rows.append({"cell": cell.folder.name, "status": cell.status, "reason": error})
+    return [Table("Cells without results", pd.DataFrame(rows))] if rows else []
 
 
 def _markdown(value: Any) -> Any:  # noqa: ANN401 - whatever a template prints
@@ -458,7 +408,7 @@ def facts(comparison: FinishedCells) -> dict[str, Any]:
         "summary": _summary(comparison),
         "demonstration": "tiny" in comparison.backbones,
         "paper": _paper_tables(comparison),
-        "source": SOURCE if any(paper_set(name) for name in comparison.sets) else "",
+        "source": SOURCE if any(map(paper_set, comparison.sets)) else "",
         "metrics": _metric_tables(comparison),
         "tests": _pair_tables(comparison),
         "costs": _cost_tables(comparison),
@@ -470,24 +420,16 @@ def write_tables(cells: Sequence[Cell], folder: Path | str) -> None:
 
     The reasons of failed cells, which may name files, are in ``results.csv`` alone.
 
-    Args:
-        cells: The cells of a comparison.
-        folder: Folder that receives both.
-
     Raises:
         ValueError: If two cells are of the same method, set, shot and seed.
     """
     comparison = FinishedCells(cells)
-    metrics = dict.fromkeys([*TITLES, *(name for cell in cells for name in cell.metrics)])
-    costs = dict.fromkeys([*COSTS, *(name for cell in cells for name in cell.cost)])
-    columns = ("method", "set", "k_shot", "seed", "backbone", "status", "threshold", "version", "machine", "error")
-    with replacing(Path(folder) / "results.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["cell", *columns[:6], *metrics, *costs, *columns[6:]])
-        for cell in cells:
-            known = [getattr(cell, fact) for fact in columns]
-            values = [cell.metrics.get(name) for name in metrics] + [cell.cost.get(name) for name in costs]
-            writer.writerow([cell.folder.name, *known[:6], *values, *known[6:]])
+    known = ("method", "set", "k_shot", "seed", "backbone", "status", "threshold", "version", "machine", "error")
+    rows = [{"cell": c.folder.name, **{name: getattr(c, name) for name in known}, **c.metrics, **c.cost} for c in cells]
+    frame = pd.DataFrame(rows)
+    columns = list(dict.fromkeys(["cell", *known[:6], *TITLES, *COSTS, *frame]))
+    with replacing(Path(folder) / "results.csv") as partial:
+        frame.reindex(columns=columns).to_csv(partial, index=False)
     template = environment(markdown=True).get_template("results.md.jinja")
     with replacing(Path(folder) / "results.md") as partial:
         text = template.render(**facts(comparison), missing=failures(comparison, show_paths=False))

@@ -68,20 +68,16 @@ class Comparison:
             ``trained_on: train`` from all normal training images; ``weights`` is a ``.safetensors`` file of its timm
             backbone, or ``random``; ``image_size``, ``epochs`` and ``trainer`` are optional.
         output: Folder that receives one folder per cell.
-        backbone: As of MVFA, the same for MVFA and WinCLIP.
-        pretrained: As of MVFA.
-        image_size: As of MVFA.
+        backbone: As of MVFA, like ``pretrained`` and ``image_size``; the same for MVFA and WinCLIP.
         k_shot: Numbers of supports.
         group_by: As of ``FewShot``: which part of a file name the images of a patient share, for sets whose datamodules
             know no patients.
         seeds: Each draws other supports.
         support_list: File with published supports instead of drawn ones; ``{set}`` and ``{draw}`` in its name stand for
-            the set and for one of ``draws``, which then take the place of the seeds.
-        draws: Names of the draws of ``support_list``.
+            the set and for one of ``draws``, names that then take the place of the seeds.
         pixel_metrics: ``"mask"`` computes pixel metrics at the size of each mask, ``"network"`` at the size that the
             backbone reads, as published figures are, and in less memory.
         epochs: Epochs of a training.
-        accelerator: As of Lightning.
 
     Raises:
         ValueError: If something is missing or unknown.
@@ -103,54 +99,35 @@ class Comparison:
     accelerator: str = "auto"
 
     def __post_init__(self) -> None:
-        unknown = [
-            name for name, own in self.methods.items() if name not in BUILT_IN and "class_path" not in (own or {})
-        ]
-        if unknown:
-            msg = (
-                f"comparison.methods: unknown {', '.join(unknown)}. Known are {', '.join(BUILT_IN)}; any other name "
-                "needs the class_path of a model of anomalib, such as Patchcore."
-            )
-            raise ValueError(msg)
-        for name, own in self.methods.items():
-            surplus = sorted(set(own or {}) - PEER_KEYS) if "class_path" in (own or {}) else []
-            if surplus or (own or {}).get("trained_on", "train") not in {"supports", "train"}:
-                wrong = f"unknown entries {surplus}" if surplus else "trained_on must be supports or train"
-                msg = f"comparison.methods.{name}: {wrong}. Known are {', '.join(sorted(PEER_KEYS))}."
+        for msg in (*(_method_fault(name, own or {}) for name, own in self.methods.items()), self._fault()):
+            if msg:
                 raise ValueError(msg)
-        for name in ("sets", "methods", "k_shot", "seeds"):
-            if not getattr(self, name):
-                msg = f"comparison.{name} is empty: nothing to compare."
-                raise ValueError(msg)
-        if min(self.k_shot) < 1:
+        if self.draws:
+            object.__setattr__(self, "seeds", tuple(range(len(self.draws))))
+
+    def _fault(self) -> str:
+        empty = [name for name in ("sets", "methods", "k_shot", "seeds") if not getattr(self, name)]
+        msg = ""
+        if empty:
+            msg = f"comparison.{empty[0]} is empty: nothing to compare."
+        elif min(self.k_shot) < 1:
             msg = f"comparison.k_shot counts supports, at least 1, got {min(self.k_shot)}."
-            raise ValueError(msg)
-        if self.pixel_metrics not in {"mask", "network"}:
+        elif self.pixel_metrics not in {"mask", "network"}:
             msg = f"comparison.pixel_metrics must be mask or network, got '{self.pixel_metrics}'."
-            raise ValueError(msg)
-        if (self.support_list is None) != (not self.draws) or (self.draws and len(self.k_shot) > 1):
+        elif (self.support_list is None) != (not self.draws) or (self.draws and len(self.k_shot) > 1):
             msg = (
                 "comparison.support_list and comparison.draws belong together, with the one k_shot of the lists: "
                 "support_list: LISTS/{set}/{draw}.txt and draws: [4-shot, shot4_sample1]."
             )
-            raise ValueError(msg)
-        if self.draws:
-            object.__setattr__(self, "seeds", tuple(range(len(self.draws))))
+        return msg
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Comparison":
-        """Check the names in a configuration.
-
-        Raises:
-            ValueError: If an entry is unknown or missing.
-        """
-        unknown = config.keys() - cls.__dataclass_fields__.keys()
-        missing = {"sets", "methods"} - config.keys()
+        """Make a comparison of a configuration, whose entries must be known."""
+        fields = cls.__dataclass_fields__
+        unknown, missing = sorted(config.keys() - fields), sorted({"sets", "methods"} - config.keys())
         if unknown or missing:
-            known = ", ".join(cls.__dataclass_fields__)
-            msg = (
-                f"comparison: unknown entries {sorted(unknown)}, missing entries {sorted(missing)}. Known are {known}."
-            )
+            msg = f"comparison: unknown entries {unknown}, missing entries {missing}. Known are {', '.join(fields)}."
             raise ValueError(msg)
         return cls(**config)
 
@@ -164,6 +141,20 @@ class Comparison:
                         yield Spec(self, method, name, k_shot, seed, arguments, dict(source))
                 elif seed == self.seeds[0]:
                     yield Spec(self, method, name, 0, seed, arguments, dict(source))
+
+
+def _method_fault(name: str, own: Mapping[str, Any]) -> str:
+    msg, known = "", ", ".join(sorted(PEER_KEYS))
+    if "class_path" not in own and name not in BUILT_IN:
+        msg = (
+            f"comparison.methods: unknown {name}. Known are {', '.join(BUILT_IN)}; any other name "
+            "needs the class_path of a model of anomalib, such as Patchcore."
+        )
+    elif "class_path" in own and own.keys() - PEER_KEYS:
+        msg = f"comparison.methods.{name}: unknown entries {sorted(own.keys() - PEER_KEYS)}. Known are {known}."
+    elif own.get("trained_on", "train") not in {"supports", "train"}:
+        msg = f"comparison.methods.{name}: trained_on must be supports or train, got '{own['trained_on']}'."
+    return msg
 
 
 @dataclass(frozen=True)
@@ -188,19 +179,9 @@ class Spec:
     @property
     def config(self) -> dict[str, Any]:
         """Everything that its result depends on, as plain data."""
-        common = asdict(self.comparison)
-        chosen = (
-            "backbone",
-            "pretrained",
-            "image_size",
-            "epochs",
-            "accelerator",
-            "support_list",
-            "pixel_metrics",
-            "group_by",
-        )
-        facts = {name: common[name] for name in chosen} | {"arguments": self.arguments, "source": self.source}
-        facts["group_by"] = self.comparison.group_by
+        chosen = ("backbone", "pretrained", "image_size", "epochs", "accelerator", "support_list", "pixel_metrics")
+        facts = {name: getattr(self.comparison, name) for name in (*chosen, "group_by")}
+        facts |= {"arguments": self.arguments, "source": self.source}
         facts["draw"] = self.comparison.draws[self.seed] if self.comparison.draws else None
         facts["largest_k_shot"] = max(self.comparison.k_shot) if self.k_shot else None  # decides which images remain
         result: dict[str, Any] = json.loads(json.dumps(facts, default=str))
@@ -213,17 +194,15 @@ class Spec:
             record = json.loads((self.folder / "cell.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return False
-        if record.get("status") == "done" and record.get("config") != self.config:
+        done = bool(record.get("status") == "done")
+        if done and record.get("config") != self.config:
             logger.warning("%s was computed with another configuration and is computed again.", self.folder.name)
             return False
-        return bool(record.get("status") == "done")
+        return done
 
 
 def run_comparison(comparison: Comparison) -> list[Path]:
     """Compute the cells that are missing.
-
-    Args:
-        comparison: The grid.
 
     Returns:
         Folders of the cells that failed; the reason is in ``cell.json``.
@@ -234,23 +213,10 @@ def run_comparison(comparison: Comparison) -> list[Path]:
     for spec in track(pending, description=f"Comparison, {len(pending)} cells"):
         spec.folder.mkdir(parents=True, exist_ok=True)
         (spec.folder / "cell.json").unlink(missing_ok=True)
-        record: dict[str, Any] = {
-            "method": spec.method,
-            "set": spec.set,
-            "k_shot": spec.k_shot,
-            "seed": spec.seed,
-            "backbone": comparison.backbone,
-            "status": "done",
-            "error": None,
-            "metrics": {},
-            "cost": {},
-            "threshold": None,
-            "supports": [],
-            "shown": {},
-            "machine": _machine(),
-            "anomalib_mvfa": __version__,
-            "config": spec.config,
-        }
+        record = {name: getattr(spec, name) for name in ("method", "set", "k_shot", "seed", "config")}
+        record |= {"backbone": comparison.backbone, "machine": _machine(), "anomalib_mvfa": __version__}
+        record |= {"status": "done", "error": None, "threshold": None, "supports": []}
+        record |= {"metrics": {}, "cost": {}, "shown": {}}
         try:
             record |= _run(spec, episodes)
         except Exception as error:
@@ -263,14 +229,9 @@ def run_comparison(comparison: Comparison) -> list[Path]:
 
 
 def write_report(comparison: Comparison, command: str | None = None) -> Path:
-    """Write ``results.csv``, ``results.md`` and ``index.html`` of the cells that exist.
+    """Write ``results.csv``, ``results.md`` and ``index.html`` of the cells that exist, and return the page.
 
-    Args:
-        comparison: The grid.
-        command: How it was run.
-
-    Returns:
-        The page.
+    ``command`` is shown there: how the comparison was run.
     """
     output = Path(comparison.output)
     made = {name: get_datamodule(dict(source)) for name, source in comparison.sets.items()}
@@ -295,17 +256,22 @@ class _Episodes:
         largest = max(spec.comparison.k_shot)
         key = (spec.k_shot or largest, "synthetic" if spec.method == "MVFA (normal only)" else "auto")
         for wanted in ((largest, "auto"), key):
-            if wanted not in self._made:
-                self._made[wanted] = self._make(spec, *wanted)
+            self._made[wanted] = self._made.get(wanted) or self._make(spec, *wanted)
         return self._made[key]
 
     def _make(self, spec: Spec, k_shot: int, abnormal_source: str) -> FewShot:
-        listed: dict[str, Any] = {"seed": spec.seed, "group_by": spec.comparison.group_by}
-        if spec.comparison.support_list:
-            draw = spec.comparison.draws[spec.seed]
-            listed["support_list"] = spec.comparison.support_list.format(set=spec.set, draw=draw)
+        listed = spec.comparison.support_list
+        if listed:
+            listed = listed.format(set=spec.set, draw=spec.comparison.draws[spec.seed])
         source = get_datamodule(dict(spec.source))
-        episode = FewShot(source, k_shot=k_shot, abnormal_source=abnormal_source, **listed)
+        episode = FewShot(
+            source,
+            k_shot=k_shot,
+            abnormal_source=abnormal_source,
+            seed=spec.seed,
+            group_by=spec.comparison.group_by,
+            support_list=listed,
+        )
         episode.prepare_data()
         episode.setup(TrainerFn.FITTING)  # the trainer then leaves it as it is
         if (found := int((episode.train_data.samples.label_index == 0).sum())) != k_shot:
@@ -338,14 +304,10 @@ def _run(spec: Spec, episodes: _Episodes) -> dict[str, Any]:
     metrics, predict_ms = _Test(spec, ready, data, image_size).run()
     tensors = {tensor.data_ptr(): tensor for tensor in [*ready.network.parameters(), *ready.network.buffers()]}
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    costs = {"train_seconds": seconds, "train_peak_mb": peak, "predict_ms": predict_ms, "size_mb": size / MEGABYTE}
     return {
         "metrics": metrics,
-        "cost": {
-            "train_seconds": seconds,
-            "train_peak_mb": peak,  # of the graphics card
-            "predict_ms": predict_ms,
-            "size_mb": size / MEGABYTE,
-        },
+        "cost": costs,
         "threshold": ready.threshold,
         "shown": asdict(ready.shown),
         "supports": [_relative(path, data.source) for path in ready.supports],
@@ -377,8 +339,6 @@ class _Test:
         self.data: AnomalibDataset = copy.copy(tested)
         self.data.augmentations = None  # images and masks as they were read
         self.has_masks = tested.samples.attrs["task"] == "segmentation"
-        use_gpu = spec.comparison.accelerator != "cpu" and torch.cuda.is_available()
-        self.device = torch.device("cuda" if use_gpu else "cpu")
         self.pixels = _Pixels()
         self.small: list[NDArray[np.float32]] = []
         self.masks: list[NDArray[np.uint8]] = []
@@ -386,12 +346,14 @@ class _Test:
 
     def run(self) -> tuple[dict[str, float], float]:
         """Predict, and return the metrics and the milliseconds per image."""
-        self.ready.model.to(self.device).eval()
+        use_gpu = self.spec.comparison.accelerator != "cpu" and torch.cuda.is_available()
+        device = torch.device("cuda" if use_gpu else "cpu")
+        self.ready.model.to(device).eval()
         scores, labels, times = [], [], []
         options = {"batch_size": self.datamodule.eval_batch_size, "num_workers": self.datamodule.num_workers}
         for items in DataLoader(self.data, collate_fn=list, **options):  # type: ignore[arg-type]
             images = [torch.as_tensor(item.image).as_subclass(Tensor) for item in items]
-            inputs = torch.stack([self.ready.transform(image) for image in images]).to(self.device)
+            inputs = torch.stack([self.ready.transform(image) for image in images]).to(device)
             began = time.perf_counter()
             with torch.inference_mode():
                 output = self.ready.network(inputs)
@@ -420,30 +382,25 @@ class _Test:
                 self.lesions.append((one, mask))
 
     def _finish(self, scores: Tensor, labels: NDArray[np.bool_]) -> dict[str, float]:
+        msg = ""
         if not bool(scores.isfinite().all()):
             msg = f"{int((~scores.isfinite()).sum())} of {len(scores)} image scores are not finite numbers."
-            raise ValueError(msg)
         if labels.all() or not labels.any():
             msg = "The test images are all normal or all abnormal: nothing can be compared on them."
+        if msg:
             raise ValueError(msg)
         values = scores.double().numpy()
-        table = pd.DataFrame(
-            {
-                "path": [_relative(path, self.datamodule.source) for path in self.data.samples.image_path],
-                "label": labels.astype(int),
-                "score": values,
-            }
-        )
+        paths = [_relative(path, self.datamodule.source) for path in self.data.samples.image_path]
+        table = pd.DataFrame({"path": paths, "label": labels.astype(int), "score": values})
         if "group" in self.data.samples:  # numbered, for names of groups may be those of patients; alone where unknown
             known = self.whole.samples.group.dropna().unique()
             numbers = {name: str(number) for number, name in enumerate(sorted(known, key=str))}
-            table["group"] = [
-                numbers.get(name, path) for name, path in zip(self.data.samples.group, table.path, strict=True)
-            ]
+            groups = zip(self.data.samples.group, paths, strict=True)
+            table["group"] = [numbers.get(name, path) for name, path in groups]
         table.to_csv(self.spec.folder / "scores.csv", index=False)
         metrics = {name: float(value[0]) for name, value in image_metrics(labels, values).items()}
         if self.small:
-            _write_maps(self.spec.folder / "maps.npz", np.stack(self.small), self.masks)
+            self._write_maps(self.spec.folder / "maps.npz")
         if self.lesions:
             metrics |= self.pixels.compute()
             threshold = self.pixels.best_threshold()
@@ -454,14 +411,13 @@ class _Test:
             metrics |= {"pixel_Dice_mean": float(np.mean(each)), "pixel_Dice_sd": float(np.std(each))}
         return metrics
 
-
-def _write_maps(path: Path, maps: NDArray[np.float32], masks: list[NDArray[np.uint8]]) -> None:
-    """Write maps ``(N, h, w)`` in eight bits on one scale, with their masks."""
-    low, high = np.quantile(maps[:: max(1, len(maps) // 2000)], QUANTILES)
-    levels = np.clip((maps - low) / max(high - low, 1e-12) * 255, 0, 255).round().astype(np.uint8)
-    truth = {"masks": np.stack(masks)} if masks else {}
-    arrays: dict[str, Any] = {"maps": levels, "low": low, "high": high, **truth}
-    np.savez_compressed(path, **arrays)
+    def _write_maps(self, path: Path) -> None:
+        """Write the maps ``(N, h, w)`` in eight bits on one scale, with their masks."""
+        maps = np.stack(self.small)
+        low, high = np.quantile(maps[:: max(1, len(maps) // 2000)], QUANTILES)
+        levels = np.clip((maps - low) / max(high - low, 1e-12) * 255, 0, 255).round().astype(np.uint8)
+        truth: dict[str, Any] = {"masks": np.stack(self.masks)} if self.masks else {}
+        np.savez_compressed(path, maps=levels, low=low, high=high, **truth)
 
 
 def _machine() -> str:

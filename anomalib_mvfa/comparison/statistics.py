@@ -17,36 +17,20 @@ otherwise the image itself.
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from scipy.special import expit, logit
 from scipy.stats import norm, rankdata, t
 from sklearn.metrics import precision_recall_curve, roc_curve
 from statsmodels.stats.multitest import multipletests
 
-__all__ = [
-    "IMAGE_METRICS",
-    "Area",
-    "Difference",
-    "ImageScores",
-    "area",
-    "area_difference",
-    "bca_interval",
-    "bootstrap",
-    "differences",
-    "holm",
-    "image_metrics",
-    "intervals",
-    "mean_and_spread",
-    "mean_pr",
-    "mean_roc",
-    "placements",
-]
+__all__ = ["Area", "ImageScores", "area", "area_difference", "bca_interval", "bootstrap", "differences", "holm"]
 
 Array = NDArray[np.floating[Any]]
 
@@ -60,19 +44,12 @@ _CHUNK = 2**19  # elements of one array of the bootstrap, about the size of a co
 
 @dataclass(frozen=True, eq=False)
 class ImageScores:
-    """Scores of one trained model on the test images.
-
-    Args:
-        paths: Names of the ``N`` images.
-        labels: ``(N,)``, true for abnormal.
-        scores: ``(N,)``, larger for more abnormal.
-        groups: Group of each image, such as its patient; empty where no groups are known.
-    """
+    """Scores of one trained model on the ``N`` test images."""
 
     paths: tuple[str, ...]
-    labels: NDArray[np.bool_]
-    scores: Array
-    groups: tuple[str, ...] = ()
+    labels: NDArray[np.bool_]  # (N,), true for abnormal
+    scores: Array  # (N,), larger for more abnormal
+    groups: tuple[str, ...] = ()  # of each image, such as its patient; empty where no groups are known
 
     @cached_property
     def units(self) -> tuple[str, ...]:
@@ -81,8 +58,7 @@ class ImageScores:
 
     def select(self, paths: Sequence[str]) -> "ImageScores":
         """Return the given images, in the given order."""
-        position = {path: index for index, path in enumerate(self.paths)}
-        kept = [position[path] for path in paths]
+        kept = pd.Index(self.paths).get_indexer(pd.Index(paths))
         groups = tuple(self.groups[index] for index in kept) if self.groups else ()
         return ImageScores(tuple(paths), self.labels[kept], self.scores[kept], groups)
 
@@ -108,7 +84,7 @@ def image_metrics(
     Args:
         labels: ``(N,)``, true for abnormal.
         scores: ``(N,)``.
-        weights: ``(B, N)``, how often each image is in each of ``B`` samples. Defaults to one sample with every image.
+        weights: ``(B, N)``, how often each image is in each sample. Defaults to one sample with every image.
 
     Returns:
         For each of `IMAGE_METRICS` the ``(B,)`` values in [0, 1]; NaN where a sample lacks a class. The sensitivity is
@@ -146,15 +122,9 @@ def image_metrics(
 def placements(labels: NDArray[np.bool_], scores: Array) -> Array:
     """Compute for each image the share of the other class that it is ordered correctly with, equal scores by half.
 
-    The mean over the images of either class is the area under the ROC curve.
-
-    Args:
-        labels: ``(N,)``, true for abnormal.
-        scores: ``(N,)``.
-
     Returns:
-        ``(N,)`` in [0, 1]: for an abnormal image the share of normal images that score lower, for a normal image the
-        share of abnormal images that score higher. NaN where the other class is missing.
+        ``(N,)`` in [0, 1], whose mean over the images of either class is the area under the ROC curve; NaN where the
+        other class is missing.
 
     Example:
         >>> placements(np.array([False, False, True, True]), np.array([0.1, 0.4, 0.35, 0.8]))
@@ -176,17 +146,11 @@ def placements(labels: NDArray[np.bool_], scores: Array) -> Array:
 
 @dataclass(frozen=True)
 class Area:
-    """An area under the ROC curve, or a difference of two, as the mean over the seeds.
-
-    Attributes:
-        value: The estimate; NaN if a class is missing.
-        standard_error: Over patients or images; NaN if a class has fewer than two groups.
-        groups: Number of groups of the class that has fewer of them.
-    """
+    """An area under the ROC curve, or a difference of two, as the mean over the seeds; NaN if a class is missing."""
 
     value: float
-    standard_error: float
-    groups: int
+    standard_error: float  # over patients or images; NaN if a class has fewer than two groups
+    groups: int  # of the class that has fewer of them
 
     def interval(self) -> tuple[float, float]:
         """Return the 95 % interval of an area, computed on the logit scale.
@@ -228,56 +192,31 @@ class Area:
         return float(t.ppf((1 + LEVEL) / 2, max(self.groups - 1, 1)))
 
 
-@dataclass(frozen=True, eq=False)
-class _Influence:
-    """Influence of each group on the mean area over the seeds, by the class of its images."""
-
-    value: float
-    normal: Array  # (G,)
-    abnormal: Array  # (G,)
-    counts: tuple[int, int]  # groups with normal and with abnormal images
-
-    def area(self) -> Area:
-        few = min(self.counts)
-        if math.isnan(self.value) or few < 2:
-            return Area(self.value, math.nan, few)
-
-        def factor(count: int) -> float:
-            return count / (count - 1)
-
-        variance = (
-            factor(self.counts[0]) * (self.normal**2).sum()
-            + factor(self.counts[1]) * (self.abnormal**2).sum()
-            + 2 * factor(len(self.normal)) * (self.normal * self.abnormal).sum()
-        )
-        return Area(self.value, math.sqrt(max(float(variance), 0.0)), few)
-
-
-def _influence(runs: Sequence[ImageScores]) -> _Influence:
-    names = sorted({unit for run in runs for unit in run.units})
-    position = {name: index for index, name in enumerate(names)}
-    sums = np.zeros((2, len(names)))
-    present = np.zeros((2, len(names)), dtype=np.bool_)
-    values = []
+def _influence(runs: Sequence[ImageScores]) -> tuple[float, pd.DataFrame]:
+    """Return the mean area over the seeds, and the influence of each group on it: groups x (normal, abnormal)."""
+    values, shares = [], []
     for run in runs:
         placed = placements(run.labels, run.scores)
-        value = float(placed[run.labels].mean()) if run.labels.any() else math.nan
-        units = np.array([position[unit] for unit in run.units])
-        for row, own in enumerate((~run.labels, run.labels)):
-            np.add.at(sums[row], units[own], (placed[own] - value) / max(int(own.sum()), 1))
-            present[row, units[own]] = True
-        values.append(value)
-    normal, abnormal = sums / len(runs)
-    return _Influence(float(np.mean(values)), normal, abnormal, (int(present[0].sum()), int(present[1].sum())))
+        values.append(float(placed[run.labels].mean()) if run.labels.any() else math.nan)
+        per_class = np.bincount(run.labels, minlength=2)[run.labels.astype(int)]
+        share = (placed - values[-1]) / per_class / len(runs)
+        shares.append(pd.DataFrame({"group": run.units, "label": run.labels, "share": share}))
+    table = pd.concat(shares).pivot_table("share", "group", "label", "sum").reindex(columns=[False, True])
+    return float(np.mean(values)), table
+
+
+def _area(value: float, influence: pd.DataFrame) -> Area:
+    counts = influence.notna().sum()
+    if math.isnan(value) or counts.min() < 2:
+        return Area(value, math.nan, int(counts.min()))
+    variance = (counts / (counts - 1) * influence.pow(2).sum()).sum()
+    variance += 2 * len(influence) / (len(influence) - 1) * influence.prod(axis=1, skipna=False).sum()
+    return Area(value, math.sqrt(max(float(variance), 0.0)), int(counts.min()))
 
 
 def area(runs: Sequence[ImageScores]) -> Area:
-    """Estimate the mean area under the ROC curve over runs of one method, with its standard error.
-
-    Args:
-        runs: One method with different supports.
-    """
-    return _influence(runs).area()
+    """Estimate the mean area under the ROC curve of one method over its runs, with its standard error."""
+    return _area(*_influence(runs))
 
 
 def area_difference(first: Sequence[ImageScores], second: Sequence[ImageScores]) -> Area:
@@ -291,9 +230,7 @@ def area_difference(first: Sequence[ImageScores], second: Sequence[ImageScores])
         second: Those of the other, each on the same images as its partner.
     """
     ours, theirs = _influence(first), _influence(second)
-    return _Influence(
-        ours.value - theirs.value, ours.normal - theirs.normal, ours.abnormal - theirs.abnormal, ours.counts
-    ).area()
+    return _area(ours[0] - theirs[0], ours[1] - theirs[1])
 
 
 # The other metrics
@@ -301,17 +238,11 @@ def area_difference(first: Sequence[ImageScores], second: Sequence[ImageScores])
 
 @dataclass(frozen=True, eq=False)
 class Resampled:
-    """One metric, or a difference of it, as the mean over the seeds, on resampled groups.
+    """One metric, or a difference of it, as the mean over the seeds, on resampled groups."""
 
-    Attributes:
-        value: On the images themselves.
-        draws: ``(B,)`` on groups that were drawn with replacement.
-        left_out: By stratum the values ``(J,)`` without each block of groups.
-    """
-
-    value: float
-    draws: Array
-    left_out: tuple[Array, ...]
+    value: float  # on the images themselves
+    draws: Array  # (B,), on groups that were drawn with replacement
+    left_out: tuple[Array, ...]  # by stratum (J,), without each block of groups
 
     def __sub__(self, other: "Resampled") -> "Resampled":
         pairs = zip(self.left_out, other.left_out, strict=True)
@@ -322,32 +253,20 @@ def bootstrap(runs: Sequence[ImageScores], draws: int = DRAWS, seed: int = 0) ->
     """Resample whole groups and compute the mean of each metric over the runs.
 
     Groups of normal images, groups of abnormal images and groups with both are resampled apart, as many of each as
-    there are. All runs use the same draws. They depend on the names, labels and groups of the images and on the seed
-    alone, so that two methods on the same images can be subtracted.
-
-    Args:
-        runs: One method with different supports, usually on the same images.
-        draws: Number of draws ``B``.
-        seed: Seed of the draws.
+    there are. The draws depend on the names, labels and groups of the images and on the seed alone, so that two methods
+    on the same images can be subtracted. Results are cached for the next call with the same runs.
 
     Returns:
-        One entry for each of `IMAGE_METRICS`, cached for the next call with the same runs.
+        One entry for each of `IMAGE_METRICS`.
     """
     return _resampled(tuple(runs), draws, seed)
 
 
 @lru_cache(maxsize=64)
 def _resampled(runs: tuple[ImageScores, ...], draws: int, seed: int) -> dict[str, Resampled]:
-    classes: dict[str, set[bool]] = {}
-    for run in runs:
-        for unit, label in zip(run.units, run.labels, strict=True):
-            classes.setdefault(unit, set()).add(bool(label))
-    names = sorted(classes)
-    position = {name: index for index, name in enumerate(names)}
-    kinds = [frozenset(classes[name]) for name in names]
-    strata = [np.flatnonzero([kind == own for kind in kinds]) for own in ({False}, {True}, {False, True})]
-    strata = [stratum for stratum in strata if len(stratum)]
-    columns = [np.array([position[unit] for unit in run.units]) for run in runs]
+    ill = pd.concat([pd.Series(run.labels, run.units) for run in runs]).groupby(level=0).mean()  # by group, sorted
+    strata = [np.flatnonzero(own) for own in (ill == 0, ill == 1, ill.between(0, 1, inclusive="neither")) if own.any()]
+    columns = [ill.index.get_indexer(pd.Index(run.units)) for run in runs]
 
     def evaluate(weights: NDArray[np.int32]) -> dict[str, Array]:
         each = [image_metrics(run.labels, run.scores, weights[:, own]) for run, own in zip(runs, columns, strict=True)]
@@ -357,7 +276,7 @@ def _resampled(runs: tuple[ImageScores, ...], draws: int, seed: int) -> dict[str
     size = max(1, _CHUNK // max(len(run.paths) for run in runs))
     drawn = []
     for start in range(0, draws, size):
-        weights = np.zeros((min(size, draws - start), len(names)), dtype=np.int32)
+        weights = np.zeros((min(size, draws - start), len(ill)), dtype=np.int32)
         for stratum in strata:
             chosen = rng.integers(len(stratum), size=(len(weights), len(stratum)))
             chosen += len(stratum) * np.arange(len(weights))[:, None]
@@ -367,16 +286,14 @@ def _resampled(runs: tuple[ImageScores, ...], draws: int, seed: int) -> dict[str
     left_out = []
     for stratum in strata:
         blocks = np.array_split(stratum, min(BLOCKS, len(stratum)))
-        weights = np.ones((len(blocks), len(names)), dtype=np.int32)
+        weights = np.ones((len(blocks), len(ill)), dtype=np.int32)
         for row, block in enumerate(blocks):
             weights[row, block] = 0
         left_out.append(evaluate(weights))
-    whole = evaluate(np.ones((1, len(names)), dtype=np.int32))
+    whole = evaluate(np.ones((1, len(ill)), dtype=np.int32))
     return {
         name: Resampled(
-            float(whole[name][0]),
-            np.concatenate([part[name] for part in drawn]),
-            tuple(part[name] for part in left_out),
+            float(whole[name][0]), np.concatenate([p[name] for p in drawn]), tuple(p[name] for p in left_out)
         )
         for name in IMAGE_METRICS
     }
@@ -387,10 +304,6 @@ def bca_interval(sample: Resampled, level: float = LEVEL) -> tuple[float, float]
 
     Efron, "Better bootstrap confidence intervals" (1987), with the acceleration for several samples that
     `scipy.stats.bootstrap` uses.
-
-    Args:
-        sample: What `bootstrap` returns, or a difference of two.
-        level: Nominal coverage.
 
     Returns:
         Both ends; NaN if no draw is finite. If all draws are equal, both ends are their value.
@@ -415,36 +328,22 @@ def bca_interval(sample: Resampled, level: float = LEVEL) -> tuple[float, float]
 
 
 def intervals(runs: Sequence[ImageScores]) -> dict[str, tuple[float, float]]:
-    """Compute the 95 % intervals of all metrics of one method, over patients or images.
-
-    Args:
-        runs: One method with different supports.
-    """
+    """Compute the 95 % intervals of all metrics of one method, over patients or images."""
     samples = bootstrap(runs)
     return {name: bca_interval(samples[name]) for name in IMAGE_METRICS} | {"image_AUROC": area(runs).interval()}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference of two methods in one metric, first minus second, as the mean over the seeds.
-
-    Attributes:
-        mean: The difference on the images themselves.
-        low: Lower end of the 95 % interval.
-        high: Upper end.
-        p_value: Two-sided, of the AUROC; NaN for the other metrics, or where it cannot be computed.
-        ahead: Number of seeds with which the first method is strictly better.
-        seeds: Number of seeds.
-        images: Number of different test images.
-    """
+    """A difference of two methods in one metric, first minus second, as the mean over the seeds."""
 
     mean: float
-    low: float
+    low: float  # ends of the 95 % interval
     high: float
-    p_value: float
-    ahead: int
+    p_value: float  # two-sided, of the AUROC; NaN for the other metrics, or where it cannot be computed
+    ahead: int  # seeds with which the first method is strictly better
     seeds: int
-    images: int
+    images: int  # different test images
 
 
 def differences(first: Sequence[ImageScores], second: Sequence[ImageScores]) -> dict[str, Difference]:
@@ -469,21 +368,18 @@ def differences(first: Sequence[ImageScores], second: Sequence[ImageScores]) -> 
     result = {}
     for name in IMAGE_METRICS:
         by_seed = np.array([float(a[name][0] - b[name][0]) for a, b in each])
-        p_value = math.nan
+        (low, high), p_value = bca_interval(ours[name] - theirs[name]), math.nan
         if name == "image_AUROC":
             (low, high), p_value = areas.difference_interval(), areas.p_value()
-        else:
-            low, high = bca_interval(ours[name] - theirs[name])
-        result[name] = Difference(
-            float(by_seed.mean()), low, high, p_value, int((by_seed > 0).sum()), len(by_seed), images
-        )
+        ahead = int((by_seed > 0).sum())
+        result[name] = Difference(float(by_seed.mean()), low, high, p_value, ahead, len(by_seed), images)
     return result
 
 
 def _on_common_images(first: ImageScores, second: ImageScores) -> tuple[ImageScores, ImageScores]:
     """Restrict both to the images that they share, in the order of the first."""
     if first.paths != second.paths:
-        shared: Collection[str] = set(second.paths)
+        shared = set(second.paths)
         paths = [path for path in first.paths if path in shared]
         first, second = first.select(paths), second.select(paths)
     if not first.paths or not bool((first.labels == second.labels).all()):
@@ -494,10 +390,7 @@ def _on_common_images(first: ImageScores, second: ImageScores) -> tuple[ImageSco
 
 
 def holm(p_values: Mapping[Any, float]) -> dict[Any, float]:
-    """Adjust p-values by Holm's step-down rule; NaN stays NaN and does not count.
-
-    Args:
-        p_values: The p-values of one family, by any key.
+    """Adjust the p-values of one family by Holm's step-down rule; NaN stays NaN and does not count.
 
     Example:
         >>> {name: round(float(p), 2) for name, p in holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": math.nan}).items()}
@@ -511,11 +404,7 @@ def holm(p_values: Mapping[Any, float]) -> dict[Any, float]:
 
 
 def mean_roc(runs: Sequence[ImageScores], points: int = 201) -> tuple[Array, Array]:
-    """Average ROC curves at equal false-positive rates.
-
-    Args:
-        runs: Runs with both classes.
-        points: Number of points of the mean curve.
+    """Average the ROC curves of runs with both classes at equal false-positive rates.
 
     Returns:
         False-positive rates and mean sensitivities, both ``(points + 1,)``, from (0, 0) to (1, 1).
@@ -526,11 +415,7 @@ def mean_roc(runs: Sequence[ImageScores], points: int = 201) -> tuple[Array, Arr
 
 
 def mean_pr(runs: Sequence[ImageScores], points: int = 201) -> tuple[Array, Array]:
-    """Average precision-recall curves at equal recalls, without interpolating between thresholds.
-
-    Args:
-        runs: Runs with both classes.
-        points: Number of points of the mean curve.
+    """Average the precision-recall curves of runs with both classes, without interpolating between thresholds.
 
     Returns:
         Recalls in (0, 1] and mean precisions, both ``(points,)``: the precision at the highest threshold with at least

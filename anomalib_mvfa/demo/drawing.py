@@ -25,29 +25,17 @@ VARIATION = 0.15
 
 @dataclass(frozen=True)
 class Scene:
-    """A noise-free anatomy.
+    """A noise-free anatomy."""
 
-    Args:
-        channels: Fields ``(H, W)`` that a lesion changes: one grey channel, or the two stains of histology.
-        organ: Where a lesion may spread.
-        seat: Where its centre may lie.
-        acquire: ``(channels, rng) -> image`` adds what the scanner does; ``(H, W)`` or ``(H, W, 3)``, 0 to 1.
-        variant: Name for captions.
-        tone: Sign and weight of "brighter" in each channel.
-        spread: Where a displacement may reach; the organ when None.
-        stretch: Width over height of a lesion (1 = none).
-        keep: Range of the share of the tissue's own structure that shows inside a lesion.
-    """
-
-    channels: tuple[Field, ...]
-    organ: Mask
-    seat: Mask
-    acquire: Callable[[Sequence[Field], np.random.Generator], Field]
-    variant: str
-    tone: tuple[float, ...] = (1.0,)
-    spread: Mask | None = None
-    stretch: float = 1.0
-    keep: tuple[float, float] = (0.1, 0.5)
+    channels: tuple[Field, ...]  # (H, W) each, which a lesion changes: one grey channel, or the two stains of histology
+    organ: Mask  # where a lesion may spread
+    seat: Mask  # where its centre may lie
+    acquire: Callable[[Sequence[Field], np.random.Generator], Field]  # adds what the scanner does; 0 to 1
+    variant: str  # for captions
+    tone: tuple[float, ...] = (1.0,)  # sign and weight of "brighter" in each channel
+    spread: Mask | None = None  # where a displacement may reach; the organ when None
+    stretch: float = 1.0  # width over height of a lesion
+    keep: tuple[float, float] = (0.1, 0.5)  # share of the tissue's own structure that shows inside a lesion
 
 
 class Scanner:
@@ -158,12 +146,7 @@ def polyline(x: Field, y: Field, points: Points, radii: Sequence[float]) -> Fiel
 
 
 def posed(
-    rng: np.random.Generator,
-    size: int,
-    scale: float,
-    shift: float = 0.05,
-    angle: float = 0.1,
-    warp: float = 0.03,
+    rng: np.random.Generator, size: int, scale: float, shift: float, angle: float, warp: float
 ) -> tuple[Field, Field]:
     """The grid seen in body coordinates: shifted, rotated, scaled and gently bent."""
     x, y = grid(size)
@@ -174,13 +157,7 @@ def posed(
     return as_field(cos * x + sin * y + warp * bend_x), as_field(cos * y - sin * x + warp * bend_y)
 
 
-def polar_noise(
-    rng: np.random.Generator,
-    angle: Field,
-    radius: Field,
-    spokes: float,
-    rings: float,
-) -> Field:
+def polar_noise(rng: np.random.Generator, angle: Field, radius: Field, spokes: float, rings: float) -> Field:
     """Noise that runs in spokes: `spokes` control points a turn, `rings` a unit of `radius`."""
     columns = max(4, round(spokes))
     table = rng.standard_normal((max(3, round(rings)) + 2, columns), dtype=np.float32)
@@ -195,8 +172,8 @@ def cells(rng: np.random.Generator, x: Field, y: Field, pitch: float, jitter: fl
     """Cellular noise: the scattered point nearest to each pixel.
 
     Args:
-        rng: Generator.
-        x: ``(H, W)``.
+        rng: Source of the points.
+        x: ``(H, W)``, like ``y``.
         y: ``(H, W)``.
         pitch: Mean distance of the points.
         jitter: 0 for a regular lattice, 1 for a loose one.

@@ -3,23 +3,23 @@
 
 """Results of the demonstration as table rows, pictures and a page."""
 
-import base64
-import io
-import statistics
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from anomalib.data.utils import read_image
-from jinja2 import Environment
 from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
 from anomalib_mvfa.comparison.cells import Cell, load_cells
+from anomalib_mvfa.comparison.figures import picture
+from anomalib_mvfa.comparison.report import environment
 from anomalib_mvfa.visualization import heatmap, outlines
 
 __all__ = ["Example", "Summary", "summarise", "write_page"]
@@ -43,39 +43,24 @@ PIXELS = 224
 
 @dataclass(frozen=True)
 class Example:
-    """A test image beside the heatmaps of the methods.
+    """A test image beside the heatmaps of the methods."""
 
-    Args:
-        title: Its name and state.
-        image: With its lesion outlined.
-        heatmaps: By the name of the method, with the label that the method gave.
-    """
-
-    title: str
-    image: Image.Image
-    heatmaps: dict[str, tuple[Image.Image, str]]
+    title: str  # name and state
+    image: Image.Image  # with its lesion outlined
+    heatmaps: dict[str, tuple[Image.Image, str]]  # by the name of the method, with the label that it predicted
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What was measured on a set.
+    """What was measured on a set."""
 
-    Args:
-        rows: Method, image AUROC, pixel AUROC, share of correct labels; a line each.
-        examples: Test images at even distances in the list of files.
-        images: Number of test images.
-    """
-
-    rows: list[tuple[str, str, str, str]]
-    examples: list[Example]
+    rows: list[tuple[str, str, str, str]]  # method, image AUROC, pixel AUROC, share of correct labels
+    examples: list[Example]  # test images at even distances in the list of files
     images: int
 
 
 def summarise(folder: Path) -> Summary:
-    """Read a comparison of one set.
-
-    Args:
-        folder: Its output folder.
+    """Read the comparison of one set from its output folder.
 
     Raises:
         ValueError: If a cell failed.
@@ -86,27 +71,21 @@ def summarise(folder: Path) -> Summary:
         msg = f"{failed[0].folder.name} failed: {failed[0].error}"
         raise ValueError(msg)
     groups = {title: [cell for cell in cells if cell.method == method] for method, title in METHODS.items()}
-    rows = [(title, *_figures(group)) for title, group in groups.items() if group]
+    rows = [(title, *_metrics(group)) for title, group in groups.items() if group]
     pictured = {method: next(cell for cell in cells if cell.method == method) for method in PICTURED}
     return Summary(rows, _examples(pictured), len(cells[0].scores.scores))
 
 
-def _figures(cells: Sequence[Cell]) -> tuple[str, str, str]:
+def _metrics(cells: Sequence[Cell]) -> tuple[str, str, str]:
     """Format mean and standard deviation over the draws: image AUROC, pixel AUROC, share of correct labels."""
-    correct = [
-        float(np.mean((cell.scores.scores > cell.threshold) == cell.scores.labels))
-        for cell in cells
-        if cell.threshold is not None
-    ]
-    columns = ([cell.metrics.get(f"{level}_AUROC") for cell in cells] for level in ("image", "pixel"))
-    image, pixel = ([value for value in column if value is not None] for column in columns)
-    return _spread(image), _spread(pixel), f"{100 * statistics.mean(correct):.0f} %" if correct else "-"
-
-
-def _spread(values: Sequence[float]) -> str:
-    if not values:
-        return "-"
-    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(set(values)) > 1 else "")
+    table = pd.DataFrame([cell.metrics for cell in cells]).reindex(columns=["image_AUROC", "pixel_AUROC"])
+    image, pixel = (
+        "-" if math.isnan(mean) else f"{mean:.3f} ± {spread:.3f}" if spread > 0 else f"{mean:.3f}"
+        for mean, spread in zip(table.mean(), table.std(), strict=True)
+    )
+    known = [(cell.scores, cell.threshold) for cell in cells if cell.threshold is not None]
+    correct = [np.mean((scores.scores > threshold) == scores.labels) for scores, threshold in known]
+    return image, pixel, f"{100 * np.mean(correct):.0f} %" if correct else "-"
 
 
 def _examples(cells: Mapping[str, Cell]) -> list[Example]:
@@ -115,25 +94,23 @@ def _examples(cells: Mapping[str, Cell]) -> list[Example]:
     root = Path(first.config["source"]["init_args"]["root"])
     scores = first.scores
     order = np.argsort(scores.paths)
-    chosen: list[int] = []
+    chosen = []
     for abnormal, count in ((True, ABNORMAL_EXAMPLES), (False, NORMAL_EXAMPLES)):
-        rows = [int(row) for row in order if bool(scores.labels[row]) == abnormal]
+        rows = order[scores.labels[order] == abnormal]
         chosen += [rows[(2 * index + 1) * len(rows) // (2 * count)] for index in range(min(count, len(rows)))]
     maps = {method: _display(cell) for method, cell in cells.items()}
-    masks = first.read_maps()
-    truth = None if masks is None else masks.masks
+    masks = getattr(first.read_maps(), "masks", None)
     examples = []
     for row in chosen:
-        image = (
-            to_pil_image(read_image(root / scores.paths[row], as_tensor=True)).convert("RGB").resize((PIXELS, PIXELS))
-        )
+        pixels = read_image(root / scores.paths[row], as_tensor=True)
+        image = to_pil_image(pixels).convert("RGB").resize((PIXELS, PIXELS))
         shown = {}
         for method, cell in cells.items():
             index = cell.scores.paths.index(scores.paths[row])
             score, threshold = cell.scores.scores[index], cell.threshold
             label = "" if threshold is None else ("abnormal" if score > threshold else "normal")
             shown[method] = heatmap(image, torch.from_numpy(maps[method][index])), label
-        outlined = outlines(image, None if truth is None else torch.from_numpy(truth[row]), None)
+        outlined = outlines(image, None if masks is None else torch.from_numpy(masks[row]), None)
         state = "abnormal" if scores.labels[row] else "normal"
         examples.append(Example(f"{Path(scores.paths[row]).stem}, {state}", outlined, shown))
     return examples
@@ -151,13 +128,9 @@ def _display(cell: Cell) -> NDArray[np.float32]:
 
 
 def write_page(
-    path: Path,
-    summaries: Mapping[str, Summary],
-    commands: Sequence[str],
-    results: Mapping[str, Path],
-    limits: str,
+    path: Path, summaries: Mapping[str, Summary], commands: Sequence[str], results: Mapping[str, Path], limits: str
 ) -> Path:
-    """Write the page, one file without scripts.
+    """Write the page, one file without scripts, and return its path.
 
     Args:
         path: The file.
@@ -165,21 +138,10 @@ def write_page(
         commands: As they were run.
         results: Files by what they hold.
         limits: What the results do not show.
-
-    Returns:
-        The path.
     """
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["picture"] = _inline
-    template = environment.from_string(files(__package__).joinpath("page.html.jinja").read_text(encoding="utf-8"))
-    relative = {name: file.resolve() for name, file in results.items()}
-    text = template.render(summaries=summaries, commands=commands, results=relative, limits=limits, coloured=COLOURED)
+    page = environment().from_string(files(__package__).joinpath("page.html.jinja").read_text(encoding="utf-8"))
+    page.globals["picture"] = lambda image: picture(np.asarray(image))
+    links = {name: file.resolve() for name, file in results.items()}
+    text = page.render(summaries=summaries, commands=commands, results=links, limits=limits, coloured=COLOURED)
     path.write_text(text, encoding="utf-8")
     return path.resolve()
-
-
-def _inline(image: Image.Image) -> str:
-    """Encode an image for ``src``."""
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -22,7 +22,7 @@ From a shell, a data set in the layout of BMAD::
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,38 +47,24 @@ CONTRASTS = {"one scanner": (0.25, 0.5), "mixed": (0.13, 0.4)}
 SET_NAMES = dict(
     zip(MODALITIES, ("BrainMRI", "ChestXray", "LiverCT", "RetinalOCT", "Histology", "BreastUltrasound"), strict=True),
 )
-SPLITS = ("train", "valid", "test")
 DEFAULT_COUNTS = {"train": 32, "valid": 16, "test": 40}
+SPLITS = tuple(DEFAULT_COUNTS)
 
 
 @dataclass(frozen=True)
 class Phantom:
-    """A generated image and everything that is known about it.
+    """A generated image and everything that is known about it."""
 
-    Args:
-        image: ``(H, W, 3)`` RGB, 0 to 255.
-        mask: ``(H, W)``, true where the lesion visibly changes the tissue; all false in a normal image.
-        modality: One of `MODALITIES`.
-        variant: How the image was made, for captions: ``"T2-weighted"``, ``"portal venous phase"``.
-        lesion: One of `LESIONS`, None in a normal image.
-    """
-
-    image: npt.NDArray[np.uint8]
-    mask: Mask
+    image: npt.NDArray[np.uint8]  # (H, W, 3), RGB
+    mask: Mask  # (H, W), true where the lesion visibly changes the tissue; all false in a normal image
     modality: str
-    variant: str
-    lesion: str | None = None
+    variant: str  # how the image was made, for captions: "T2-weighted", "portal venous phase"
+    lesion: str | None = None  # one of `LESIONS`, None in a normal image
 
 
-_ANATOMY: dict[str, Callable[[np.random.Generator, int, Scanner], Scene]] = {
-    "brain_mri": brain_mri,
-    "chest_xray": chest_xray,
-    "liver_ct": liver_ct,
-    "retinal_oct": retinal_oct,
-    "histology": histology,
-    "breast_ultrasound": breast_ultrasound,
-}
-
+_ANATOMY = dict(
+    zip(MODALITIES, (brain_mri, chest_xray, liver_ct, retinal_oct, histology, breast_ultrasound), strict=True)
+)
 
 # Lesions
 
@@ -155,11 +141,7 @@ def _displace(rng: np.random.Generator, scene: Scene, outline: _Outline) -> tupl
 
 
 def _grow(
-    rng: np.random.Generator,
-    scene: Scene,
-    outline: _Outline,
-    kind: str,
-    contrasts: tuple[float, float],
+    rng: np.random.Generator, scene: Scene, outline: _Outline, kind: str, contrasts: tuple[float, float]
 ) -> tuple[list[Field], Mask]:
     """Replace the tissue inside the outline by lesion; the mask ends where half of it is replaced."""
     size = scene.organ.shape[0]
@@ -193,9 +175,6 @@ def _grow(
     return channels, mask
 
 
-# Public functions
-
-
 def draw_phantom(
     modality: str,
     size: int = 112,
@@ -213,9 +192,6 @@ def draw_phantom(
             lesion. None takes a fresh one.
         scanner: Seed of the scanner, whose images share contrast, field of view, noise and resolution and show lesions
             of clear contrast. None draws another protocol for each image and fainter lesions, which is the hard case.
-
-    Returns:
-        The image with its mask and the facts for a caption.
 
     Raises:
         ValueError: If the modality, the lesion or the size is not one of the above.
@@ -261,11 +237,11 @@ def write_phantoms(
     """Write data sets in the layout of BMAD, one folder a modality (``BrainMRI``, ``ChestXray``, ...).
 
     Normal images go to ``train/good``, ``valid/good/img`` and ``test/good/img``, abnormal ones to ``valid/Ungood/img``
-    and ``test/Ungood/img`` with masks (0 and 255) of the same name in ``label``. The kinds of lesion take turns. An
-    image depends on the seed, its modality, split, class and number alone, not on how many are written.
+    and ``test/Ungood/img`` with masks (0 and 255) of the same name in ``label``. An image depends on the seed, its
+    modality, split, class and number alone, not on how many are written.
 
     Args:
-        root: Folder that receives the sets; existing images of the same name are overwritten.
+        root: Folder that receives the sets, which is returned; existing images of the same name are overwritten.
         modalities: Some of `MODALITIES`.
         counts: Images of each class in ``train``, ``valid`` and ``test``; a missing split gets 32, 16 or 40.
         size: Width and height in pixels.
@@ -275,17 +251,12 @@ def write_phantoms(
         mixed: Whether each image has another protocol and fainter lesions, which is much harder, instead of one scanner
             a set.
 
-    Returns:
-        The root.
-
     Raises:
         ValueError: If a modality, a split or a lesion is unknown.
     """
     counts = {**DEFAULT_COUNTS, **(counts or {})}
-    named = (
-        [(m, MODALITIES) for m in modalities] + [(c, SPLITS) for c in counts] + [(x, LESIONS) for x in lesions or ()]
-    )
-    for name, known in named:
+    named = {**dict.fromkeys(modalities, MODALITIES), **dict.fromkeys(counts, SPLITS)}
+    for name, known in {**named, **dict.fromkeys(lesions or (), LESIONS)}.items():
         if name not in known:
             msg = f"Unknown name {name!r}: choose among {', '.join(known)}."
             raise ValueError(msg)

@@ -32,13 +32,8 @@ def retinal_oct(rng: np.random.Generator, size: int, scanner: Scanner) -> Scene:
     knots, values = np.array(_RETINA).T
     values = values * [1 + s(-0.17, 0.17) for _ in values]
     vitreous, glow, reach = s(0.02, 0.10), s(0.35, 0.6), s(0.15, 0.45)
-    gain, gamma, strength, floor_noise, sharpness = (
-        s(0.75, 1.15),
-        s(-0.15, 0.15),
-        s(0.12, 0.34),
-        s(0.02, 0.07),
-        s(0.2, 0.7),
-    )
+    gain, gamma, strength = s(0.75, 1.15), s(-0.15, 0.15), s(0.12, 0.34)
+    floor_noise, sharpness = s(0.02, 0.07), s(0.2, 0.7)
     speckles = s(0.45, 0.8), s(0.3, 0.6)
     thick = u(0.38, 0.6)
     floor = u(0.05, 0.45) + u(-0.2, 0.2) * x + u(-0.12, 0.18) * np.square(x) + 0.012 * noise(rng, size, 2, 7)[:1]
@@ -82,16 +77,8 @@ def retinal_oct(rng: np.random.Generator, size: int, scanner: Scanner) -> Scene:
         return as_field(image)
 
     centre = organ & (t > 0.2) & (np.abs(grid(size)[0]) < 0.85)
-    return Scene(
-        (as_field(tissue),),
-        organ,
-        centre,
-        acquire,
-        "macular B-scan",
-        tone=(1.2,),
-        spread=spread,
-        stretch=u(1.2, 2.2),
-    )
+    shape = {"tone": (1.2,), "spread": spread, "stretch": u(1.2, 2.2)}
+    return Scene((as_field(tissue),), organ, centre, acquire, "macular B-scan", **shape)
 
 
 def histology(rng: np.random.Generator, size: int, scanner: Scanner) -> Scene:

@@ -93,6 +93,9 @@ def test_page_begins_with_pictures_then_results_then_commands_and_escapes_names(
     text = page.read_text()
     positions = [text.index(part) for part in ("data:image/jpeg", "0.850 ± 0.071", "anomalib train", "make demo DATA")]
     assert positions == sorted(positions)
+    assert "were chosen by their results" in text
+    own = write_page(tmp_path / "own.html", summaries, [], {}, "").read_text()  # a user's images
+    assert "chosen by their results" not in own
     assert "<b>set" not in text
     assert "&lt;b&gt;set" in text
     assert "&lt;y&gt;" in text

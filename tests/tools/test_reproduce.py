@@ -13,10 +13,10 @@ from lightning import seed_everything
 from PIL import Image
 
 from anomalib_mvfa import MVFA
-from anomalib_mvfa.comparison import reproduce
-from anomalib_mvfa.comparison.published import TEN_DRAWS
 from anomalib_mvfa.data import FewShot, MedicalBMAD
 from anomalib_mvfa.data.support_lists import read_support_list
+from tools import reproduce
+from tools.reproduce import TEN_DRAWS
 
 
 def save(pixels: np.ndarray, path: Path) -> None:
