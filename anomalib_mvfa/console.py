@@ -30,7 +30,7 @@ def quieten(loggers: ModuleType) -> None:
     configure = loggers.configure_logger
 
     @functools.wraps(configure)
-    def configure_logger(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - anomalib's signature
+    def configure_logger(*args: Any, **kwargs: Any) -> None:
         configure(*args, **kwargs)
         for name in (None, "lightning.pytorch"):
             _keep_one_handler(logging.getLogger(name))
@@ -56,7 +56,7 @@ def _is_useful(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(NOT_FOR_USERS)
 
 
-def _show_error(show: Any, kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:  # noqa: ANN401
+def _show_error(show: Any, kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     """Print the message of an error that is meant for the user; `show` any other with its traceback."""
     if not _is_for_user(traceback):
         show(kind, error, traceback)

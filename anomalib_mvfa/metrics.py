@@ -181,7 +181,7 @@ class MVFAEvaluator(Evaluator):
     NAMES: ClassVar = {"pixel_AUROC": "pixel_AUROC", "pixel_AP": "pixel_AUPR", "pixel_AUPRO": "pixel_AUPRO"}
     """anomalib's names of the pixel metrics."""
 
-    def __init__(self, **kwargs: Any) -> None:  # noqa: ANN401
+    def __init__(self, **kwargs: Any) -> None:
         if "test_metrics" not in kwargs:
             kwargs["test_metrics"] = [
                 AUROC(fields=["pred_score", "gt_label"], prefix="image_"),
@@ -201,7 +201,7 @@ class MVFAEvaluator(Evaluator):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: Any,  # noqa: ANN401 - as anomalib's
+        outputs: Any,
         batch: ImageBatch,
         batch_idx: int,
         dataloader_idx: int = 0,

@@ -33,7 +33,7 @@ class EightBitResize(Resize):  # type: ignore[misc]  # torchvision has no types
     def __init__(self, size: tuple[int, int]) -> None:
         super().__init__(size, interpolation=InterpolationMode.BICUBIC, antialias=True)
 
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:  # noqa: ANN401 - torchvision's signature
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Resize an image ``(..., 3, H, W)`` in [0, 1] or a mask ``(..., H, W)``, unless it has the size."""
         if not isinstance(inpt, Tensor) or list(inpt.shape[-2:]) == list(self.size):
             return inpt

@@ -32,12 +32,12 @@ def register() -> None:
         setattr(sys.modules["anomalib.data"], name, getattr(data, name))
 
 
-def extend_export(engine: Any) -> None:  # noqa: ANN401 - anomalib's class, which is being imported
+def extend_export(engine: Any) -> None:
     """Make ``Engine.export`` honour the arguments of the model beside a checkpoint, which anomalib drops."""
     export = engine.export
 
     @functools.wraps(export)
-    def run(self: Any, model: Any, *args: Any, ckpt_path: Any = None, **kwargs: Any) -> Any:  # noqa: ANN401
+    def run(self: Any, model: Any, *args: Any, ckpt_path: Any = None, **kwargs: Any) -> Any:
         from anomalib_mvfa import MVFA
 
         if ckpt_path is not None and isinstance(model, MVFA):
@@ -48,12 +48,12 @@ def extend_export(engine: Any) -> None:  # noqa: ANN401 - anomalib's class, whic
     engine.export = run
 
 
-def extend_benchmark(pipeline: Any) -> None:  # noqa: ANN401 - anomalib's class, which is being imported
+def extend_benchmark(pipeline: Any) -> None:
     """Make ``anomalib.pipelines.Benchmark`` run configurations with a section ``comparison``."""
     run_grid = pipeline.run
 
     @functools.wraps(run_grid)
-    def run(self: Any, args: Any = None) -> None:  # noqa: ANN401 - anomalib's signature
+    def run(self: Any, args: Any = None) -> None:
         config = self._get_args(args)
         if "comparison" not in config:
             run_grid(self, args)

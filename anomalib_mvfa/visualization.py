@@ -111,7 +111,7 @@ def outlines(image: Image.Image, mask: Tensor | None, prediction: Tensor | None)
     return image.convert("RGB")
 
 
-def loaded_dataset(trainer: Trainer) -> Any:  # noqa: ANN401 - any dataset
+def loaded_dataset(trainer: Trainer) -> Any:
     """Return the dataset that is tested or predicted, or ``None`` if there are several or none."""
     loaders = trainer.predict_dataloaders if trainer.predicting else trainer.test_dataloaders
     if isinstance(loaders, list) and len(loaders) == 1:
@@ -119,7 +119,7 @@ def loaded_dataset(trainer: Trainer) -> Any:  # noqa: ANN401 - any dataset
     return getattr(loaders, "dataset", None)
 
 
-def image_paths(dataset: Any) -> list[str]:  # noqa: ANN401 - any dataset
+def image_paths(dataset: Any) -> list[str]:
     """List the ``image_path`` of every item, as far as a dataset knows them without reading."""
     if hasattr(dataset, "image_paths"):
         paths: list[str] = dataset.image_paths
@@ -142,7 +142,7 @@ class MVFAVisualizer(ImageVisualizer):
         **kwargs: Arguments of anomalib's visualizer.
     """
 
-    def __init__(self, field_size: tuple[int, int] | None = None, **kwargs: Any) -> None:  # noqa: ANN401
+    def __init__(self, field_size: tuple[int, int] | None = None, **kwargs: Any) -> None:
         super().__init__(field_size=field_size or (256, 256), **kwargs)
         self.own_panels = not (kwargs.get("fields") or kwargs.get("overlay_fields"))
         self.own_size = field_size is None
@@ -175,7 +175,7 @@ class MVFAVisualizer(ImageVisualizer):
                 self._drawing.popleft().result()
             self._drawing.append(self._pool.submit(self._draw, item, dataset, target))
 
-    def _draw(self, item: ImageItem, dataset: Any, target: Path) -> None:  # noqa: ANN401 - any dataset
+    def _draw(self, item: ImageItem, dataset: Any, target: Path) -> None:
         if hasattr(dataset, "original"):
             original: Tensor = dataset.original(item.image_path)
             item, image = dataclasses.replace(item, image=original, image_path=None), visualize_image(original)

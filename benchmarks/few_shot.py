@@ -66,7 +66,7 @@ def test_on_the_same_images(episodes: list[FewShot]) -> None:
         data.test_data = data.test_data.subsample(kept.to_numpy().nonzero()[0].tolist())
 
 
-def evaluate(options: argparse.Namespace, data: FewShot, seed: int, **choices: Any) -> dict[str, float]:  # noqa: ANN401
+def evaluate(options: argparse.Namespace, data: FewShot, seed: int, **choices: Any) -> dict[str, float]:
     """Train on one episode and test, with arguments of MVFA beyond those of the options."""
     torch.manual_seed(seed)
     arguments = {"backbone": options.backbone, "pretrained": options.pretrained, "class_name": options.class_name}

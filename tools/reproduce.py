@@ -66,7 +66,7 @@ def protocols(options: argparse.Namespace) -> dict[str, Comparison]:
         options: Of the command line.
     """
 
-    def make(name: str, method: str, arguments: Mapping[str, Any], draws: Sequence[str], **source: Any) -> Comparison:  # noqa: ANN401
+    def make(name: str, method: str, arguments: Mapping[str, Any], draws: Sequence[str], **source: Any) -> Comparison:
         common = {"root": str(options.data), "eval_batch_size": 16, "num_workers": options.num_workers, **source}
         sets = {each: {"class_path": "MedicalBMAD", "init_args": {"category": each, **common}} for each in options.sets}
         return Comparison(
@@ -110,16 +110,16 @@ class _Clock(Callback):
         self.seconds: dict[str, list[float]] = {"train": [], "image": []}
         self._began = 0.0
 
-    def on_train_batch_start(self, *_: Any) -> None:  # noqa: ANN401
+    def on_train_batch_start(self, *_: Any) -> None:
         self._began = time.perf_counter()
 
-    def on_train_batch_end(self, *_: Any) -> None:  # noqa: ANN401
+    def on_train_batch_end(self, *_: Any) -> None:
         self.seconds["train"].append(time.perf_counter() - self._began)
 
-    def on_validation_batch_start(self, *_: Any) -> None:  # noqa: ANN401
+    def on_validation_batch_start(self, *_: Any) -> None:
         self._began = time.perf_counter()
 
-    def on_validation_batch_end(self, _trainer: Any, _module: Any, _outputs: Any, batch: Any, *_: Any) -> None:  # noqa: ANN401
+    def on_validation_batch_end(self, _trainer: Any, _module: Any, _outputs: Any, batch: Any, *_: Any) -> None:
         self.seconds["image"].append((time.perf_counter() - self._began) / len(batch.image))
 
 

@@ -401,7 +401,7 @@ class _ArchiveUnpickler(pickle.Unpickler):
         self.archive = archive
         self.root = root
 
-    def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401
+    def find_class(self, module: str, name: str) -> Any:
         if module.startswith("__torch__"):
             return type(name, (SimpleNamespace,), {})
         if module == "torch" and name.endswith("Storage"):
@@ -415,7 +415,7 @@ class _ArchiveUnpickler(pickle.Unpickler):
         msg = f"refused {module}.{name}"
         raise pickle.UnpicklingError(msg)
 
-    def persistent_load(self, pid: Any) -> Tensor:  # noqa: ANN401
+    def persistent_load(self, pid: Any) -> Tensor:
         _, dtype, key, _, count = pid
         data = bytearray(self.archive.read(f"{self.root}/data/{key}"))
         return torch.frombuffer(data, dtype=dtype, count=count) if count else torch.empty(0, dtype=dtype)

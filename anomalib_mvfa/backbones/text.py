@@ -97,7 +97,7 @@ def make_tokenizer(text: dict[str, Any], backbone: str, folder: Path | None) -> 
     return tokenize
 
 
-def _load(what: str, source: str, kind: str) -> Any:  # noqa: ANN401 - an object of transformers
+def _load(what: str, source: str, kind: str) -> Any:
     """Load from a folder or the hub through one of transformers' automatic classes."""
     import transformers
 

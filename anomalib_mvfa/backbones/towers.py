@@ -134,7 +134,7 @@ class TimmTower(ImageTower):
         self.grid_size = tuple(self.trunk.patch_embed.grid_size)
 
     @property
-    def trunk(self) -> Any:  # noqa: ANN401 - a module of timm
+    def trunk(self) -> Any:
         """The part of the tower that is timm's."""
         return self.visual.trunk
 

@@ -250,7 +250,7 @@ class WinClipAny(WinClip, AnomalibModule):  # type: ignore[misc]  # directly, or
         self.model.setup(self.class_name, self._references(datamodule) if self.k_shot else None)
         self.is_setup = True
 
-    def _references(self, datamodule: Any) -> Tensor:  # noqa: ANN401 - any datamodule
+    def _references(self, datamodule: Any) -> Tensor:
         """Return the reference images ``(K, 3, H, W)`` as the network reads them."""
         support = getattr(datamodule, "support", None)
         if support is None:

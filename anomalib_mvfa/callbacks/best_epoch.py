@@ -56,9 +56,9 @@ class BestEpoch(ModelCheckpoint):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: Any,  # noqa: ANN401 - an ImageBatch; Lightning says otherwise
-        *args: Any,  # noqa: ANN401
-        **kwargs: Any,  # noqa: ANN401
+        outputs: Any,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         """Add a batch."""
         del trainer, pl_module, args, kwargs
@@ -69,7 +69,7 @@ class BestEpoch(ModelCheckpoint):
         if trainer.state.fn == TrainerFn.FITTING:
             pl_module.log(SCORE, self._score.compute(), prog_bar=True)
 
-    def on_fit_end(self, trainer: Trainer, pl_module: "MVFA") -> None:  # type: ignore[override]
+    def on_fit_end(self, trainer: Trainer, pl_module: "MVFA") -> None:
         """Restore the best epoch."""
         if not self.best_model_path:
             return

@@ -26,7 +26,7 @@ class CompleteTraining(Callback):
     between two validations.
     """
 
-    def on_train_end(self, trainer: Trainer, pl_module: "MVFA") -> None:  # type: ignore[override]
+    def on_train_end(self, trainer: Trainer, pl_module: "MVFA") -> None:
         """Validate and save, unless that was done after the last step."""
         if pl_module.calibration.holds:
             return

@@ -44,15 +44,15 @@ class ReportedBatch(ImageBatch):
             return values
         return values.masked_fill(unread.to(values.device).view(-1, *(1,) * (values.ndim - 1)), fill)
 
-    def validate_pred_score(self, pred_score: Tensor | None) -> Tensor | None:  # type: ignore[override]
+    def validate_pred_score(self, pred_score: Tensor | None) -> Tensor | None:
         """Validate scores ``(B,)``."""
         return self._withhold(ImageBatch.validate_pred_score(pred_score), torch.nan)
 
-    def validate_anomaly_map(self, anomaly_map: Tensor | None) -> Tensor | None:  # type: ignore[override]
+    def validate_anomaly_map(self, anomaly_map: Tensor | None) -> Tensor | None:
         """Validate maps ``(B, H, W)``."""
         return self._withhold(ImageBatch.validate_anomaly_map(anomaly_map), torch.nan)
 
-    def validate_pred_label(self, pred_label: Tensor | None) -> Tensor | None:  # type: ignore[override]
+    def validate_pred_label(self, pred_label: Tensor | None) -> Tensor | None:
         """Validate labels ``(B,)``."""
         labels: Tensor | None = ImageBatch.validate_pred_label(pred_label)
         if labels is None or not any(self.__dict__.get("explanation") or ()):
@@ -115,7 +115,7 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     return "truncated, damaged or not an image" if path.stat().st_size else "the file is empty"
 
 
-def read_ahead(loader: Any) -> Any:  # noqa: ANN401 - any loader
+def read_ahead(loader: Any) -> Any:
     """Report unreadable images of a plain folder, and let other processes read while the model computes.
 
     Other loaders are returned unchanged; none reads ahead where a new process would import everything again.

@@ -29,7 +29,7 @@ class NonFiniteLoss(Callback):
         self._adapters: dict[str, Tensor] = {}
         self._batch: ImageBatch | None = None
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: "MVFA") -> None:  # type: ignore[override]
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: "MVFA") -> None:
         """Keep the adapters."""
         del trainer
         self._adapters = {
@@ -45,7 +45,7 @@ class NonFiniteLoss(Callback):
         del trainer, pl_module, batch_idx
         self._batch = batch
 
-    def on_before_backward(self, trainer: Trainer, pl_module: "MVFA", loss: Tensor) -> None:  # type: ignore[override]
+    def on_before_backward(self, trainer: Trainer, pl_module: "MVFA", loss: Tensor) -> None:
         """Check the loss before it reaches the adapters.
 
         Raises:
@@ -54,7 +54,7 @@ class NonFiniteLoss(Callback):
         if not loss.isfinite():
             self._stop(trainer, pl_module, self._batch)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: "MVFA") -> None:  # type: ignore[override]
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: "MVFA") -> None:
         """Check the adapters.
 
         Raises:
@@ -63,7 +63,7 @@ class NonFiniteLoss(Callback):
         if not _all_finite(pl_module.model):
             self._stop(trainer, pl_module, None)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: "MVFA") -> None:  # type: ignore[override]
+    def on_validation_start(self, trainer: Trainer, pl_module: "MVFA") -> None:
         """Check the adapters that a training is about to validate."""
         if self._adapters:
             self.on_train_epoch_end(trainer, pl_module)

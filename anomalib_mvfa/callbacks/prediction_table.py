@@ -102,9 +102,9 @@ class PredictionTable(Callback):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: Any,  # noqa: ANN401 - an ImageBatch; Lightning says otherwise
-        *args: Any,  # noqa: ANN401
-        **kwargs: Any,  # noqa: ANN401
+        outputs: Any,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         """Append a batch."""
         del args, kwargs

@@ -50,14 +50,14 @@ class ResumePoint(Checkpoint):
         """Keep what a checkpoint holds until the fit starts."""
         self._resumed = state_dict
 
-    def on_fit_start(self, trainer: Trainer, pl_module: "MVFA") -> None:  # type: ignore[override]
+    def on_fit_start(self, trainer: Trainer, pl_module: "MVFA") -> None:
         """Start the clock, and restore the random state of the checkpoint."""
         self._saved, self._module = time.monotonic(), pl_module
         states = self._resumed.get("random_states", ())
         if len(states) == trainer.world_size:
             torch.set_rng_state(states[trainer.global_rank].cpu())
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: "MVFA") -> None:  # type: ignore[override]
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: "MVFA") -> None:
         """Restore the cache of the checkpoint, on which the way tokens are computed depends."""
         states, self._resumed = self._resumed.get("token_caches", ()), {}
         cache = _token_cache(pl_module)

@@ -83,7 +83,7 @@ class RunRecord(Callback):
         """Keep the digest of the training that is resumed."""
         self._resumed = state_dict["training_images"]
 
-    def on_train_start(self, trainer: Trainer, pl_module: "MVFA") -> None:  # type: ignore[override]
+    def on_train_start(self, trainer: Trainer, pl_module: "MVFA") -> None:
         """Write the record.
 
         Raises:
@@ -119,7 +119,7 @@ def content_digest(path: str | Path) -> str:
     return digest.hexdigest()[:DIGITS]
 
 
-def data_fingerprint(dataset: Any) -> dict[str, Any] | None:  # noqa: ANN401 - any dataset
+def data_fingerprint(dataset: Any) -> dict[str, Any] | None:
     """Digest the files of a dataset, independent of their names and folders.
 
     Of each file the size and the first and last 4096 bytes count, so that large sets are digested in seconds.
@@ -174,7 +174,7 @@ def _record(trainer: Trainer, module: "MVFA", fingerprints: Mapping[str, Any]) -
     }
 
 
-def _supports(datamodule: Any) -> dict[str, list[str]] | None:  # noqa: ANN401 - any datamodule
+def _supports(datamodule: Any) -> dict[str, list[str]] | None:
     """Return the digests of the supports in their order, for datamodules that have supports."""
     samples = getattr(getattr(datamodule, "train_data", None), "samples", None)
     if samples is None or not hasattr(datamodule, "support"):
@@ -203,7 +203,7 @@ def _arguments(instance: object, values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _plain(value: Any, *, may_be_path: bool = False) -> Any:  # noqa: ANN401 - any value
+def _plain(value: Any, *, may_be_path: bool = False) -> Any:
     """Convert a value to types of JSON: a file becomes its digest, the name of a folder is omitted."""
     if value is None or isinstance(value, bool | int | float | Enum):
         return value.value if isinstance(value, Enum) else value

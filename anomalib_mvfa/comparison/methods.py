@@ -179,7 +179,7 @@ class Trainer:
         chosen = {"accelerator": self.accelerator, "devices": 1, **quiet, **options}
         return Engine(**chosen, default_root_dir=folder)
 
-    def _fit(self, model: AnomalibModule, options: Mapping[str, Any], **data: Any) -> float | None:  # noqa: ANN401
+    def _fit(self, model: AnomalibModule, options: Mapping[str, Any], **data: Any) -> float | None:
         with tempfile.TemporaryDirectory() as folder:
             self._engine(options, folder).fit(model, **data)
         if "datamodule" in data:
@@ -208,7 +208,7 @@ def _timm_weights(weights: str | None) -> Iterator[None]:
 
     create = timm.create_model
 
-    def build(name: str, pretrained: bool = False, **options: Any) -> nn.Module:  # noqa: ANN401
+    def build(name: str, pretrained: bool = False, **options: Any) -> nn.Module:
         if not pretrained or weights == RANDOM:
             return create(name, pretrained=False, **options)
         if weights is not None:

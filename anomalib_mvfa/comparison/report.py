@@ -385,7 +385,7 @@ def failures(comparison: FinishedCells, show_paths: bool) -> list[Table]:
     return [Table("Cells without results", pd.DataFrame(rows))] if rows else []
 
 
-def _markdown(value: Any) -> Any:  # noqa: ANN401 - whatever a template prints
+def _markdown(value: Any) -> Any:
     """Escape what Markdown would read as markup."""
     text = re.sub(r"([\\`*_|])|<(?=[A-Za-z/!?])|(?<=\])\(", lambda match: "\\" + match[0], str(value))
     return " ".join(text.split())

@@ -41,9 +41,9 @@ class AnomalyVolumes(Callback):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: Any,  # noqa: ANN401 - an ImageBatch; Lightning says otherwise
-        *args: Any,  # noqa: ANN401
-        **kwargs: Any,  # noqa: ANN401
+        outputs: Any,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         """Fill in the slices of a batch; write a volume when the next file begins."""
         del pl_module, args, kwargs

@@ -69,7 +69,7 @@ class SplitDataModule(CheckedDataModule):
         """Return the validation images; nothing without a validation part."""
         return super().val_dataloader() if len(getattr(self, "val_data", ())) else []
 
-    def _train_loader(self, sampler: type, num_workers: int = 0, **options: Any) -> DataLoader[Any]:  # noqa: ANN401
+    def _train_loader(self, sampler: type, num_workers: int = 0, **options: Any) -> DataLoader[Any]:
         """Return the training images in the order of a sampler, shared among the processes."""
         replicas, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         return DataLoader(

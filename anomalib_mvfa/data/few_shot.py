@@ -345,6 +345,6 @@ class FewShot(SplitDataModule):
         return self._train_loader(EpochSampler, shuffle=self.shuffle)
 
 
-def _plain(image: Any) -> Tensor:  # noqa: ANN401 - torchvision's tensors, which anomalib's items may lack
+def _plain(image: Any) -> Tensor:
     """Drop torchvision's wrapper."""
     return torch.as_tensor(image).as_subclass(Tensor)

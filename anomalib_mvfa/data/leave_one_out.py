@@ -60,7 +60,7 @@ class SetsDataset(MedicalDataset):
         self.samples.attrs["task"] = "segmentation" if samples["has_mask"].any() else "classification"
 
     @property
-    def collate_fn(self) -> Any:  # noqa: ANN401 - as anomalib's
+    def collate_fn(self) -> Any:
         """Collate into batches that keep the sets' names."""
         return SetBatch.collate
 

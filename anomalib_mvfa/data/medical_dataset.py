@@ -97,7 +97,7 @@ class MedicalDataset(AnomalibDataset):
     def _ref(self, path: str | Path, frame: int) -> ImageRef:
         return replace(self.like, path=Path(path), frame=None if frame == WHOLE_FILE else int(frame))
 
-    def _read(self, row: Any, ref: ImageRef) -> tuple[Tensor, Mask | None]:  # noqa: ANN401
+    def _read(self, row: Any, ref: ImageRef) -> tuple[Tensor, Mask | None]:
         if row.get("problem"):
             raise UnreadableImageError(ref.path, row.problem)
         try:

@@ -41,7 +41,7 @@ class BalancedSampler(EpochSampler):
         True
     """
 
-    def __init__(self, dataset: Dataset[Any], groups: Sequence[str], **kwargs: Any) -> None:  # noqa: ANN401
+    def __init__(self, dataset: Dataset[Any], groups: Sequence[str], **kwargs: Any) -> None:
         super().__init__(dataset, shuffle=True, **kwargs)
         counts = Counter(groups)
         self.weights = torch.tensor([1 / counts[group] for group in groups])

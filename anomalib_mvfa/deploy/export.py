@@ -72,7 +72,7 @@ class ExportMixin(AnomalibExportMixin):
         export_root: Path | str,
         model_file_name: str = "model",
         input_size: tuple[int, int] | None = None,
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: Any,
     ) -> Path:
         """Export as an ONNX graph from images in [0, 1] to normalised maps and scores, labels and masks.
 
@@ -94,13 +94,13 @@ class ExportMixin(AnomalibExportMixin):
 
     def _compress_ov_model(  # anomalib's hook for its compression types
         self,
-        model: Any,  # noqa: ANN401 - a model of OpenVINO
+        model: Any,
         compression_type: CompressionType | None = None,
         datamodule: AnomalibDataModule | None = None,
         metric: Metric | None = None,
-        task: Any = None,  # noqa: ANN401, ARG002 - follows from the data
+        task: Any = None,  # noqa: ARG002 - follows from the data
         max_drop: float = 0.01,
-    ) -> Any:  # noqa: ANN401
+    ) -> Any:
         return compress(model, compression_type, datamodule, metric, max_drop)
 
     def _ready(self) -> "MVFA":

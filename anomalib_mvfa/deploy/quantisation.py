@@ -140,7 +140,7 @@ def compress(
     return nncf.quantize_with_accuracy_control(graph, calibration, validation, measure, max_drop=max_drop, **options)
 
 
-def _calibration_data(datamodule: AnomalibDataModule | None, kind: CompressionType) -> Any:  # noqa: ANN401 - a data set
+def _calibration_data(datamodule: AnomalibDataModule | None, kind: CompressionType) -> Any:
     """Return the validation part, else (to calibrate alone) the training part."""
     if datamodule is None:
         msg = (
@@ -175,7 +175,7 @@ def _spread(count: int) -> Sequence[int]:
 def _judged(
     model: "openvino.CompiledModel",
     image: np.ndarray[Any, Any],
-    item: Any,  # noqa: ANN401 - an item of any data set
+    item: Any,
 ) -> ImageBatch:
     """Predict an image and add its ground truth."""
     outputs = {next(iter(port.get_names())): torch.from_numpy(np.array(value)) for port, value in model(image).items()}

@@ -153,7 +153,7 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
         self.intensity: str | None = None  # rule by which the training images were read, where the datamodule has one
         self.history: dict[str, Any] = {"training": {}, "figures": {}}
 
-    def option(self, name: str) -> Any:  # noqa: ANN401 - any argument
+    def option(self, name: str) -> Any:
         """Return an argument as given, as the loaded checkpoint holds it, or its default."""
         value = self.hparams[name]
         return DEFAULTS.get(name) if value is None else value
@@ -223,7 +223,7 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
             self.pre_processor.load_checkpoint_config({"image_size": model.image_size})
         self.model = model
 
-    def forward(self, batch: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - anomalib's signature
+    def forward(self, batch: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Pre-process, predict and post-process images ``(B, 3, H, W)`` in [0, 1]."""
         self.ensure_model()
         return super().forward(batch, *args, **kwargs)
@@ -374,7 +374,7 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
             image = self.pre_processor.transform(image)  # type: ignore[operator]  # a torchvision transform
         return image.as_subclass(Tensor)
 
-    def validation_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def validation_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> Any:
         """Predict a batch for thresholds and normalisation."""
         del args, kwargs
         images: Tensor = batch.image  # type: ignore[assignment]  # a batch always has images
@@ -392,9 +392,9 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
     def load_from_checkpoint(  # type: ignore[override]  # the arguments are anomalib's
         cls,
         checkpoint_path: str | Path,
-        map_location: Any = None,  # noqa: ANN401
+        map_location: Any = None,
         weights_only: bool = True,
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: Any,
     ) -> "MVFA":
         """Load a model from a checkpoint, without executing code from it.
 

@@ -49,7 +49,7 @@ class MVFAPostProcessor(Float32Buffers, PostProcessor):
     _image_threshold_metric: ScoreThreshold
     _pixel_threshold_metric: ScoreThreshold
 
-    def __init__(self, threshold: str = "f1", target_fpr: float = 0.01, **kwargs: Any) -> None:  # noqa: ANN401
+    def __init__(self, threshold: str = "f1", target_fpr: float = 0.01, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._support: tuple[InferenceBatch, Tensor] | None = None
         self._explained: set[str] = set()
@@ -108,8 +108,8 @@ class MVFAPostProcessor(Float32Buffers, PostProcessor):
         trainer: Trainer,
         pl_module: LightningModule,
         outputs: ImageBatch,
-        *args: Any,  # noqa: ANN401
-        **kwargs: Any,  # noqa: ANN401
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         """Add the predictions of a batch."""
         del trainer, pl_module, args, kwargs

@@ -72,7 +72,7 @@ class ScoreThreshold(F1AdaptiveThreshold):
 
     default_fields = ("pred_score", "gt_label")
 
-    def __init__(self, rule: str, target_fpr: float, limit: int = SAMPLE_LIMIT, **kwargs: Any) -> None:  # noqa: ANN401
+    def __init__(self, rule: str, target_fpr: float, limit: int = SAMPLE_LIMIT, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.rule = rule
         self.target_fpr = target_fpr

@@ -161,7 +161,7 @@ def _offer(module: "MVFA", output: SupportOutput | None) -> None:
         module.post_processor.set_support(module.model.fuse(output.language, output.memory), output.labels)
 
 
-def _validation_loader(module: "MVFA") -> Any:  # noqa: ANN401 - a loader of any kind
+def _validation_loader(module: "MVFA") -> Any:
     """Return the loader of the validation part, or ``None`` without one."""
     datamodule = getattr(module.trainer, "datamodule", None)
     if isinstance(datamodule, AnomalibDataModule) and len(getattr(datamodule, "val_data", None) or ()):
@@ -170,7 +170,7 @@ def _validation_loader(module: "MVFA") -> Any:  # noqa: ANN401 - a loader of any
 
 
 @torch.no_grad()
-def _set_thresholds(module: "MVFA", loader: Any, output: SupportOutput | None) -> None:  # noqa: ANN401 - as above
+def _set_thresholds(module: "MVFA", loader: Any, output: SupportOutput | None) -> None:
     """Set thresholds as a validation would; the processes share the batches."""
     trainer, post_processor = module.trainer, module.post_processor
     if not isinstance(post_processor, MVFAPostProcessor):
@@ -189,7 +189,7 @@ def _set_thresholds(module: "MVFA", loader: Any, output: SupportOutput | None) -
     post_processor.on_validation_epoch_end(trainer, module)
 
 
-def _scale_by(module: "MVFA", loaders: Any) -> None:  # noqa: ANN401 - one loader or several
+def _scale_by(module: "MVFA", loaders: Any) -> None:
     """Take the fusion's ranges from all images of a set, those of the other processes included."""
     outputs = branch_extremes(module.model, loaders, module.pre_processed, module.device)
     if outputs:
@@ -198,7 +198,7 @@ def _scale_by(module: "MVFA", loaders: Any) -> None:  # noqa: ANN401 - one loade
 
 def find_support(
     datamodule: object,
-    train_data: Any,  # noqa: ANN401 - any dataset
+    train_data: Any,
     max_support: int,
     pre_process: Callable[[Tensor], Tensor],
 ) -> Support | None:

@@ -53,7 +53,7 @@ class FitState:
     class_features: dict[str, Tensor] = field(default_factory=dict)
     token_cache: TokenCache | None = None
 
-    def text_features(self, batch: Any) -> Tensor | None:  # noqa: ANN401 - a batch of any datamodule
+    def text_features(self, batch: Any) -> Tensor | None:
         """Return the text features ``(B, E, 2)`` of a batch that names its classes, else ``None``."""
         names = getattr(batch, "class_name", None)
         if names is None or not self.class_features:
@@ -96,7 +96,7 @@ def begin_training(module: "MVFA") -> None:
     module.history = {"training": {**facts, "classes": names or [network.class_name]}, "figures": {}}
 
 
-def training_data(trainer: Trainer) -> Any:  # noqa: ANN401 - any dataset
+def training_data(trainer: Trainer) -> Any:
     """Return the training set of a datamodule or of a plain loader; ``None`` where there is none."""
     datamodule = getattr(trainer, "datamodule", None)
     if datamodule is not None:
@@ -104,7 +104,7 @@ def training_data(trainer: Trainer) -> Any:  # noqa: ANN401 - any dataset
     return getattr(trainer.train_dataloader, "dataset", None)
 
 
-def _has_masks(data: Any) -> bool:  # noqa: ANN401 - any dataset
+def _has_masks(data: Any) -> bool:
     """Return whether a data set has masks, by its task, else by its first image; true where neither is known."""
     samples = getattr(data, "samples", None)
     if samples is not None:

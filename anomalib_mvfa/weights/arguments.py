@@ -108,7 +108,7 @@ def settle_arguments(saved: dict[str, Any], given: Mapping[str, Any], *, resumin
     return Settled(arguments, bank_holds=effective <= set(THRESHOLDS), thresholds_hold=not effective)
 
 
-def _comparable(value: Any) -> Any:  # noqa: ANN401 - any argument
+def _comparable(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 

@@ -56,7 +56,7 @@ class AtomicCheckpointIO(AnomalibCheckpointIO):
         self,
         checkpoint: dict[str, Any],
         path: str | Path,
-        storage_options: Any | None = None,  # noqa: ANN401 - Lightning's signature
+        storage_options: Any | None = None,
     ) -> None:
         """Write a checkpoint to a file; Lightning writes to addresses of object stores.
 
@@ -72,7 +72,7 @@ class AtomicCheckpointIO(AnomalibCheckpointIO):
     def load_checkpoint(
         self,
         path: str | Path,
-        map_location: Any = None,  # noqa: ANN401 - Lightning's signature
+        map_location: Any = None,
         weights_only: bool | None = True,
     ) -> dict[str, Any]:
         """Read a checkpoint without executing code from it.
@@ -119,7 +119,7 @@ def _compare_checksums(path: str | Path) -> None:
             raise BadZipFile
 
 
-def _as_checkpoint(contents: Any) -> dict[str, Any]:  # noqa: ANN401 - whatever a file holds
+def _as_checkpoint(contents: Any) -> dict[str, Any]:
     parts = ("state_dict", "hyper_parameters")
     if not isinstance(contents, dict) or not all(isinstance(contents.get(part), dict) for part in parts):
         msg = f"no {' and '.join(parts)} in it"
@@ -127,7 +127,7 @@ def _as_checkpoint(contents: Any) -> dict[str, Any]:  # noqa: ANN401 - whatever 
     return contents
 
 
-def read_checkpoint(path: str | Path, safe_globals: Any) -> dict[str, Any]:  # noqa: ANN401 - anomalib's own type
+def read_checkpoint(path: str | Path, safe_globals: Any) -> dict[str, Any]:
     """Read a checkpoint without executing code from it; its tensors are read when they are used.
 
     Raises:

@@ -119,7 +119,7 @@ def is_volume(path: str | Path) -> bool:
     return has_suffix(Path(path), VOLUME_SUFFIXES)
 
 
-def optional(module: str) -> Any:  # noqa: ANN401
+def optional(module: str) -> Any:
     """Import a module of the optional extra, which an ImportError names."""
     try:
         return importlib.import_module(module)
