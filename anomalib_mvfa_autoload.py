@@ -91,7 +91,7 @@ def _register(module: ModuleType) -> None:
         elif module.__name__ == LOGGERS:
             from anomalib_mvfa.console import quieten
 
-            quieten(module)
+            quieten(module, DEBUG)
         else:
             from anomalib_mvfa.registration import extend_benchmark
 

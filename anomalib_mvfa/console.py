@@ -15,8 +15,6 @@ from traceback import walk_tb
 from types import ModuleType, TracebackType
 from typing import Any
 
-from anomalib_mvfa_autoload import DEBUG
-
 __all__ = ["quieten"]
 
 EXPORTERS = ("onnx_ir", "onnxscript", "torch.onnx", "openvino", "nncf")
@@ -25,7 +23,7 @@ NOT_FOR_USERS = ("💡", "The following callbacks returned in", "TPU available: 
 """How messages of Lightning begin that advertise, or that every model of anomalib causes."""
 
 
-def quieten(loggers: ModuleType) -> None:
+def quieten(loggers: ModuleType, debug: str) -> None:
     """Replace ``configure_logger`` of ``anomalib.loggers``, which the command calls when it starts, by ours."""
     configure = loggers.configure_logger
 
@@ -38,7 +36,7 @@ def quieten(loggers: ModuleType) -> None:
             logging.getLogger(name).setLevel(logging.WARNING)
         for name in LIGHTNING:
             logging.getLogger(f"{name}.utilities.rank_zero").addFilter(_is_useful)
-        sys.excepthook = functools.partial(_show_error, sys.excepthook)
+        sys.excepthook = functools.partial(_show_error, sys.excepthook, debug)
 
     loggers.configure_logger = configure_logger  # type: ignore[attr-defined]
 
@@ -56,12 +54,18 @@ def _is_useful(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(NOT_FOR_USERS)
 
 
-def _show_error(show: Any, kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+def _show_error(
+    show: Any,
+    debug: str,
+    kind: type[BaseException],
+    error: BaseException,
+    traceback: TracebackType | None,
+) -> None:
     """Print the message of an error that is meant for the user; `show` any other with its traceback."""
     if not _is_for_user(traceback):
         show(kind, error, traceback)
         return
-    print(f"error: {error}\n(with {DEBUG}=1 the command shows where this was raised)", file=sys.stderr)  # noqa: T201
+    print(f"error: {error}\n(with {debug}=1 the command shows where this was raised)", file=sys.stderr)  # noqa: T201
 
 
 def _is_for_user(traceback: TracebackType | None) -> bool:
