@@ -218,12 +218,14 @@ class MVFAVisualizer(ImageVisualizer):
         return create_image_grid(drawn, nrow=len(drawn))
 
     def _finish(self) -> None:
-        """Wait for the pictures that are under way."""
+        """Wait for the pictures that are under way, and free the names of this run."""
         try:
             while self._drawing:
                 self._drawing.popleft().result()
         finally:
             self._drawing.clear()
+            self._sources.clear()
+            self._named = None
             if self._pool is not None:
                 self._pool.shutdown()
                 self._pool = None
@@ -247,9 +249,7 @@ class MVFAVisualizer(ImageVisualizer):
     def _target(self, source: str, folder: Path, trainer: Trainer) -> Path:
         """Choose the file of a picture, never one that another image has."""
         dataset = loaded_dataset(trainer)
-        if (
-            trainer.world_size > 1 and dataset is not self._named
-        ):  # the other processes claim names, too, in the same order
+        if trainer.world_size > 1 and dataset is not self._named:  # all processes claim names, in the same order
             self._named = dataset
             for path in image_paths(dataset):
                 self._claim(path, folder, trainer)

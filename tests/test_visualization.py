@@ -4,6 +4,7 @@
 """Pictures: names of files, heatmaps and outlines."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -82,3 +83,12 @@ def test_fields_of_anomalib_can_be_asked_for(tmp_path):
         item, None, tmp_path / "o.png"
     )
     assert (np.asarray(Image.open(tmp_path / "o.png").convert("L"))[2:-2, 2:58] == 255).all()
+
+
+def test_names_of_a_run_are_free_in_the_next(tmp_path):
+    visualizer = MVFAVisualizer()
+    trainer = SimpleNamespace(world_size=1, predicting=False, test_dataloaders=None)
+    first = visualizer._target("a/x.png", tmp_path, trainer)
+    assert visualizer._target("b/a/x.png", tmp_path, trainer) != first
+    visualizer.on_test_end(trainer, None)
+    assert visualizer._target("b/a/x.png", tmp_path, trainer) == first

@@ -197,11 +197,12 @@ def block_tokens(visual: VisionTransformer, images: Tensor, positions: Tensor) -
     patches = visual.conv1(images).flatten(2).transpose(1, 2)  # (B, P, D)
     patches = patches + visual.positional_embedding[1:][positions]
     start = (visual.class_embedding + visual.positional_embedding[0]).expand(len(images), 1, -1)
-    tokens = visual.ln_pre(torch.cat([start, patches], dim=1)).transpose(0, 1)  # open_clip 2 attends over (L, B, D)
+    tokens = visual.ln_pre(torch.cat([start, patches], dim=1))
     outputs = []
     for block in visual.transformer.resblocks:
-        tokens = block(tokens)
-        outputs.append(tokens.transpose(0, 1))
+        # open_clip up to 2.24 attends over (L, B, D), later releases over (B, L, D).
+        tokens = block(tokens) if block.attn.batch_first else block(tokens.transpose(0, 1)).transpose(0, 1)
+        outputs.append(tokens)
     return outputs
 
 

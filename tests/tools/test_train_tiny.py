@@ -14,7 +14,7 @@ from anomalib_mvfa.backbones.loading import load_clip, resolve_backbone
 from anomalib_mvfa.demo.phantoms import draw_phantom
 from anomalib_mvfa.model import MVFAModel
 from tools.textures import draw_texture
-from tools.train_tiny import Settings, TinyTraining, export, main, train
+from tools.train_tiny import Settings, TinyTraining, block_tokens, export, main, train
 from tools.views import CONFIG, GRID, PATCH, SUBJECTS, ViewDataset, collate
 
 CPU = torch.device("cpu")
@@ -54,6 +54,18 @@ def test_a_window_lies_where_its_positions_say():
     torch.testing.assert_close(window.target, seen.flatten())
     positions = collate([[window]]).positions[0]
     assert (positions[0], positions[-1]) == (row * GRID + column, (row + 6) * GRID + column + 6)
+
+
+@torch.no_grad()
+def test_tokens_do_not_depend_on_the_order_of_axes_in_the_attention(training):
+    visual = training.clip.visual
+    images, positions = torch.rand(2, 3, 3 * PATCH, 3 * PATCH), torch.arange(9).expand(2, 9)
+    outputs = []
+    for batch_first in (False, True):
+        for block in visual.transformer.resblocks:
+            block.attn.batch_first = batch_first
+        outputs.append(torch.stack(block_tokens(visual, images, positions)))
+    torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
