@@ -30,6 +30,7 @@ from anomalib.engine import Engine
 from markdown_it import MarkdownIt
 
 from anomalib_mvfa import MVFA
+from anomalib_mvfa.comparison.runner import Comparison
 from anomalib_mvfa.data import FewShot
 from anomalib_mvfa.demo.phantoms import write_phantoms
 
@@ -188,8 +189,13 @@ def test_commands_and_code_of_a_page_work(page, inside, monkeypatch):
                 print(f"{page}:{block.line}", shlex.join(words))  # noqa: T201 - says which one fails
                 check_command(words, block.parsed_only, monkeypatch)
         elif block.language == "yaml":
-            sets = yaml.safe_load(block.text)["sets"]
+            section = yaml.safe_load(block.text)
+            sets, methods = section.get("sets", {}), section.get("methods", {"MVFA": {}})
+            assert sets or "methods" in section, f"{page}:{block.line}"
             assert all(get_datamodule(source).name == name for name, source in sets.items())
+            Comparison.from_config(
+                {"output": "out", "sets": sets or {"mri": {"class_path": "Folder"}}, "methods": methods}
+            )
         else:
             known = {"text", "csv", "mermaid", "latex"}
             assert block.language in known or block.language.startswith("{") or not block.language

@@ -38,14 +38,17 @@ def datamodule(make_folder_in, tmp_path_factory):
     return FewShot(source, k_shot=1)
 
 
-@pytest.fixture(scope="module")
-def trained(datamodule, small_backbone, tmp_path_factory):
+def train(datamodule, backbone, root, **options):
     torch.manual_seed(0)
-    model = MVFA(small_backbone, "random", class_name="Brain", visualizer=False)
-    root = tmp_path_factory.mktemp("results")
+    model = MVFA(backbone, "random", class_name="Brain", visualizer=False, **options)
     engine = Engine(max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=root)
     engine.fit(model, datamodule=datamodule)
     return model.eval()
+
+
+@pytest.fixture(scope="module")
+def trained(datamodule, small_backbone, tmp_path_factory):
+    return train(datamodule, small_backbone, tmp_path_factory.mktemp("results"))
 
 
 @pytest.fixture(scope="module")
@@ -219,12 +222,7 @@ def test_quantisation_spares_all_that_follows_the_adapters(trained, datamodule, 
 
 
 def test_head_is_found_where_the_tower_has_lengths_of_its_own(small_backbone, datamodule, tmp_path):
-    torch.manual_seed(0)
-    model = MVFA(small_backbone, "random", class_name="Brain", visualizer=False, variant={"residual_norm": True})
-    model.configure_model()
-    datamodule.setup("fit")
-    datamodule.train_data.augmentations = EightBitResize((56, 56))
-    model.model.remember(datamodule.support)
+    model = train(datamodule, small_backbone, tmp_path, variant={"residual_norm": True})
     graph = openvino.Core().read_model(model.to_openvino(tmp_path))
     types = {node.get_friendly_name(): node.get_type_name() for node in graph.get_ordered_ops()}
     sensitive = set(sensitive_nodes(graph))
