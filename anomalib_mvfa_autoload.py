@@ -33,6 +33,8 @@ NOT_FOR_USERS = (
     ("", FutureWarning, r"(timm|torch|lightning|anomalib)\."),
     ("", DeprecationWarning, r"(timm|torch|lightning|anomalib)\."),
     (r"Found \d+ module\(s\) in eval mode", UserWarning, ""),
+    ("Be aware that when using `ckpt_path`", UserWarning, ""),
+    ("The dirpath has changed from", UserWarning, ""),
 )
 
 
