@@ -32,7 +32,7 @@ from anomalib_mvfa.data.readers import (
     read_mask,
     read_volume,
 )
-from anomalib_mvfa.data.support_lists import read_support_list, write_support_list
+from anomalib_mvfa.data.support_lists import read_support_list
 from anomalib_mvfa.model.fusion import Fusion
 from anomalib_mvfa.model.prompts import class_prompts, prompt_name
 from anomalib_mvfa.weights.adapter_files import load_adapters
@@ -436,7 +436,8 @@ def test_support_lists_are_read_as_they_were_written(tmp_path, normal, abnormal,
     normal, abnormal = (
         [f"{Path(name).name or 'x'}{i}.png" for i, name in enumerate(part)] for part in (normal, abnormal)
     )
-    write_support_list(path, normal, abnormal, draw)
+    lines = [f"n-{draw}: {' '.join(normal)}", f"a-{draw}: {' '.join(abnormal)}"]
+    path.write_text("\n".join(lines), encoding="utf-8")
     assert read_support_list(path, draw) == (normal, abnormal)
 
 

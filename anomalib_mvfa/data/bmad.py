@@ -28,10 +28,10 @@ from pandas import DataFrame
 
 from anomalib_mvfa.model.prompts import prompt_name, published_class_names
 
-from .checks import CheckedDataModule, check_masks, enumerate_some
-from .duplicates import drop_copies
+from .base import CheckedDataModule, enumerate_some
 from .medical_dataset import MedicalDataset
 from .readers import ImageRef
+from .splits import drop_copies
 
 __all__ = ["BMADLayout", "MedicalBMAD", "available_sets", "find_layout", "read_samples"]
 
@@ -108,7 +108,6 @@ def read_samples(layout: BMADLayout) -> DataFrame:
 
     Raises:
         FileNotFoundError: If ``test/good`` or ``test/Ungood`` has no image.
-        ValueError: If the masks fail :func:`~anomalib_mvfa.data.checks.check_masks`.
     """
     rows = []
     for split, split_folder, label, label_index in _PARTS:
@@ -125,8 +124,6 @@ def read_samples(layout: BMADLayout) -> DataFrame:
         rows += [(str(image), split.value, label, label_index.value, mask_of.get(image.stem, "")) for image in images]
     samples: DataFrame = DataFrame(rows, columns=["image_path", "split", "label", "label_index", "mask_path"])
     samples.attrs["task"] = "segmentation" if layout.mask_folder else "classification"
-    if layout.mask_folder:
-        check_masks(samples)
     return samples
 
 

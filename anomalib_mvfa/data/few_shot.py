@@ -25,11 +25,9 @@ from anomalib_mvfa.model.prompts import prompt_name
 from anomalib_mvfa.training.lesions import LesionSynthesizer
 
 from .augmentation import NUM_VERSIONS, support_version, support_versions
-from .checks import SplitDataModule, check_choice
-from .duplicates import drop_copies
-from .groups import parse_pattern, pattern_groups
+from .base import SplitDataModule, check_choice
 from .medical_dataset import read_by_us
-from .sampling import EpochSampler
+from .splits import drop_copies, parse_pattern, pattern_groups
 from .support_lists import find_support, read_support_list
 
 __all__ = ["FewShot", "SupportDataset"]
@@ -273,10 +271,6 @@ class FewShot(SplitDataModule):
             return samples
         return samples.assign(group=pattern_groups(samples["image_path"], self.group_by))
 
-    def _checked_part(self, name: str) -> AnomalibDataset | None:
-        part = super()._checked_part(name)
-        return part.images if isinstance(part, SupportDataset) else part
-
     def _draw_supports(
         self, train: AnomalibDataset, val: AnomalibDataset | None, test: AnomalibDataset
     ) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -342,7 +336,7 @@ class FewShot(SplitDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the training images, read in this process, which keeps the decoded supports."""
-        return self._train_loader(EpochSampler, shuffle=self.shuffle)
+        return self._train_loader(shuffle=self.shuffle)
 
 
 def _plain(image: Any) -> Tensor:

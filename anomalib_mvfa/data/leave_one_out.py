@@ -18,12 +18,10 @@ from torch.utils.data import DataLoader
 
 from anomalib_mvfa.model.prompts import prompt_name
 
+from .base import SplitDataModule, check_choice
 from .bmad import available_sets, find_layout, read_samples, read_set
-from .checks import SplitDataModule, check_choice
-from .duplicates import drop_copies
-from .groups import parse_pattern, pattern_groups, split_groups
 from .medical_dataset import MedicalDataset
-from .sampling import BalancedSampler, EpochSampler
+from .splits import drop_copies, parse_pattern, pattern_groups, split_groups
 
 __all__ = ["LeaveOneOut", "SetBatch", "SetItem"]
 
@@ -226,6 +224,6 @@ class LeaveOneOut(SplitDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the training images of all other sets."""
-        if not self.balanced:
-            return self._train_loader(EpochSampler, self.num_workers)
-        return self._train_loader(BalancedSampler, self.num_workers, groups=self.train_data.samples["set"].tolist())
+        sets = self.train_data.samples["set"]
+        weights = torch.tensor(1 / sets.map(sets.value_counts()), dtype=torch.float32) if self.balanced else None
+        return self._train_loader(self.num_workers, weights=weights)

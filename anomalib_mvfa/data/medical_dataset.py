@@ -18,7 +18,6 @@ from torchvision.tv_tensors import Image, Mask
 
 from anomalib_mvfa.callbacks.loading import ReportedBatch
 
-from .checks import size_difference
 from .readers import ImageRef, IntensityRule, UnreadableImageError, read_image, read_mask
 
 __all__ = ["WHOLE_FILE", "MedicalDataset", "read_by_us"]
@@ -98,23 +97,32 @@ class MedicalDataset(AnomalibDataset):
         return replace(self.like, path=Path(path), frame=None if frame == WHOLE_FILE else int(frame))
 
     def _read(self, row: Any, ref: ImageRef) -> tuple[Tensor, Mask | None]:
-        if row.get("problem"):
-            raise UnreadableImageError(ref.path, row.problem)
+        has_mask = self.task == TaskType.SEGMENTATION and row.label_index == LabelName.ABNORMAL.value
+        reason = row.get("problem")
+        if has_mask and row.get("has_mask", True) and not row.mask_path:
+            reason = "abnormal, but without a mask of the same stem, while the set has masks"
+        if reason:
+            raise UnreadableImageError(ref.path, reason)
         try:
             image = self._image(ref)
-            if self.task == TaskType.CLASSIFICATION:
-                return image, None
-            if row.label_index != LabelName.ABNORMAL.value or not row.mask_path:
-                return image, Mask(torch.zeros(image.shape[-2:], dtype=torch.uint8))
-            mask = read_mask(replace(ref, path=Path(row.mask_path)))
+            mask = read_mask(replace(ref, path=Path(row.mask_path))) if has_mask and row.mask_path else None
         except FileNotFoundError as error:
             raise UnreadableImageError(error.filename, "no such file") from None
         except UnreadableImageError:
             raise
         except ValueError as error:  # a mask file with fewer frames than its image
             raise UnreadableImageError(row.mask_path, f"does not fit {ref.path.name}: {error}") from None
+        if self.task == TaskType.CLASSIFICATION:
+            return image, None
+        if mask is None:
+            mask = torch.zeros(image.shape[-2:])
         if mask.shape != image.shape[-2:]:
-            raise UnreadableImageError(row.mask_path, size_difference(mask.shape, image.shape))
+            (height, width), (image_height, image_width) = mask.shape, image.shape[-2:]
+            reason = (
+                f"this mask is {width}x{height} (width x height), its image {image_width}x{image_height}; "
+                "resample it onto the image, nearest neighbour"
+            )
+            raise UnreadableImageError(row.mask_path, reason)
         return image, Mask(mask.to(torch.uint8))
 
     def _image(self, ref: ImageRef) -> Tensor:

@@ -25,9 +25,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Transform
 
 from .anomaly_volumes import AnomalyVolumes
-from .checks import SplitDataModule, enumerate_some
-from .duplicates import drop_copies
-from .groups import parse_pattern, pattern_groups, split_groups
+from .base import SplitDataModule, enumerate_some
 from .medical_dataset import WHOLE_FILE, MedicalDataset
 from .readers import (
     MAX_PIXELS,
@@ -42,6 +40,7 @@ from .readers import (
     same_grid,
     series_key,
 )
+from .splits import drop_copies, parse_pattern, pattern_groups, split_groups
 
 __all__ = ["MedicalFolder"]
 
@@ -475,10 +474,8 @@ def _patient(path: Path, salt: bytes) -> str | None:
 
 def _slice_label(label: LabelName, mask: Path | None, ref: ImageRef, has_masks: bool) -> tuple[LabelName, str]:
     """Return the label of an image, and what is wrong with it as far as that is known without reading the image."""
-    if label != LabelName.ABNORMAL or not has_masks:
+    if label != LabelName.ABNORMAL or not has_masks or mask is None:  # reading it reports a missing mask
         return label, ""
-    if mask is None:
-        return label, "abnormal, but without a mask of the same stem, while the set has masks"
     try:
         if is_volume(ref.path) and ref.frame is not None and not (is_volume(mask) and same_grid(ref.path, mask)):
             return label, f"its mask {mask} is no volume of the same voxel grid; resample it"

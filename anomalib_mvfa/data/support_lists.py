@@ -15,13 +15,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from anomalib.data import AnomalibDataset
 from anomalib.data.utils import LabelName
 from pandas import DataFrame
 
-from anomalib_mvfa.files import replacing
-
-__all__ = ["find_support", "read_support_list", "write_support_list"]
+__all__ = ["find_support", "read_support_list"]
 
 
 def read_support_list(path: Path | str, draw: int = 0) -> tuple[list[str], list[str]]:
@@ -30,38 +27,27 @@ def read_support_list(path: Path | str, draw: int = 0) -> tuple[list[str], list[
     Raises:
         ValueError: If a line is malformed, a key or a name stands twice, or the draw has no ``n`` line.
     """
-    lines = _parse(Path(path))
+    lines: dict[str, list[str]] = {}
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), start=1):
+        if not line.strip():
+            continue
+        key, _, rest = line.partition(":")
+        key, names = key.strip(), rest.split()
+        if not re.fullmatch(r"[na]-\d+", key):
+            msg = f"{path}, line {number}: expected 'n-<draw>: names' or 'a-<draw>: names', found {line[:60]!r}."
+            raise ValueError(msg)
+        if key in lines or len(set(names)) != len(names):
+            msg = f"{path}, line {number}: {key} or one of its file names stands twice; keep one of them."
+            raise ValueError(msg)
+        lines[key] = names
     if f"n-{draw}" not in lines:
         msg = f"{path} has no line 'n-{draw}:', it has {', '.join(lines) or 'no lines'}. Pass one of its draws."
         raise ValueError(msg)
     return lines[f"n-{draw}"], lines.get(f"a-{draw}", [])
 
 
-def write_support_list(path: Path | str, normal: Sequence[str], abnormal: Sequence[str], draw: int = 0) -> None:
-    """Write the file names of one draw of supports; other draws already in the file stay.
-
-    Raises:
-        ValueError: If a file name holds a blank, which the format cannot express.
-    """
-    path = Path(path)
-    drawn = {f"n-{draw}": [Path(name).name for name in normal], f"a-{draw}": [Path(name).name for name in abnormal]}
-    lines = (_parse(path) if path.exists() else {}) | drawn
-    blank = [name for names in drawn.values() for name in names if re.search(r"\s", name)]
-    if blank:
-        msg = f"{path} separates file names by blanks and cannot hold {blank[0]!r}: rename the image."
-        raise ValueError(msg)
-    text = "".join(" ".join([f"{key}:", *names]) + "\n" for key, names in lines.items())
-    with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
 def find_support(
-    data: AnomalibDataset | DataFrame,
-    names: Sequence[str],
-    label: int,
-    *,
-    path: Path | str = "the support list",
-    draw: int = 0,
+    samples: DataFrame, names: Sequence[str], label: int, *, path: Path | str = "the support list", draw: int = 0
 ) -> list[int]:
     """Find the rows of listed supports of one label in a split, by file name, or by stem without an extension.
 
@@ -70,7 +56,6 @@ def find_support(
     Raises:
         ValueError: If a name matches no image of that label, or several.
     """
-    samples = data.samples if isinstance(data, AnomalibDataset) else data
     rows: dict[str, list[int]] = {}
     for row, (image_path, label_index) in enumerate(zip(samples["image_path"], samples["label_index"], strict=True)):
         if label_index == label:
@@ -86,21 +71,3 @@ def find_support(
         )
         raise ValueError(msg)
     return [found[0] for found in matches]
-
-
-def _parse(path: Path) -> dict[str, list[str]]:
-    """File names by line key (``n-0``, ``a-0``, ...), in the order of the file."""
-    lines: dict[str, list[str]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
-        if not line.strip():
-            continue
-        key, _, rest = line.partition(":")
-        key, names = key.strip(), rest.split()
-        if not re.fullmatch(r"[na]-\d+", key):
-            msg = f"{path}, line {number}: expected 'n-<draw>: names' or 'a-<draw>: names', found {line[:60]!r}."
-            raise ValueError(msg)
-        if key in lines or len(set(names)) != len(names):
-            msg = f"{path}, line {number}: {key} or one of its file names stands twice; keep one of them."
-            raise ValueError(msg)
-        lines[key] = names
-    return lines

@@ -6,10 +6,9 @@
 from pathlib import Path
 
 import pytest
-from anomalib.data import AnomalibDataset
 from pandas import DataFrame
 
-from anomalib_mvfa.data.support_lists import find_support, read_support_list, write_support_list
+from anomalib_mvfa.data.support_lists import find_support, read_support_list
 
 PUBLISHED = "n-0: 17.png 203.png\na-0: 8.png 54.png\nn-1: 3.png 17.png\na-1: 54.png 60.png\n"
 
@@ -66,28 +65,6 @@ def test_malformed_lines_are_named_by_number(tmp_path: Path, text: str, message:
         read_support_list(path)
 
 
-def test_written_draws_make_the_published_text(tmp_path: Path) -> None:
-    path = tmp_path / "2-shot.txt"
-    write_support_list(path, ["17.png", "good/img/203.png"], ["8.png", "54.png"])
-    write_support_list(path, ["9.png"], ["9.png"], draw=1)
-    write_support_list(path, ["3.png", "17.png"], ["54.png", "60.png"], draw=1)
-    assert path.read_text(encoding="utf-8") == PUBLISHED
-
-
-def test_empty_abnormal_draw_survives_the_round_trip(tmp_path: Path) -> None:
-    path = tmp_path / "list.txt"
-    write_support_list(path, ["17.png"], [])
-    assert path.read_text(encoding="utf-8") == "n-0: 17.png\na-0:\n"
-    assert read_support_list(path) == (["17.png"], [])
-
-
-def test_file_name_with_a_blank_cannot_be_written(tmp_path: Path) -> None:
-    path = tmp_path / "list.txt"
-    with pytest.raises(ValueError, match=r"cannot hold 'slice 1\.png'"):
-        write_support_list(path, ["slice 1.png"], [])
-    assert not path.exists()
-
-
 def test_supports_are_found_within_their_label_in_list_order(samples: DataFrame) -> None:
     assert find_support(samples, ["203.png", "17.png"], label=0) == [4, 3]
     assert find_support(samples, ["17.png", "8.png"], label=1) == [1, 0]
@@ -95,16 +72,6 @@ def test_supports_are_found_within_their_label_in_list_order(samples: DataFrame)
 
 def test_supports_are_found_without_extension_and_below_a_folder(samples: DataFrame) -> None:
     assert find_support(samples, ["3", "img/203"], label=0) == [5, 4]
-
-
-def test_supports_are_found_in_a_dataset(tmp_path: Path) -> None:
-    paths = [tmp_path / "b.png", tmp_path / "a.png"]
-    for path in paths:
-        path.touch()
-    dataset = AnomalibDataset()
-    dataset.samples = DataFrame({"image_path": [str(path) for path in paths], "split": "val", "label_index": 0})
-    (row,) = find_support(dataset, ["b.png"], label=0)
-    assert dataset.subsample([row]).samples.image_path.tolist() == [str(tmp_path / "b.png")]
 
 
 def test_missing_support_names_list_line_and_image(samples: DataFrame, support_list: Path) -> None:
