@@ -30,10 +30,8 @@ def partial_name(path: str | Path) -> Path:
 def replacing(path: str | Path) -> Iterator[Path]:
     """Write a file under another name and rename it when it is complete.
 
-    An interruption or a full disk leaves an earlier file as it was. The folder is created.
-
-    Yields:
-        The name to write to, which is removed if writing fails.
+    An interruption or a full disk leaves an earlier file as it was, and nothing under the other name. The folder is
+    created.
 
     Example:
         >>> with replacing(getfixture("tmp_path") / "table.csv") as partial:

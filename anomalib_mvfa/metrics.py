@@ -3,7 +3,7 @@
 
 """Pixel metrics, exact at any size, and the score by which the published protocol selects its epoch."""
 
-from collections.abc import Iterator
+from array import array
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,6 +13,7 @@ from anomalib.metrics import AUPR, AUROC, Evaluator, F1Score
 from lightning.pytorch import LightningModule, Trainer
 from numpy.typing import NDArray
 from scipy import ndimage
+from sklearn.metrics import auc
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import BinaryAUROC
@@ -28,16 +29,10 @@ BLOCK = 2**24
 
 
 def squash(values: Tensor) -> Tensor:
-    """Map real numbers into (0, 1) and keep their order.
+    """Map real numbers into (0, 1) and keep their order: ``x`` to ``(1 + x / (1 + |x|)) / 2``.
 
     torchmetrics applies a sigmoid to each batch that leaves [0, 1], which would put the scores of different batches
     into a false order.
-
-    Args:
-        values: Scores of any shape.
-
-    Returns:
-        Values of the same shape: one half for zero, ``1 - 1 / (2 + 2 x)`` for positive ``x``.
 
     Example:
         >>> squash(torch.tensor([-3.0, 0.0, 1.0]))
@@ -66,9 +61,9 @@ class PixelFigures:
 
     def reset(self) -> None:
         """Drop all values."""
-        self._normal = _Numbers()  # scores
-        self._abnormal = _Numbers()  # scores
-        self._shares = _Numbers()  # one over the size of the region of each abnormal pixel
+        self._normal = array("f")  # scores
+        self._abnormal = array("f")  # scores
+        self._shares = array("f")  # one over the size of the region of each abnormal pixel
         self._regions = 0
 
     def update(self, maps: Tensor, masks: Tensor) -> None:
@@ -88,12 +83,12 @@ class PixelFigures:
                 "the training has diverged, or an image holds values that are none."
             )
             raise ValueError(msg)
-        self._normal.extend(scores[~truth])
-        self._abnormal.extend(scores[truth])
+        self._normal.frombytes(scores[~truth].tobytes())
+        self._abnormal.frombytes(scores[truth].tobytes())
         for mask in truth[truth.any(axis=(1, 2))]:
             regions, count = ndimage.label(mask, structure=NEIGHBOURS)
             numbers = regions[mask]
-            self._shares.extend((1 / np.bincount(numbers)[numbers]).astype(np.float32))
+            self._shares.frombytes((1 / np.bincount(numbers)[numbers]).astype(np.float32).tobytes())
             self._regions += count
 
     def compute(self) -> dict[str, float]:
@@ -102,7 +97,7 @@ class PixelFigures:
         Returns:
             Metrics by name; empty while one class of pixels is missing.
         """
-        own = (np.concatenate(list(self._abnormal)), np.concatenate(list(self._shares)), self._regions)
+        own = (np.array(self._abnormal), np.array(self._shares), self._regions)
         abnormal, shares, regions = zip(*gather_objects(own), strict=True)
         scores, ranks, true = np.unique(np.concatenate(abnormal), return_inverse=True, return_counts=True)
         overlap = np.bincount(ranks, np.concatenate(shares), minlength=len(scores))
@@ -123,7 +118,8 @@ class PixelFigures:
     def _normal_above(self, scores: NDArray[np.float32]) -> tuple[int, NDArray[np.int64], NDArray[np.int64]]:
         """Count the normal pixels of this process: all, above each score, and at or above it."""
         number, above, at_or_above = 0, np.zeros(len(scores), np.int64), np.zeros(len(scores), np.int64)
-        for block in self._normal:
+        for start in range(0, len(self._normal), BLOCK):
+            block = np.asarray(self._normal)[start : start + BLOCK]
             block.sort()  # in place
             number += len(block)
             above += len(block) - np.searchsorted(block, scores, side="right")
@@ -131,35 +127,10 @@ class PixelFigures:
         return number, above, at_or_above
 
 
-class _Numbers:
-    """Numbers in blocks of one size: many small arrays would leave half of the memory unused."""
-
-    def __init__(self) -> None:
-        self._blocks: list[NDArray[np.float32]] = []
-        self._used = BLOCK  # of the last block
-
-    def extend(self, values: NDArray[np.float32]) -> None:
-        while len(values):
-            if self._used == BLOCK:
-                self._blocks.append(np.empty(BLOCK, np.float32))
-                self._used = 0
-            taken = values[: BLOCK - self._used]
-            self._blocks[-1][self._used : self._used + len(taken)] = taken
-            self._used += len(taken)
-            values = values[len(taken) :]
-
-    def __iter__(self) -> Iterator[NDArray[np.float32]]:
-        yield from self._blocks[:-1]
-        yield self._blocks[-1][: self._used] if self._blocks else np.empty(0, np.float32)
-
-
 def _overlap_area(above: NDArray[np.float64], at_or_above: NDArray[np.float64], overlap: NDArray[np.float64]) -> float:
     """Integrate overlap over the false positive rate up to the limit, as a share of what is possible.
 
-    Args:
-        above: False positive rates ``(T,)`` just above each threshold, thresholds falling.
-        at_or_above: The same at the thresholds.
-        overlap: Mean overlap with the regions at the thresholds.
+    The rates and the mean overlap with the regions ``(T,)`` are those just above and at each threshold, falling.
     """
     before = np.append(0, overlap[:-1])
     rate = np.concatenate([[0], np.stack([above, at_or_above], axis=1).ravel(), [1]])
@@ -167,7 +138,7 @@ def _overlap_area(above: NDArray[np.float64], at_or_above: NDArray[np.float64], 
     end = int(np.searchsorted(rate, PRO_LIMIT))  # the first point at or beyond the limit
     last = np.interp(PRO_LIMIT, rate[end - 1 : end + 1], height[end - 1 : end + 1])
     rate, height = np.append(rate[:end], PRO_LIMIT), np.append(height[:end], last)
-    return float((np.diff(rate) * (height[1:] + height[:-1]) / 2).sum() / PRO_LIMIT)
+    return float(auc(rate, height) / PRO_LIMIT)
 
 
 class MVFAEvaluator(Evaluator):
@@ -198,16 +169,10 @@ class MVFAEvaluator(Evaluator):
         self.pixels.reset()
 
     def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: ImageBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: ImageBatch, *args: Any, **kwargs: Any
     ) -> None:
         """Add a batch."""
-        super().on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+        super().on_test_batch_end(trainer, pl_module, outputs, batch, *args, **kwargs)
         if batch.anomaly_map is not None and batch.gt_mask is not None:
             self.pixels.update(batch.anomaly_map, batch.gt_mask)
 
@@ -232,12 +197,7 @@ class SelectionScore(Metric):
         self.pixels = PixelFigures()
 
     def update(self, batch: ImageBatch) -> None:
-        """Add a batch of predictions.
-
-        Args:
-            batch: With ``pred_score`` and ``gt_label`` ``(B,)``, and ``anomaly_map`` and ``gt_mask`` ``(B, H, W)`` for
-                sets that have masks.
-        """
+        """Add ``pred_score`` and ``gt_label`` ``(B,)``; with masks also ``anomaly_map``, ``gt_mask`` ``(B, H, W)``."""
         if batch.pred_score is None or batch.gt_label is None:
             return
         self.image.update(squash(batch.pred_score.flatten()), batch.gt_label.flatten().int())
@@ -252,7 +212,8 @@ class SelectionScore(Metric):
         """
         # The labels of all processes count, so that all of them decide alike.
         with self.image.sync_context():
-            labels = torch.cat([values.flatten() for values in _list(self.image.target)])
+            target = self.image.target  # a list, or after the synchronisation one tensor
+            labels = torch.cat(target) if isinstance(target, list) else target
         if not (bool((labels == 0).any()) and bool((labels == 1).any())):
             msg = (
                 "The best epoch cannot be chosen: the validation part has no normal or no abnormal images. Give a "
@@ -267,7 +228,3 @@ class SelectionScore(Metric):
         super().reset()
         self.image.reset()
         self.pixels.reset()
-
-
-def _list(state: list[Tensor] | Tensor) -> list[Tensor]:
-    return state if isinstance(state, list) else [state]

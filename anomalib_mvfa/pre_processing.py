@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from anomalib.pre_processing import PreProcessor
+from PIL import Image
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torchvision.transforms.v2 import InterpolationMode, Resize
@@ -48,9 +49,8 @@ class EightBitResize(Resize):  # type: ignore[misc]  # torchvision has no types
 
     def _resize_image(self, image: Tensor) -> Tensor:
         levels = (image.detach().clamp(0, 1) * 255).round().to("cpu", torch.uint8).as_subclass(Tensor)
-        picture = image_functional.to_pil_image(levels)
         height, width = self.size
-        resized = picture.resize((width, height), resample=3)  # Pillow's bicubic
+        resized = image_functional.to_pil_image(levels).resize((width, height), Image.Resampling.BICUBIC)
         result: Tensor = image_functional.pil_to_tensor(resized).to(image.dtype) / 255
         return result
 
@@ -118,24 +118,20 @@ class MVFAPreProcessor(PreProcessor):
         The transform stays the same object: datasets that were set up before the checkpoint was read hold it, too, and
         would otherwise resize to the size that this model was built with first.
         """
-        resize = self.transform
         height, width = config["image_size"]
-        MVFAPreProcessor.__init__(self, (height, width))
-        if isinstance(resize, EightBitResize):
-            resize.size = [height, width]
-            self.transform = resize
+        self.image_size = (height, width)
+        for resize in (self.transform, self.export_transform):
+            if isinstance(resize, EightBitResize | ExportableResize):
+                resize.size = self.image_size
 
 
 def check_intensity(trained: str | None, given: str | None) -> None:
-    """Refuse images that are read by another intensity rule than those of the training; ``None`` is no rule.
+    """Raise a ValueError for images that are read by another intensity rule than those of the training.
 
-    Raises:
-        ValueError: If the rules differ.
+    ``None`` is no rule, of images that show grey levels already.
     """
-    if trained is None or given == trained:
-        return
-    if given is None:
-        if trained != "auto":
+    if given is None or trained in {None, given}:
+        if given is None and trained not in {None, "auto"}:
             logger.warning(
                 "The model was trained on images read with the intensity rule '%s', which these images were not: "
                 "they must show the same grey levels already. --data MedicalFolder applies the rule.",

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anomalib.data import ImageBatch, ImageItem, PredictDataset
+from anomalib.data import ImageItem, PredictDataset
 from anomalib.utils.path import generate_output_filename
 from anomalib.visualization import ImageVisualizer
 from anomalib.visualization.image import visualize_image_item
@@ -23,7 +23,7 @@ from anomalib.visualization.image.functional import (
     visualize_image,
     visualize_mask,
 )
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
@@ -31,7 +31,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from anomalib_mvfa.files import replacing
 
 if TYPE_CHECKING:
-    from anomalib.models.components import AnomalibModule
+    pass
 
 __all__ = ["MVFAVisualizer", "heatmap", "loaded_dataset", "outlines", "results_dir"]
 
@@ -53,15 +53,9 @@ def results_dir(trainer: Trainer) -> Path:
 
 
 def claim_name(target: Path, source: str, taken: dict[Path, str]) -> Path:
-    """Return a file name that no other source has.
+    """Return a file name that no other source has: the one wanted, or with ``_2``, ``_3`` and so on before its suffix.
 
-    Args:
-        target: The name wanted.
-        source: What the file is made from.
-        taken: Names in use, with their sources; extended here.
-
-    Returns:
-        The name wanted, or one with ``_2``, ``_3`` and so on before its suffix.
+    ``taken`` holds the names in use with their sources, and is extended.
     """
     suffix = ".nii.gz" if target.name.endswith(".nii.gz") else target.suffix
     stem = target.name.removesuffix(suffix)
@@ -73,15 +67,10 @@ def claim_name(target: Path, source: str, taken: dict[Path, str]) -> Path:
 
 
 def heatmap(image: Image.Image, anomaly_map: Tensor) -> Image.Image:
-    """Colour an image where its map is high, and leave it as it is where the score is below half of the threshold.
+    """Colour an image (RGB) where its map is high, and leave it as it is below half of the threshold.
 
-    Args:
-        image: Of any size.
-        anomaly_map: ``(h, w)`` normalised scores in [0, 1], whose threshold is one half. The opacity grows from half of
-            the threshold, in proportion, up to `OPACITY` at 1.
-
-    Returns:
-        The image in RGB.
+    The map ``(h, w)`` has normalised scores in [0, 1], whose threshold is one half. The opacity grows in proportion
+    from half of the threshold up to `OPACITY` at 1.
     """
     scores = anomaly_map.detach().float().cpu().clamp(0, 1)
     heat = visualize_anomaly_map(scores).resize(image.size, Image.Resampling.BILINEAR)
@@ -91,16 +80,7 @@ def heatmap(image: Image.Image, anomaly_map: Tensor) -> Image.Image:
 
 
 def outlines(image: Image.Image, mask: Tensor | None, prediction: Tensor | None) -> Image.Image:
-    """Outline mask (cyan) and prediction (red) in one image.
-
-    Args:
-        image: Of any size.
-        mask: ``(h, w)``, true in lesions; ``None`` if it is not known.
-        prediction: ``(h, w)``, true where the score is above the threshold; ``None`` without a threshold.
-
-    Returns:
-        The image in RGB.
-    """
+    """Outline mask (cyan) and prediction (red), ``(h, w)`` or ``None`` where not known, in one image (RGB)."""
     for region, colour in ((mask, MASK_COLOUR), (prediction, PREDICTION_COLOUR)):
         if region is not None:
             shown = to_pil_image(region.detach().squeeze().bool().cpu().byte() * 255)
@@ -151,24 +131,14 @@ class MVFAVisualizer(ImageVisualizer):
         self._pool: ThreadPoolExecutor | None = None
         self._drawing: deque[Future[None]] = deque()
 
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: "AnomalibModule",  # type: ignore[override]  # as anomalib's own visualizer
-        outputs: ImageBatch,  # type: ignore[override]
-        batch: ImageBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_test_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any, **__: Any) -> None:
         """Begin to draw one picture an image; wait only when many are under way."""
-        del pl_module, outputs, batch_idx, dataloader_idx
+        del pl_module, outputs
         folder = Path(self.output_dir or results_dir(trainer))
         dataset = loaded_dataset(trainer)
         self._pool = self._pool or ThreadPoolExecutor(DRAWING_THREADS, thread_name_prefix="drawing")
         for item in batch:
-            if item.image_path is None:
-                continue
-            if item.explanation and trainer.predicting:  # the image could not be read
+            if item.image_path is None or (item.explanation and trainer.predicting):  # the image could not be read
                 continue
             target = self._target(item.image_path, folder, trainer)
             while len(self._drawing) >= MAX_DRAWING:
@@ -230,19 +200,16 @@ class MVFAVisualizer(ImageVisualizer):
                 self._pool.shutdown()
                 self._pool = None
 
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_test_end(self, *_: Any) -> None:
         """Complete the pictures."""
-        del trainer, pl_module
         self._finish()
 
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_predict_end(self, *_: Any) -> None:
         """Complete the pictures."""
-        del trainer, pl_module
         self._finish()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(self, *_: Any) -> None:
         """Complete the pictures of what was predicted before an interruption."""
-        del trainer, pl_module, exception
         with suppress(Exception):  # the first failure is the one to report
             self._finish()
 

@@ -110,7 +110,7 @@ def setup_with_copies(data, stage):
     import anomalib_mvfa.data.few_shot as module
 
     keep_all = module.drop_copies
-    module.drop_copies = lambda samples, *_: list(range(len(samples)))
+    module.drop_copies = lambda samples, **_: list(range(len(samples)))
     try:
         FewShot._setup(data, stage)
     finally:

@@ -17,7 +17,8 @@ from anomalib_mvfa.processes import gather_objects
 from anomalib_mvfa.visualization import claim_name, loaded_dataset, results_dir
 
 from .medical_dataset import MedicalDataset
-from .readers import ImageRef, is_volume, read_volume, volume_slice, write_volume
+from .readers import ImageRef, read_volume, volume_slice, write_volume
+from .readers.files import is_volume
 
 __all__ = ["AnomalyVolumes"]
 

@@ -17,7 +17,9 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from .readers import JPEG_SUFFIXES, UnreadableImageError, has_burned_in_text, is_volume
+from .readers import ImageRef, UnreadableImageError
+from .readers.dicom import dicom_header
+from .readers.files import JPEG_SUFFIXES, is_volume
 
 __all__ = ["CheckedDataModule", "EpochSampler", "SplitDataModule", "check_images", "enumerate_some"]
 
@@ -47,10 +49,10 @@ class CheckedDataModule(AnomalibDataModule):
         names = next((names for fn, names in CHECKED_PARTS.items() if stage == fn), ())
         parts = [getattr(self, f"{name}_data", None) for name in names]
         check_images(*(part for part in parts if part is not None), num_workers=self.num_workers)
-        shown = getattr(self, "predict_data", None) or getattr(self, "test_data", None)
+        shown = getattr(self, "test_data", None)
         if stage not in {TrainerFn.TESTING, TrainerFn.PREDICTING} or shown is None or getattr(shown, "blackout", False):
             return
-        if count := sum(map(has_burned_in_text, shown.samples["image_path"].unique())):
+        if count := sum(dicom_header(ImageRef(Path(path))).burned_in for path in shown.samples["image_path"].unique()):
             logger.warning(
                 "%d DICOM files may have text such as a patient's name burned into their pixels, which heatmaps then "
                 "show. Look at them, and set blackout to the rectangles with text.",

@@ -17,7 +17,6 @@ untouched until the final evaluation, so validation uses the ``valid`` split.
 """
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -33,7 +32,7 @@ from .medical_dataset import MedicalDataset
 from .readers import ImageRef
 from .splits import drop_copies
 
-__all__ = ["BMADLayout", "MedicalBMAD", "available_sets", "find_layout", "read_samples"]
+__all__ = ["MedicalBMAD", "available_sets", "find_set", "read_samples", "read_set"]
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"})
 # Where a set has both, `anomaly_mask` outlines the lesion and `label` may outline the organ, so the former goes first.
@@ -48,15 +47,6 @@ _PARTS = (
 )
 
 
-@dataclass(frozen=True)
-class BMADLayout:
-    """Where a set lies and which of the optional folders it has."""
-
-    folder: Path  # the one that holds `test`
-    has_train: bool  # whether `train/good` holds images
-    mask_folder: str | None  # in `test/Ungood`; without one the set has image labels only
-
-
 def available_sets(root: Path | str) -> list[str]:
     """Names of the sets under ``root``, or of the set that it is, in any of the layouts, sorted, without ``_AD``."""
     root = Path(root)
@@ -64,8 +54,8 @@ def available_sets(root: Path | str) -> list[str]:
     return sorted({_set_name(folder.name) for folder in folders})
 
 
-def find_layout(root: Path | str, category: str) -> BMADLayout:
-    """Find the folder of a set and its layout; ``<root>/<category>`` is preferred to ``<root>/<category>_AD``.
+def find_set(root: Path | str, category: str) -> Path:
+    """Find the folder of a set; ``<root>/<category>`` is preferred to ``<root>/<category>_AD``.
 
     ``root`` may also be the set's own folder. Case and ``_AD`` do not matter in ``category``.
 
@@ -93,37 +83,35 @@ def find_layout(root: Path | str, category: str) -> BMADLayout:
             f"pass category='{own_name}', or the parent folder as root."
         )
         raise ValueError(msg)
-    train_images = _images(_find(folder, "train", "good"))
-    masks = _masks(_find(folder, "test", "Ungood"))
-    return BMADLayout(folder, bool(train_images), masks[0].parent.name.lower() if masks else None)
+    return folder
 
 
-def read_samples(layout: BMADLayout) -> DataFrame:
+def read_samples(folder: Path) -> DataFrame:
     """List the images of a set, each abnormal one with the mask of the same stem.
 
     Returns:
         One row an image: ``image_path``, ``split`` (``"train"``, ``"val"``, ``"test"``), ``label`` (``"good"``,
         ``"Ungood"``), ``label_index`` (0, 1) and ``mask_path`` (``""`` for none). ``attrs["task"]`` is
-        ``"segmentation"`` for a set with masks, otherwise ``"classification"``.
+        ``"segmentation"`` for a set with masks in ``test/Ungood``, otherwise ``"classification"``.
 
     Raises:
         FileNotFoundError: If ``test/good`` or ``test/Ungood`` has no image.
     """
     rows = []
+    has_masks = bool(_masks(_find(folder, "test", "Ungood")))
     for split, split_folder, label, label_index in _PARTS:
-        folder = _find(layout.folder, split_folder, label)
-        images = _images(folder)
-        if split == Split.TEST and folder and not images:
+        part = _find(folder, split_folder, label)
+        images = _images(part)
+        if split == Split.TEST and part and not images:
             msg = (
-                f"No image in {folder}, nor in an img folder there (read: {', '.join(sorted(IMAGE_SUFFIXES))}). "
-                f"{_contents(folder)} Put the images of the test split there."
+                f"No image in {part}, nor in an img folder there (read: {', '.join(sorted(IMAGE_SUFFIXES))}). "
+                f"{_contents(part)} Put the images of the test split there."
             )
             raise FileNotFoundError(msg)
-        has_masks = layout.mask_folder is not None and label_index == LabelName.ABNORMAL
-        mask_of = {mask.stem: str(mask) for mask in _masks(folder)} if has_masks else {}
-        rows += [(str(image), split.value, label, label_index.value, mask_of.get(image.stem, "")) for image in images]
+        masks = {mask.stem: str(mask) for mask in _masks(part)} if has_masks and label == "Ungood" else {}
+        rows += [(str(image), split.value, label, label_index.value, masks.get(image.stem, "")) for image in images]
     samples: DataFrame = DataFrame(rows, columns=["image_path", "split", "label", "label_index", "mask_path"])
-    samples.attrs["task"] = "segmentation" if layout.mask_folder else "classification"
+    samples.attrs["task"] = "segmentation" if has_masks else "classification"
     return samples
 
 
@@ -151,21 +139,11 @@ class MedicalBMAD(CheckedDataModule, BMAD):
         """What the text prompts call the images of this set."""
         return prompt_name(self.category)
 
-    @property
-    def layout(self) -> BMADLayout:
-        """Folder and layout of the set, found by looking under ``root``."""
-        return find_layout(self.root, self.category)
-
-    @property
-    def has_masks(self) -> bool:
-        """Whether the set has lesion masks."""
-        return self.layout.mask_folder is not None
-
     def prepare_data(self) -> None:
         """Download the six BMAD sets if ``root`` does not exist and ``category`` is one of them."""
         if not self.root.exists() and self.category.lower() in published_class_names():
             super().prepare_data()
-        find_layout(self.root, self.category)
+        find_set(self.root, self.category)
 
     def setup(self, stage: str | None = None) -> None:
         """List the images, check those of the stage, and report copies between the parts before training."""
@@ -179,34 +157,32 @@ class MedicalBMAD(CheckedDataModule, BMAD):
                 taken, of = pd.concat([taken, data.samples]), "training or validation images"
 
     def _setup(self, _stage: str | None = None) -> None:
-        layout = self.layout
-        samples = read_samples(layout)
-        valid = samples[samples["split"] == Split.VAL.value]
-        train = samples[samples["split"] == Split.TRAIN.value]
-        if not layout.has_train:
+        folder = find_set(self.root, self.category)
+        samples = read_samples(folder)
+        train, valid, test = (samples[samples["split"] == split] for split in (Split.TRAIN, Split.VAL, Split.TEST))
+        if train.empty:
             train = valid[valid["label_index"] == LabelName.NORMAL.value]
         if train.empty:
             msg = (
-                f"No normal image to train on in {layout.folder}: looked for train/good and valid/good. "
-                f"{_contents(layout.folder)} Add one of them."
+                f"No normal image to train on in {folder}: looked for train/good and valid/good. "
+                f"{_contents(folder)} Add one of them."
             )
             raise FileNotFoundError(msg)
         self.support_pool = valid
-        self.train_data = read_set(train, layout)
-        self.test_data = read_set(samples[samples["split"] == Split.TEST.value], layout)
+        self.train_data, self.test_data = read_set(train, folder), read_set(test, folder)
         if self.val_split_mode == ValSplitMode.FROM_DIR:
             if valid.empty:
                 msg = (
-                    f"No image in valid/good or valid/Ungood of {layout.folder}, read by val_split_mode='from_dir'. "
-                    f"{_contents(layout.folder)} Add the split, or pass another val_split_mode, such as 'from_test'."
+                    f"No image in valid/good or valid/Ungood of {folder}, read by val_split_mode='from_dir'. "
+                    f"{_contents(folder)} Add the split, or pass another val_split_mode, such as 'from_test'."
                 )
                 raise FileNotFoundError(msg)
-            self.val_data = read_set(valid, layout)
+            self.val_data = read_set(valid, folder)
 
 
-def read_set(samples: DataFrame, layout: BMADLayout) -> MedicalDataset:
+def read_set(samples: DataFrame, folder: Path) -> MedicalDataset:
     """Return the data set of some samples of a set, in the order of their paths."""
-    return MedicalDataset(samples.sort_values("image_path"), like=ImageRef(layout.folder, root=layout.folder))
+    return MedicalDataset(samples.sort_values("image_path"), like=ImageRef(folder, root=folder))
 
 
 def _set_name(folder_name: str) -> str:

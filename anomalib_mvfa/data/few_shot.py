@@ -174,6 +174,7 @@ class FewShot(SplitDataModule):
             seed=seed,
         )
         self.source = source
+        self.category = source.category
         self.k_shot = k_shot
         self.support_list = support_list
         self.draw = draw
@@ -187,15 +188,6 @@ class FewShot(SplitDataModule):
         return self.source.name
 
     @property
-    def category(self) -> str:
-        """Category of the source."""
-        return self.source.category
-
-    @category.setter
-    def category(self, category: str) -> None:
-        self.source.category = category
-
-    @property
     def class_name(self) -> str | None:
         """Name for the prompts, the source's own, or that of its category; ``None`` if it has neither."""
         own = getattr(self.source, "class_name", None)
@@ -205,10 +197,10 @@ class FewShot(SplitDataModule):
         """Return several draws from the same splits: seeds count up, or with a support list the draws of the file."""
         names = ("source", "k_shot", "support_list", "abnormal_source", "group_by", "shuffle", "train_batch_size")
         options = {name: getattr(self, name) for name in names}
-        seed = self.seed or 0
-        if self.support_list is not None:
-            return [FewShot(**options, seed=seed, draw=self.draw + number) for number in range(count)]
-        return [FewShot(**options, seed=seed + number, draw=self.draw) for number in range(count)]
+        places = [(self.seed or 0, self.draw + number) for number in range(count)]
+        if self.support_list is None:
+            places = [((self.seed or 0) + number, self.draw) for number in range(count)]
+        return [FewShot(**options, seed=seed, draw=draw) for seed, draw in places]
 
     @property
     def intensity(self) -> str | None:
@@ -233,10 +225,10 @@ class FewShot(SplitDataModule):
         supports = pd.concat([normal, abnormal])
         task = "segmentation" if abnormal.empty else str(test.samples.attrs["task"])
         self.train_data = SupportDataset(normal, abnormal, task, seed=self.seed or 0, source=train)
-        like = getattr(test, "like", None)
-        self.test_data = test.subsample(drop_copies(test.samples, supports, "test", "supports", like))
+        drop = partial(drop_copies, taken=supports, of="supports", like=getattr(test, "like", None))
+        self.test_data: AnomalibDataset = test.subsample(drop(test.samples, part="test"))
         if val is not None:
-            self.val_data = val.subsample(drop_copies(val.samples, supports, "validation", "supports", like))
+            self.val_data: AnomalibDataset = val.subsample(drop(val.samples, part="validation"))
         logger.info(
             "Supports: %d normal, %s; %d validation and %d test images remain.",
             len(normal),
@@ -259,11 +251,11 @@ class FewShot(SplitDataModule):
         found = [getattr(source, f"{name}_data", None) for name in ("train", "val", "test")]
         files = [path for part in found if part is not None for path in part.samples["image_path"]]
         root = Path(os.path.commonpath([Path(path).parent for path in files]) if files else "")
-        train, val, test = (None if part is None else read_by_us(part, root) for part in found)
-        for part in (train, val, test):
+        parts = tuple(None if part is None else read_by_us(part, root) for part in found)
+        for part in parts:
             if part is not None:
                 part._samples = self._grouped(part.samples)
-        return train, val, test  # type: ignore[return-value]  # every source has a training and a test part
+        return parts  # type: ignore[return-value]  # every source has a training and a test part
 
     def _grouped(self, samples: pd.DataFrame) -> pd.DataFrame:
         """Return samples with the groups that the pattern of file names defines, if there is one."""
@@ -276,34 +268,34 @@ class FewShot(SplitDataModule):
     ) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Choose the rows of the normal and of the abnormal supports."""
         # Sets that keep a split for supports and validation are asked for it: the validation part may be another one.
-        support_pool: pd.DataFrame | None = getattr(self.source, "support_pool", None)
-        if support_pool is not None:
-            support_pool = self._grouped(support_pool)
+        pool: pd.DataFrame | None = getattr(self.source, "support_pool", None)
+        pool = None if pool is None else self._grouped(pool)
         if self.support_list is not None:
-            parts = [part.samples for part in (val, train, test) if part is not None]
-            pool = pd.concat(parts).drop_duplicates("image_path", ignore_index=True)
-            return self._listed_supports(pool if support_pool is None else support_pool)
+            if pool is None:
+                parts = [part.samples for part in (val, train, test) if part is not None]
+                pool = pd.concat(parts).drop_duplicates("image_path", ignore_index=True)
+            listed = read_support_list(self.support_list, self.draw)
+            find = partial(find_support, pool, path=self.support_list, draw=self.draw)
+            normal, abnormal = map(find, listed, (LabelName.NORMAL, LabelName.ABNORMAL))
+            return pool.iloc[normal], pool.iloc[abnormal]
 
-        def rows(samples: pd.DataFrame, label: LabelName) -> pd.DataFrame:
-            return samples[samples.label_index == label]
-
-        normal = self._choose(rows(train.samples, LabelName.NORMAL), "normal", "training")
+        normal_images = train.samples[train.samples.label_index == LabelName.NORMAL]
+        supports = self._choose(normal_images, "normal", "training")
         if self.abnormal_source == "synthetic":
-            return normal, normal.iloc[:0]
-        if support_pool is None:
-            support_pool = test.samples.iloc[:0] if val is None else val.samples
-        in_val = rows(support_pool, LabelName.ABNORMAL)
-        from_test = self.abnormal_source == "test" or (self.abnormal_source == "auto" and in_val.empty)
-        candidates = rows(test.samples, LabelName.ABNORMAL) if from_test else in_val
-        abnormal = self._choose(candidates, "abnormal", "test" if from_test else "validation")
-        in_test = abnormal.image_path.isin(test.samples.image_path).sum()
-        if in_test:
+            return supports, supports.iloc[:0]
+        if pool is None:
+            pool = test.samples.iloc[:0] if val is None else val.samples
+        candidates, part = pool[pool.label_index == LabelName.ABNORMAL], "validation"
+        if self.abnormal_source == "test" or (self.abnormal_source == "auto" and candidates.empty):
+            candidates, part = test.samples[test.samples.label_index == LabelName.ABNORMAL], "test"
+        abnormal_supports = self._choose(candidates, "abnormal", part)
+        if in_test := abnormal_supports.image_path.isin(test.samples.image_path).sum():
             logger.warning(
                 "%d abnormal supports were taken from the test part, which no longer holds them, because no other part "
                 "has abnormal images or because that was asked for.",
                 in_test,
             )
-        return normal, abnormal
+        return supports, abnormal_supports
 
     def _choose(self, candidates: pd.DataFrame, kind: str, part: str) -> pd.DataFrame:
         """Draw ``k_shot`` rows."""
@@ -326,13 +318,6 @@ class FewShot(SplitDataModule):
                     drawn["group"].nunique(),
                 )
         return drawn.iloc[: self.k_shot]
-
-    def _listed_supports(self, pool: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Find the supports that a list names."""
-        path = Path(self.support_list or "")
-        normal, abnormal = read_support_list(path, self.draw)
-        in_pool = partial(find_support, pool, path=path, draw=self.draw)
-        return pool.iloc[in_pool(normal, LabelName.NORMAL)], pool.iloc[in_pool(abnormal, LabelName.ABNORMAL)]
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the training images, read in this process, which keeps the decoded supports."""

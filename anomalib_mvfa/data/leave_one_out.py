@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from anomalib_mvfa.model.prompts import prompt_name
 
 from .base import SplitDataModule, check_choice
-from .bmad import available_sets, find_layout, read_samples, read_set
+from .bmad import available_sets, find_set, read_samples, read_set
 from .medical_dataset import MedicalDataset
 from .splits import drop_copies, parse_pattern, pattern_groups, split_groups
 
@@ -156,7 +156,7 @@ class LeaveOneOut(SplitDataModule):
 
     def _training_sets(self) -> list[str]:
         sets = list(self.sets or available_sets(self.root))
-        others = [name for name in sets if find_layout(self.root, name) != find_layout(self.root, self.target)]
+        others = [name for name in sets if find_set(self.root, name) != find_set(self.root, self.target)]
         if not others:
             msg = (
                 f"No set but the target '{self.target}' to train on under {self.root}: found "
@@ -169,12 +169,12 @@ class LeaveOneOut(SplitDataModule):
         return others
 
     def _setup(self, _stage: str | None = None) -> None:
-        layout = find_layout(self.root, self.target)
-        target = self._grouped(self.target, read_samples(layout))
+        folder = find_set(self.root, self.target)
+        target = self._grouped(self.target, read_samples(folder))
         pool = pd.concat([self._pool_of(name) for name in self._training_sets()], ignore_index=True)
         pool = pool.iloc[drop_copies(pool, target, "training", f"images of {self.target}")]
         test = target[target["split"] == Split.TEST.value]
-        self.test_data = read_set(test, layout)
+        self.test_data = read_set(test, folder)
         if self.val_split_mode == ValSplitMode.FROM_TRAIN:
             parts = pd.concat([self._hold_out(rows) for _, rows in pool.groupby("set")])
             held_out = parts.reindex(pool.index) == Split.VAL.value
@@ -183,7 +183,7 @@ class LeaveOneOut(SplitDataModule):
         elif self.val_split_mode != ValSplitMode.NONE:
             from_dir = self.val_split_mode == ValSplitMode.FROM_DIR
             rows = target[target["split"] == Split.VAL.value] if from_dir else test
-            self.val_data = read_set(rows, layout)
+            self.val_data = read_set(rows, folder)
         self.train_data = SetsDataset(pool)
         logger.info(
             "Training on the %s splits of %s; %d validation images; testing on %d images of %s.",
@@ -196,18 +196,18 @@ class LeaveOneOut(SplitDataModule):
 
     def _pool_of(self, name: str) -> pd.DataFrame:
         """List the training images of a set."""
-        layout = find_layout(self.root, name)
-        samples = read_samples(layout)
+        folder = find_set(self.root, name)
+        samples = read_samples(folder)
         samples = samples[samples["split"] == TRAIN_SPLITS[self.train_split]]
         labels = set(samples["label_index"])
         if labels != {LabelName.NORMAL.value, LabelName.ABNORMAL.value}:
             msg = (
-                f"The {self.train_split} split of {layout.folder} has no normal or no abnormal images, both of which "
+                f"The {self.train_split} split of {folder} has no normal or no abnormal images, both of which "
                 "training needs. Add them, or leave the set out with sets."
             )
             raise ValueError(msg)
         samples = self._grouped(name, samples)
-        return samples.assign(set=name, class_name=prompt_name(name), has_mask=layout.mask_folder is not None)
+        return samples.assign(set=name, class_name=prompt_name(name), has_mask=samples.attrs["task"] == "segmentation")
 
     def _grouped(self, name: str, samples: pd.DataFrame) -> pd.DataFrame:
         """Return the samples of a set with a column ``group``, by default a group for each image."""

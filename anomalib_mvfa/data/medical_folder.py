@@ -13,33 +13,23 @@ from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 from anomalib import TaskType
-from anomalib.data.utils import LabelName, Split, ValSplitMode
+from anomalib.data.utils import LabelName, Split, TestSplitMode, ValSplitMode
 from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 from torch.utils.data import DataLoader
-from torchvision.transforms.v2 import Transform
 
 from .anomaly_volumes import AnomalyVolumes
 from .base import SplitDataModule, enumerate_some
 from .medical_dataset import WHOLE_FILE, MedicalDataset
-from .readers import (
-    MAX_PIXELS,
-    ImageRef,
-    IntensityRule,
-    UnreadableImageError,
-    is_dicom,
-    is_volume,
-    list_images,
-    patient_key,
-    read_mask,
-    same_grid,
-    series_key,
-)
+from .readers import ImageRef, IntensityRule, list_images, read_mask
+from .readers.dicom import dicom_header, patient_key
+from .readers.files import MAX_PIXELS, is_dicom, is_volume
+from .readers.volumes import same_grid
 from .splits import drop_copies, parse_pattern, pattern_groups, split_groups
 
 __all__ = ["MedicalFolder"]
@@ -51,7 +41,7 @@ LABELS = {
     **dict.fromkeys(("normal", "good", "0"), LabelName.NORMAL),
     **dict.fromkeys(("abnormal", "anomalous", "ungood", "1"), LabelName.ABNORMAL),
 }
-SPLITS = {"train": Split.TRAIN, "val": Split.VAL, "valid": Split.VAL, "validation": Split.VAL, "test": Split.TEST}
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
 class _Entry(NamedTuple):
@@ -112,11 +102,8 @@ class MedicalFolder(SplitDataModule):
         train_batch_size: Images per training step.
         eval_batch_size: Images per step of validation, test and prediction.
         num_workers: Number of processes that read ahead of the model.
-        train_augmentations: Augmentations of training images.
-        val_augmentations: Augmentations of validation images.
-        test_augmentations: Augmentations of test images.
-        augmentations: Augmentations where none of the three was given.
         seed: Seed of the split.
+        **kwargs: The four arguments on augmentations of every datamodule of anomalib.
 
     Raises:
         ValueError: If arguments do not fit each other, in ``setup`` also if the images do not.
@@ -149,11 +136,8 @@ class MedicalFolder(SplitDataModule):
         train_batch_size: int = 32,
         eval_batch_size: int = 32,
         num_workers: int = 2,
-        train_augmentations: Transform | None = None,
-        val_augmentations: Transform | None = None,
-        test_augmentations: Transform | None = None,
-        augmentations: Transform | None = None,
         seed: int | None = None,
+        **kwargs: Any,
     ) -> None:
         if image_list is not None and (normal_dir or abnormal_dir or mask_dir):
             msg = "Give either image_list or normal_dir, abnormal_dir and mask_dir, not both."
@@ -187,12 +171,13 @@ class MedicalFolder(SplitDataModule):
             train_batch_size=train_batch_size,
             eval_batch_size=eval_batch_size,
             num_workers=num_workers,
-            train_augmentations=train_augmentations,
-            val_augmentations=val_augmentations,
-            test_augmentations=test_augmentations,
-            augmentations=augmentations,
             val_split_mode=ValSplitMode.FROM_DIR,
+            test_split_mode=TestSplitMode.FROM_DIR,
+            # The base class would take a share of 0 for one that was not given.
+            val_split_ratio=None,
+            test_split_ratio=None,
             seed=seed,
+            **kwargs,
         )
         self.path = Path(path)
         self.normal_dir = normal_dir
@@ -202,7 +187,6 @@ class MedicalFolder(SplitDataModule):
         self.group_by = group_by
         self._pattern = pattern
         self.train_abnormal = train_abnormal
-        # The base class would take a share of 0 for one that was not given.
         self.val_split_ratio = val_split_ratio
         self.test_split_ratio = test_split_ratio
         self.skip_empty_masks = skip_empty_masks
@@ -246,52 +230,40 @@ class MedicalFolder(SplitDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """List the images, check those of the stage, and in prediction write anomaly maps of volumes."""
-        super().setup(stage)
-        if stage == TrainerFn.PREDICTING and self.trainer is not None:
-            callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning
-            if not any(isinstance(callback, AnomalyVolumes) for callback in callbacks):
-                callbacks.append(AnomalyVolumes())
-
-    def _setup(self, _stage: str | None = None) -> None:
-        if not self.labelled and _stage == TrainerFn.VALIDATING:  # which precedes the prediction by given adapters
-            return
-        if not self.labelled and _stage == TrainerFn.PREDICTING:
-            samples = self._table([_Entry(self._images_in(self.path), LabelName.UNKNOWN, split=Split.TEST.value)])
-            self.predict_data = MedicalDataset(samples, None, self._like, report=True, blackout=self.blackout)
-            return
-        if not self.labelled:
+        predicting = stage == TrainerFn.PREDICTING
+        if not self.labelled and not predicting:
+            if stage == TrainerFn.VALIDATING:  # which precedes the prediction by given adapters
+                return
             msg = (
                 "MedicalFolder was given no labels. To train or test, say what the images are with normal_dir (and "
                 "abnormal_dir, mask_dir), or with image_list; to get predictions alone use `anomalib predict`."
             )
             raise ValueError(msg)
+        super().setup(stage)
+        if predicting and self.trainer is not None:
+            callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning
+            if not any(isinstance(callback, AnomalyVolumes) for callback in callbacks):
+                callbacks.append(AnomalyVolumes())
+
+    def _setup(self, _stage: str | None = None) -> None:
+        rule = IntensityRule.parse(self.intensity)
+        read = partial(MedicalDataset, rule=rule, like=self._like, blackout=self.blackout)
+        if not self.labelled:
+            self.test_data = read(self._table([_Entry(self._images_in(self.path), LabelName.UNKNOWN)]))
+            return
         samples = self._split(self._table(list(self._listed() if self.image_list else self._in_folders())))
         train, test, val = (samples[samples["split"] == split] for split in (Split.TRAIN, Split.TEST, Split.VAL))
         if _stage is not None:  # FewShot, which asks for no stage, looks for copies of its supports
             of = "images of other parts"
             test = test.iloc[drop_copies(test, train, Split.TEST, of, self._like)]
             val = val.iloc[drop_copies(val, pd.concat([train, test]), Split.VAL, of, self._like)]
-        read = partial(
-            MedicalDataset, rule=IntensityRule.parse(self.intensity), like=self._like, blackout=self.blackout
-        )
-        self.train_data: MedicalDataset = read(train)
-        self.test_data: MedicalDataset = read(test)
+        self.train_data, self.test_data = read(train), read(test)
         if len(val):
-            self.val_data: MedicalDataset = read(val)
-
-    def _update_augmentations(self) -> None:
-        super()._update_augmentations()
-        data = getattr(self, "predict_data", None)
-        if data is not None:
-            pre_processor = getattr(getattr(self.trainer, "lightning_module", None), "pre_processor", None)
-            transform = getattr(pre_processor, "transform", None)
-            data.augmentations = self.test_augmentations
-            if transform is not None:
-                self._update_subset_augmentations(data, self.test_augmentations, transform)
+            self.val_data = read(val)
 
     def predict_dataloader(self) -> EVAL_DATALOADERS:
         """Return every image of ``path``, or the test images where labels were given."""
-        data = self.test_data if self.labelled else self.predict_data
+        data: Any = self.test_data
         data.report = True
         data.rule = IntensityRule.parse(self.intensity)  # the checkpoint, and with it the rule, has been read by now
         return DataLoader(
@@ -338,13 +310,12 @@ class MedicalFolder(SplitDataModule):
         if not columns <= set(table.columns):
             msg = f"{path} needs the columns {', '.join(sorted(columns))}; it has {', '.join(table.columns)}."
             raise ValueError(msg)
-        wrong = [
-            f"line {number + 2}: {column} '{value}'"
-            for column, known in (("label", LABELS), ("split", SPLITS))
-            if column in table
-            for number, value in enumerate(table[column])
-            if value.strip().lower() not in known
-        ]
+        wrong = []
+        for column, known in (("label", LABELS), ("split", SPLITS)):
+            if column in table:
+                given, table[column] = table[column], table[column].str.strip().str.lower().map(known)
+                unknown = table.index[table[column].isna()]
+                wrong += [f"line {row + 2}: {column} '{given[row]}'" for row in unknown]
         if wrong:
             msg = (
                 f"{path} has values that are not understood: {enumerate_some(wrong)}. "
@@ -363,8 +334,7 @@ class MedicalFolder(SplitDataModule):
             group = row.get("group") or (str(file) if file.is_dir() else None)
             if self.group_by == "folder":
                 group = str(file if file.is_dir() else file.parent)
-            split = SPLITS[row["split"].strip().lower()].value if "split" in row else ""
-            yield _Entry(refs, LABELS[row["label"].strip().lower()], mask, group, split)
+            yield _Entry(refs, LabelName(row["label"]), mask, group, row.get("split", ""))
 
     def _table(self, entries: Sequence[_Entry]) -> pd.DataFrame:
         """Build the table of all images."""
@@ -401,11 +371,11 @@ class MedicalFolder(SplitDataModule):
 
     def _groups(self, samples: pd.DataFrame) -> list[int]:
         """Return a number for the group of each image; what a group is called is not kept."""
-        salt = secrets.token_bytes(16)
         files = samples["image_path"].unique()
         keys: dict[str, str | None] = dict.fromkeys(files)
         if self.group_by == "patient":
-            keys = {file: _patient(Path(file), salt) for file in files}
+            salt = secrets.token_bytes(16)
+            keys = {file: patient_key(file, salt) for file in files}
             nameless = [file for file, key in keys.items() if key is None]
             if nameless and self.labelled:
                 msg = (
@@ -428,7 +398,7 @@ class MedicalFolder(SplitDataModule):
         names = []
         for file, given in zip(samples["image_path"], samples["given_group"], strict=True):
             name = keys[file] or (given if by_entry else None)
-            series = None if name else series_key(file)
+            series = None if name else dicom_header(ImageRef(Path(file))).series
             names.append(name or (f"{Path(file).parent}\0{series}" if series else file))
         return pd.factorize(pd.Series(names))[0].tolist()
 
@@ -462,14 +432,6 @@ def _masks_in(folder: Path) -> dict[str, Path]:
     """Return the files of a folder by their relative names without suffix."""
     files = (file for file in sorted(folder.rglob("*")) if file.is_file() and not file.name.startswith("."))
     return {ImageRef(file, root=folder).name: file for file in files}
-
-
-def _patient(path: Path, salt: bytes) -> str | None:
-    """Return the key of a file's patient, or ``None`` for a file without one."""
-    try:
-        return patient_key(path, salt)
-    except (UnreadableImageError, FileNotFoundError):
-        return None
 
 
 def _slice_label(label: LabelName, mask: Path | None, ref: ImageRef, has_masks: bool) -> tuple[LabelName, str]:

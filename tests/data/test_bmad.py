@@ -15,7 +15,7 @@ from anomalib.data import AnomalibDataModule, AnomalibDataset
 from PIL import Image
 from torchvision.transforms.v2 import Resize
 
-from anomalib_mvfa.data.bmad import MedicalBMAD, available_sets, find_layout, read_samples
+from anomalib_mvfa.data.bmad import MedicalBMAD, available_sets, find_set, read_samples
 from anomalib_mvfa.model.prompts import prompt_name
 
 SUFFIX = {
@@ -111,11 +111,8 @@ def test_every_set_is_read_in_every_layout(bmad_root: tuple[str, Path], category
 
     segmentation = category in SEGMENTATION
     assert datamodule.task == (TaskType.SEGMENTATION if segmentation else TaskType.CLASSIFICATION)
-    assert datamodule.has_masks == segmentation
     assert datamodule.class_name == PUBLISHED_NAMES[category]
-    assert datamodule.layout.has_train == (layout_name != "mvfa")
     expected_masks = "label" if layout_name == "anomalib" else "anomaly_mask"
-    assert datamodule.layout.mask_folder == (expected_masks if segmentation else None)
 
     assert label_counts(datamodule.train_data) == ((2, 0) if layout_name == "mvfa" else (4, 0))
     assert label_counts(datamodule.val_data) == (2, 3)
@@ -127,6 +124,7 @@ def test_every_set_is_read_in_every_layout(bmad_root: tuple[str, Path], category
             assert row.label == ("Ungood" if row.label_index else "good")
             has_mask = segmentation and row.label_index == 1
             assert (Path(row.mask_path).stem == Path(row.image_path).stem) if has_mask else row.mask_path == ""
+            assert Path(row.mask_path).parent.name == (expected_masks if has_mask else "")
 
 
 def test_batches_pair_each_image_with_its_own_mask(bmad_root: tuple[str, Path]) -> None:
@@ -240,7 +238,7 @@ def test_folder_names_match_in_any_letter_case(tmp_path: Path) -> None:
     assert label_counts(datamodule.train_data) == (4, 0)
     assert label_counts(datamodule.val_data) == (2, 3)
     assert label_counts(datamodule.test_data) == (5, 6)
-    assert datamodule.has_masks
+    assert datamodule.task == TaskType.SEGMENTATION
 
 
 def test_a_set_of_any_name_is_read(tmp_path: Path) -> None:
@@ -253,32 +251,32 @@ def test_a_set_of_any_name_is_read(tmp_path: Path) -> None:
 
 def test_root_may_be_the_folder_of_the_set_and_sets_may_be_links(tmp_path: Path) -> None:
     folder = make_set(tmp_path / "Liver_AD", "anomaly_mask", train=False)
-    assert find_layout(folder, "Liver").folder == folder
+    assert find_set(folder, "Liver") == folder
     (tmp_path / "liver_ct").symlink_to(folder)
-    assert find_layout(tmp_path, "liver_ct").folder == tmp_path / "liver_ct"
+    assert find_set(tmp_path, "liver_ct") == tmp_path / "liver_ct"
     own = make_set(tmp_path / "my_copy", "label")
-    assert find_layout(own, "Brain").folder == own
+    assert find_set(own, "Brain") == own
 
 
 def test_root_of_another_set_than_the_category_is_refused(tmp_path: Path) -> None:
     folder = make_set(tmp_path / "Liver_AD", "anomaly_mask", train=False)
     with pytest.raises(ValueError, match="is the set Liver, but category is 'Brain': pass category='Liver'"):
-        find_layout(folder, "Brain")
+        find_set(folder, "Brain")
 
 
 def test_folder_with_train_split_is_preferred_over_the_archive(tmp_path: Path) -> None:
     make_set(tmp_path / "Brain_AD", "anomaly_mask", train=False)
     make_set(tmp_path / "Brain", "label")
-    assert find_layout(tmp_path, "Brain").folder.name == "Brain"
-    assert find_layout(tmp_path, "Brain_AD").folder.name == "Brain_AD"
+    assert find_set(tmp_path, "Brain").name == "Brain"
+    assert find_set(tmp_path, "Brain_AD").name == "Brain_AD"
     shutil.rmtree(tmp_path / "Brain" / "test")
-    assert find_layout(tmp_path, "Brain").folder.name == "Brain_AD"
+    assert find_set(tmp_path, "Brain").name == "Brain_AD"
 
 
 def test_lesion_masks_are_preferred_over_organ_labels(tmp_path: Path) -> None:
     folder = make_set(tmp_path / "Liver", "label")
     make_set(folder, "anomaly_mask")
-    samples = read_samples(find_layout(tmp_path, "Liver"))
+    samples = read_samples(find_set(tmp_path, "Liver"))
     assert {Path(path).parent.name for path in samples.mask_path if path} == {"anomaly_mask"}
 
 
@@ -287,7 +285,7 @@ def test_masks_pair_by_stem_where_orphans_and_suffixes_differ(tmp_path: Path) ->
     masks = folder / "test" / "Ungood" / "label"
     save_image(masks / "a_mask_without_image.png", 255)
     (masks / "test_Ungood_1.png").rename(masks / "test_Ungood_1.BMP")
-    samples = read_samples(find_layout(tmp_path, "Brain"))
+    samples = read_samples(find_set(tmp_path, "Brain"))
     paired = {Path(row.image_path).name: Path(row.mask_path).name for row in samples.itertuples() if row.mask_path}
     assert len(paired) == 9
     assert paired["test_Ungood_0.jpg"] == "test_Ungood_0.png"
@@ -299,7 +297,7 @@ def test_empty_mask_folder_and_hidden_files_do_not_count(tmp_path: Path) -> None
     folder = make_set(tmp_path / "Chest", None)
     (folder / "test" / "Ungood" / "label").mkdir()
     (folder / "test" / "Ungood" / "img" / "._test_Ungood_0.png").touch()
-    samples = read_samples(find_layout(tmp_path, "Chest"))
+    samples = read_samples(find_set(tmp_path, "Chest"))
     assert samples.attrs["task"] == "classification"
     assert len(samples) == sum(COUNTS.values())
 
@@ -309,7 +307,6 @@ def test_train_split_without_images_falls_back_to_normal_images_of_valid(tmp_pat
     (folder / "train" / "good").mkdir(parents=True)
     datamodule = datamodule_for(tmp_path)
     datamodule.setup()
-    assert not datamodule.layout.has_train
     assert label_counts(datamodule.train_data) == (2, 0)
     assert set(datamodule.train_data.samples.image_path) < set(datamodule.val_data.samples.image_path)
     assert len(next(iter(datamodule.train_dataloader())).image) == 2

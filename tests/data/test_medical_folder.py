@@ -760,7 +760,7 @@ def test_burned_in_text_brings_one_warning_and_can_be_blacked_out(tmp_path, pati
     assert "burned" not in caplog.text
     datamodule = MedicalFolder(tmp_path / "us", num_workers=0, blackout=box)
     datamodule.setup("predict")
-    image = datamodule.predict_data[0].image
+    image = datamodule.test_data[0].image
     assert (image[:, 30:40, 4:24] == 0).all()
     assert torch.equal(image[:, :30], read_image(tmp_path / "us/0.dcm")[:, :30])
     with Image.open(folder / "0.png") as picture:

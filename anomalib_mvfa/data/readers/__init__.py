@@ -26,9 +26,10 @@ import torch
 from torchvision import tv_tensors
 from torchvision.transforms.v2.functional import to_dtype
 
-from .dicom import Header, dicom_frame, dicom_header, dicom_image, patient_key, slice_order
+from .dicom import Header, dicom_frame, dicom_header, dicom_image, slice_order
 from .files import (
     IMAGE_SUFFIXES,
+    JPEG_SUFFIXES,
     MAX_PIXELS,
     ImageRef,
     Pixels,
@@ -39,34 +40,23 @@ from .files import (
     is_volume,
     walk,
 )
-from .intensity import CT_WINDOWS, IntensityRule
+from .intensity import IntensityRule
 from .raster import raster_image, raster_pixels
-from .volumes import filled_slices, read_volume, same_grid, slice_image, slice_pixels, volume_slice, write_volume
+from .volumes import filled_slices, read_volume, slice_image, slice_pixels, volume_slice, write_volume
 
 __all__ = [
-    "CT_WINDOWS",
-    "IMAGE_SUFFIXES",
-    "JPEG_SUFFIXES",
-    "MAX_PIXELS",
     "ImageRef",
     "IntensityRule",
     "UnreadableImageError",
-    "has_burned_in_text",
-    "is_dicom",
-    "is_volume",
     "list_images",
-    "patient_key",
     "read_image",
     "read_mask",
     "read_pixels",
     "read_volume",
-    "same_grid",
-    "series_key",
     "volume_slice",
     "write_volume",
 ]
 
-JPEG_SUFFIXES = (".jpg", ".jpeg")
 _JPEG_MASK_THRESHOLD = 127  # compression blurs the edge of a mask into many small values
 _SUPPORTED = f"Supported: {', '.join(IMAGE_SUFFIXES)}, and DICOM files without suffix."
 
@@ -107,12 +97,9 @@ def list_images(
     whole = ImageRef(path, None, axis, path if path.is_dir() else path.parent, volume, max_pixels)
     groups: dict[object, list[tuple[Path, Header]]] = {}
     for file in sorted(walk(path)) if path.is_dir() else [path]:
-        if is_dicom(file):
-            header = dicom_header(replace(whole, path=file))
-            if header.is_image:
-                groups.setdefault((file.parent, header.series or file), []).append((file, header))
-        elif has_suffix(file, IMAGE_SUFFIXES):
-            groups[file] = [(file, Header())]
+        header = dicom_header(replace(whole, path=file))
+        if header.is_image and (is_dicom(file) or has_suffix(file, IMAGE_SUFFIXES)):
+            groups.setdefault((file.parent, header.series or file), []).append((file, header))
     refs = [
         replace(whole, path=file, frame=frame)
         for group in groups.values()
@@ -185,16 +172,3 @@ def read_mask(source: ImageRef | str | Path) -> torch.Tensor:
     path = source.path if isinstance(source, ImageRef) else Path(source)
     threshold = _JPEG_MASK_THRESHOLD if has_suffix(path, JPEG_SUFFIXES) else 0
     return torch.from_numpy((pixels > threshold).any(axis=-1))
-
-
-def has_burned_in_text(path: str | Path) -> bool:
-    """Return whether text, such as a patient's name, may be burned into the pixels of a DICOM file.
-
-    BurnedInAnnotation decides where it is given; without it ultrasound images and secondary captures are suspected.
-    """
-    return is_dicom(path) and dicom_header(ImageRef(Path(path))).burned_in
-
-
-def series_key(path: str | Path) -> str | None:
-    """Return the SeriesInstanceUID of a DICOM file; ``None`` for one without, and for other files."""
-    return (dicom_header(ImageRef(Path(path))).series or None) if is_dicom(path) else None

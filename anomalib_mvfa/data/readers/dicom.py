@@ -22,7 +22,6 @@ from .files import (
     ImageRef,
     Pixels,
     UnreadableImageError,
-    file_kind,
     finite,
     head,
     is_dicom,
@@ -50,12 +49,12 @@ class Header(NamedTuple):
     frames: tuple[int, ...] = (0,)  # in the order of their geometry
     place: float = math.nan  # along the normal of the image plane, mm
     number: float = math.nan
-    burned_in: bool = False  # whether text may be burned into the pixels
+    burned_in: bool = False  # text may be in the pixels: BurnedInAnnotation, else ultrasound and secondary captures
 
 
 def dicom_header(ref: ImageRef) -> Header:
-    """Read what a listing needs of a header; the defaults if the header is damaged."""
-    return _header(ref.path, ref.max_pixels, stamp(ref.path))
+    """Read what a listing needs of a header; the defaults for other files and if the header is damaged."""
+    return Header() if not is_dicom(ref.path) else _header(ref.path, ref.max_pixels, stamp(ref.path))
 
 
 @lru_cache(maxsize=2**17)
@@ -116,22 +115,20 @@ def patient_key(path: str | Path, salt: bytes) -> str | None:
     """Return a key that distinguishes the patients of DICOM files, or ``None`` for a file without PatientID.
 
     Args:
-        path: A DICOM file.
+        path: A file.
         salt: Random bytes, the same for all files that are compared. The key is a hash under it: without the salt it
             cannot be traced to the PatientID, and it means nothing in another run.
-
-    Raises:
-        UnreadableImageError: If it is no DICOM file.
     """
     path = Path(path)
+    if not is_dicom(path):
+        return None
     pydicom = optional("pydicom")
-    if file_kind(path) != "dicom":
-        raise UnreadableImageError(path, "not a DICOM file, so it has no PatientID")
-    with unreadable(path, "damaged DICOM header"):
+    with suppress(UnreadableImageError), unreadable(path, "header"):
         _refuse_deflated_bomb(ImageRef(path))
         header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["PatientID"])
-        patient = str(header.get("PatientID") or "").strip()
-    return hashlib.blake2b(patient.encode(), key=salt, digest_size=16).hexdigest() if patient else None
+        if patient := str(header.get("PatientID") or "").strip():
+            return hashlib.blake2b(patient.encode(), key=salt, digest_size=16).hexdigest()
+    return None
 
 
 def _refuse_deflated_bomb(ref: ImageRef) -> None:

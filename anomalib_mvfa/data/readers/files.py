@@ -26,7 +26,8 @@ DICOM_SUFFIXES = (".dcm", ".dicom")
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 ITK_SUFFIXES = (".mha", ".mhd", ".nrrd", ".nhdr")
 VOLUME_SUFFIXES = (*NIFTI_SUFFIXES, ".hdr", *ITK_SUFFIXES)
-RASTER_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+JPEG_SUFFIXES = (".jpg", ".jpeg")
+RASTER_SUFFIXES = (".png", *JPEG_SUFFIXES, ".bmp", ".tif", ".tiff", ".webp")
 IMAGE_SUFFIXES = (*RASTER_SUFFIXES, *DICOM_SUFFIXES, *VOLUME_SUFFIXES)
 """Suffixes that are read; DICOM files without one of them are recognised by their preamble."""
 
@@ -66,11 +67,6 @@ class ImageRef:
     root: Path | None = field(default=None, compare=False)
     volume: int | None = None
     max_pixels: int = field(default=MAX_PIXELS, compare=False)
-
-    @property
-    def key(self) -> str:
-        """Relative path with its suffix, and the index; unique within a listing (``case/volume.nii.gz#12``)."""
-        return self._relative if self.frame is None else f"{self._relative}#{self.frame}"
 
     @property
     def name(self) -> str:
@@ -185,15 +181,15 @@ def walk(folder: Path) -> Iterator[Path]:
     def refuse(error: OSError) -> NoReturn:
         raise UnreadableImageError(error.filename, (error.strerror or "cannot be listed").lower()) from None
 
-    seen = {os.path.realpath(folder)}
+    seen: set[str] = set()
     for parent, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
-        entered = []
-        for name in sorted(folders, key=lambda name: (Path(parent, name).is_symlink(), name)):
+        folders.sort(key=lambda name: (Path(parent, name).is_symlink(), name))
+        seen.add(os.path.realpath(parent))
+        for name in list(folders):
             real = os.path.realpath(Path(parent, name))
-            if not name.startswith(".") and real not in seen:
-                seen.add(real)
-                entered.append(name)
-        folders[:] = entered
+            if name.startswith(".") or real in seen:
+                folders.remove(name)
+            seen.add(real)
         yield from (Path(parent, name) for name in files if not name.startswith(".") and Path(parent, name).is_file())
 
 
