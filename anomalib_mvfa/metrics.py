@@ -67,11 +67,7 @@ class PixelFigures:
         self._regions = 0
 
     def update(self, maps: Tensor, masks: Tensor) -> None:
-        """Add the pixels of a batch.
-
-        Args:
-            maps: Scores ``(B, H, W)``.
-            masks: Truth ``(B, H, W)``, abnormal where not zero.
+        """Add the pixels of a batch: scores and truth ``(B, H, W)``, abnormal where not zero.
 
         Raises:
             ValueError: If a score is not finite.
@@ -94,8 +90,7 @@ class PixelFigures:
     def compute(self) -> dict[str, float]:
         """Compute the metrics in [0, 1] over the pixels of all processes, each of which has to call this.
 
-        Returns:
-            Metrics by name; empty while one class of pixels is missing.
+        The result, by name, is empty while one class of pixels is missing.
         """
         own = (np.array(self._abnormal), np.array(self._shares), self._regions)
         abnormal, shares, regions = zip(*gather_objects(own), strict=True)
@@ -220,8 +215,7 @@ class SelectionScore(Metric):
                 "validation part with both, or keep the last epoch with --model.selection last."
             )
             raise ValueError(msg)
-        area: Tensor = self.image.compute()
-        return area + self.pixels.compute().get("pixel_AUROC", 0.0)
+        return self.image.compute() + self.pixels.compute().get("pixel_AUROC", 0.0)
 
     def reset(self) -> None:
         """Drop all values."""

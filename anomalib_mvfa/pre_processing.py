@@ -27,8 +27,7 @@ class EightBitResize(Resize):  # type: ignore[misc]  # torchvision has no types
     up to 14 of 255 grey levels beside sharp edges. Masks are resized to the nearest pixel centre, as Pillow does. In an
     exported graph :class:`ExportableResize` takes its place.
 
-    Args:
-        size: Height and width in pixels.
+    ``size`` is height and width in pixels.
     """
 
     def __init__(self, size: tuple[int, int]) -> None:
@@ -61,8 +60,7 @@ class ExportableResize(nn.Module):
     Pillow resizes the rows, rounds to eight bits, then does the same with the columns; here each is a product with a
     matrix of weights. The results agree to one grey level in 255. Images of the right size pass unchanged.
 
-    Args:
-        size: Height and width in pixels.
+    ``size`` is height and width in pixels.
     """
 
     def __init__(self, size: tuple[int, int]) -> None:

@@ -38,12 +38,9 @@ __all__ = ["MVFAVisualizer", "heatmap", "loaded_dataset", "outlines", "results_d
 logger = logging.getLogger(__name__)
 
 DRAWING_THREADS = 2
-MAX_DRAWING = 16
-"""Pictures under way, whose maps are kept until they are drawn."""
-THRESHOLD = 0.5
-"""Normalised score from which on a pixel is called abnormal."""
-OPACITY = 0.75
-"""Of the heatmap at the largest score."""
+MAX_DRAWING = 16  # pictures under way, whose maps are kept until they are drawn
+THRESHOLD = 0.5  # normalised score from which on a pixel is called abnormal
+OPACITY = 0.75  # of the heatmap at the largest score
 MASK_COLOUR, PREDICTION_COLOUR = (0, 230, 255), (255, 60, 0)
 
 
@@ -84,9 +81,7 @@ def outlines(image: Image.Image, mask: Tensor | None, prediction: Tensor | None)
     for region, colour in ((mask, MASK_COLOUR), (prediction, PREDICTION_COLOUR)):
         if region is not None:
             shown = to_pil_image(region.detach().squeeze().bool().cpu().byte() * 255)
-            shown = shown.resize(image.size, Image.Resampling.BILINEAR).point(
-                [255 * (level > 127) for level in range(256)]
-            )
+            shown = shown.resize(image.size, Image.Resampling.BILINEAR).point([0] * 128 + [255] * 128)
             image = overlay_image(image, visualize_mask(shown, mode="contour", color=colour), alpha=1.0)
     return image.convert("RGB")
 
@@ -101,12 +96,8 @@ def loaded_dataset(trainer: Trainer) -> Any:
 
 def image_paths(dataset: Any) -> list[str]:
     """List the ``image_path`` of every item, as far as a dataset knows them without reading."""
-    if hasattr(dataset, "image_paths"):
-        paths: list[str] = dataset.image_paths
-        return paths
-    if isinstance(dataset, PredictDataset):
-        return [str(path) for path in dataset.image_filenames]
-    return [str(path) for path in getattr(dataset, "samples", {}).get("image_path", ())]
+    paths = dataset.image_filenames if isinstance(dataset, PredictDataset) else getattr(dataset, "image_paths", None)
+    return [str(path) for path in (getattr(dataset, "samples", {}).get("image_path", ()) if paths is None else paths)]
 
 
 class MVFAVisualizer(ImageVisualizer):

@@ -36,7 +36,7 @@ AREAS: dict[str, tuple[list[str], list[str]]] = {
         ["tests/data/test_readers.py", "tests/data/test_reader_rules.py"],
     ),
     "splits": (
-        [f"anomalib_mvfa/data/{name}.py" for name in ("few_shot", "support_lists", "leave_one_out", "bmad")],
+        [f"anomalib_mvfa/data/{name}.py" for name in ("few_shot", "splits", "leave_one_out", "bmad")],
         [f"tests/data/test_{name}.py" for name in ("few_shot", "support_lists", "leave_one_out", "bmad")],
     ),
 }

@@ -14,8 +14,7 @@ from anomalib.data import AnomalibDataModule, AnomalibDataset
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 from rich.progress import track
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 
 from .readers import ImageRef, UnreadableImageError
 from .readers.dicom import dicom_header
@@ -87,47 +86,19 @@ class EpochSampler(DistributedSampler):  # type: ignore[type-arg]
     """An order that depends on seed and epoch alone; the data set learns the epoch, in case its images depend on it.
 
     A resumed training continues the same order, and several processes agree without communication.
-
-    Args:
-        dataset: The training images.
-        weights: Relative frequency of each image, drawn with replacement; ``None`` shows every image once an epoch.
-        **kwargs: Arguments of :class:`torch.utils.data.DistributedSampler`.
-
-    Example:
-        >>> from torch.utils.data import TensorDataset
-        >>> data = TensorDataset(torch.arange(100))
-        >>> sampler = EpochSampler(data, torch.tensor([1 / 99] * 99 + [1.0]), num_replicas=1, rank=0)
-        >>> 30 < sum(index == 99 for index in sampler) < 70
-        True
     """
-
-    def __init__(self, dataset: Dataset[Any], weights: Tensor | None = None, **kwargs: Any) -> None:
-        super().__init__(dataset, **kwargs)
-        self.weights = weights
 
     def set_epoch(self, epoch: int) -> None:
         """Set the number of the epoch, from 0, as Lightning does."""
         super().set_epoch(epoch)
         self.dataset.epoch = epoch  # type: ignore[attr-defined]
 
-    def __iter__(self) -> Iterator[int]:
-        """Return the indices of this process."""
-        if self.weights is None:
-            return super().__iter__()
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        drawn = torch.multinomial(self.weights, self.total_size, replacement=True, generator=generator)
-        return iter(drawn[self.rank :: self.num_replicas].tolist())
-
 
 def check_images(*parts: AnomalibDataset, num_workers: int = 0) -> None:
     """Decode every image and mask of some data sets once: nothing less finds a file that was cut short.
 
     A volume is read once, not once a slice. Files that this process has read before and that have not changed since are
-    passed over, so that further draws of supports cost nothing.
-
-    Raises:
-        ValueError: If an image or mask cannot be read, a mask has another size than its image, or an abnormal image
-            lacks a mask in a set that has masks. The message lists every file with its reason.
+    passed over, so that further draws of supports cost nothing. A ValueError lists every file with its reason.
     """
     units = [unit for part in parts for unit in _units(part) if unit[2] not in _READABLE]
     paths = {path for part in parts for path in part.samples.get("mask_path", ()) if isinstance(path, str)}
@@ -181,19 +152,17 @@ def _stamp(path: str) -> tuple[object, ...]:
 
 
 def _problems(unit: _Unit) -> list[str]:
+    """Read the images of a file with their masks and return what is wrong."""
     part, positions, _ = unit
-    return [problem for position in positions if (problem := _problem(part, position))]
-
-
-def _problem(part: AnomalibDataset, position: int) -> str | None:
-    """Read one image with its mask and return what is wrong, or ``None``."""
-    try:
-        part[position]
-    except UnreadableImageError as error:
-        return str(error)
-    except Exception as error:  # whatever the set's own reader raises, whose text may quote a header
-        return f"{part.samples.iloc[position]['image_path']}: {type(error).__name__}"
-    return None
+    problems = []
+    for position in positions:
+        try:
+            part[position]
+        except UnreadableImageError as error:
+            problems.append(str(error))
+        except Exception as error:  # whatever the set's own reader raises, whose text may quote a header
+            problems.append(f"{part.samples.iloc[position]['image_path']}: {type(error).__name__}")
+    return problems
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:

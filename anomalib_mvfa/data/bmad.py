@@ -37,14 +37,9 @@ __all__ = ["MedicalBMAD", "available_sets", "find_set", "read_samples", "read_se
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"})
 # Where a set has both, `anomaly_mask` outlines the lesion and `label` may outline the organ, so the former goes first.
 MASK_FOLDERS = ("anomaly_mask", "label")
-# The folders of a set, with the split and the label that they stand for. Training images are normal.
-_PARTS = (
-    (Split.TRAIN, "train", "good", LabelName.NORMAL),
-    (Split.VAL, "valid", "good", LabelName.NORMAL),
-    (Split.VAL, "valid", "Ungood", LabelName.ABNORMAL),
-    (Split.TEST, "test", "good", LabelName.NORMAL),
-    (Split.TEST, "test", "Ungood", LabelName.ABNORMAL),
-)
+# The split folders of a set, each with the label folders that are read.
+_BOTH = ("good", "Ungood")
+_PARTS = {Split.TRAIN: ("train", "good"), Split.VAL: ("valid", *_BOTH), Split.TEST: ("test", *_BOTH)}
 
 
 def available_sets(root: Path | str) -> list[str]:
@@ -98,18 +93,19 @@ def read_samples(folder: Path) -> DataFrame:
         FileNotFoundError: If ``test/good`` or ``test/Ungood`` has no image.
     """
     rows = []
-    has_masks = bool(_masks(_find(folder, "test", "Ungood")))
-    for split, split_folder, label, label_index in _PARTS:
-        part = _find(folder, split_folder, label)
-        images = _images(part)
+    has_masks = bool(_images(_find(folder, "test", "Ungood"), *MASK_FOLDERS))
+    for split, label in ((split, label) for split, (_, *labels) in _PARTS.items() for label in labels):
+        part = _find(folder, _PARTS[split][0], label)
+        images = _images(_find(part, "img") or part)
         if split == Split.TEST and part and not images:
             msg = (
                 f"No image in {part}, nor in an img folder there (read: {', '.join(sorted(IMAGE_SUFFIXES))}). "
                 f"{_contents(part)} Put the images of the test split there."
             )
             raise FileNotFoundError(msg)
-        masks = {mask.stem: str(mask) for mask in _masks(part)} if has_masks and label == "Ungood" else {}
-        rows += [(str(image), split.value, label, label_index.value, masks.get(image.stem, "")) for image in images]
+        abnormal = label == "Ungood"
+        masks = {mask.stem: str(mask) for mask in _images(part, *MASK_FOLDERS)} if has_masks and abnormal else {}
+        rows += [(str(image), split.value, label, int(abnormal), masks.get(image.stem, "")) for image in images]
     samples: DataFrame = DataFrame(rows, columns=["image_path", "split", "label", "label_index", "mask_path"])
     samples.attrs["task"] = "segmentation" if has_masks else "classification"
     return samples
@@ -190,7 +186,7 @@ def _set_name(folder_name: str) -> str:
 
 
 def _is_set(folder: Path) -> bool:
-    return all(_find(folder, "test", label) for label in ("good", "Ungood"))
+    return all(_find(folder, "test", label) for label in _BOTH)
 
 
 def _subfolders(folder: Path | None) -> list[Path]:
@@ -204,20 +200,15 @@ def _find(folder: Path | None, *names: str) -> Path | None:
     return folder
 
 
-def _image_files(folder: Path | None) -> list[Path]:
-    entries = folder.iterdir() if folder else ()
-    return sorted(path for path in entries if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."))
-
-
-def _images(label_folder: Path | None) -> list[Path]:
-    """Images of a ``good`` or ``Ungood`` folder, in its ``img`` folder if it has one."""
-    return _image_files(_find(label_folder, "img") or label_folder)
-
-
-def _masks(label_folder: Path | None) -> list[Path]:
-    """Masks of an ``Ungood`` folder, from the first mask folder that is not empty."""
-    lists = (_image_files(_find(label_folder, name)) for name in MASK_FOLDERS)
-    return next(filter(None, lists), [])
+def _images(folder: Path | None, *inner: str) -> list[Path]:
+    """Images of a folder, or of the first of some inner folders that has any."""
+    for name in inner or ("",):
+        found = _find(folder, name) if name else folder
+        files = found.iterdir() if found else ()
+        images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")]
+        if images:
+            return sorted(images)
+    return []
 
 
 def _contents(folder: Path) -> str:

@@ -6,7 +6,8 @@
 import copy
 import logging
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from anomalib.data import AnomalibDataModule, AnomalibDataset, ImageItem, get_da
 from anomalib.data.utils import LabelName
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchvision.transforms.v2 import Transform
 from torchvision.tv_tensors import Image, Mask
 
 from anomalib_mvfa.model.memory import Support
@@ -28,9 +28,8 @@ from .augmentation import NUM_VERSIONS, support_version, support_versions
 from .base import SplitDataModule, check_choice
 from .medical_dataset import read_by_us
 from .splits import drop_copies, parse_pattern, pattern_groups
-from .support_lists import find_support, read_support_list
 
-__all__ = ["FewShot", "SupportDataset"]
+__all__ = ["FewShot", "SupportDataset", "find_support", "read_support_list"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,23 +49,14 @@ class SupportDataset(AnomalibDataset):
         # Set directly: the setter of anomalib would sort by path and lose the order of the draw.
         self.images._samples = pd.concat([abnormal, normal], ignore_index=True)
         self.images.samples.attrs["task"] = task
+        self.images.augmentations = None
+        self._cache: dict[int, ImageItem] = {}  # decoded and resized supports; there are few of them
         super().__init__()
         self._samples = self.images.samples
         self.num_normal, self.num_abnormal = len(normal), len(abnormal)
         self.seed = seed
         self.epoch = 0
         self.lesions = None if self.num_abnormal else LesionSynthesizer()
-
-    @property
-    def augmentations(self) -> Transform | None:
-        """Transform of the unchanged supports, before the versions: the model's resize as a rule."""
-        return self._augmentations
-
-    @augmentations.setter
-    def augmentations(self, augmentations: Transform | None) -> None:
-        self._augmentations = augmentations
-        self.images.augmentations = augmentations
-        self._cache: dict[int, ImageItem] = {}  # decoded and resized supports; there are few of them
 
     @property
     def has_anomalous(self) -> bool:
@@ -78,7 +68,9 @@ class SupportDataset(AnomalibDataset):
         return NUM_VERSIONS * ((self.num_abnormal or self.num_normal) + self.num_normal)
 
     def support(self, index: int) -> ImageItem:
-        """Return a support unchanged, abnormal ones first."""
+        """Return a support unchanged but for the augmentations, the model's resize as a rule; abnormal ones first."""
+        if self.images.augmentations is not self.augmentations:
+            self.images.augmentations, self._cache = self.augmentations, {}
         if index not in self._cache:
             self._cache[index] = self.images[index]  # type: ignore[assignment]
         return self._cache[index]
@@ -111,10 +103,10 @@ class FewShot(SplitDataModule):
     r"""Keeps k normal and k abnormal supports of any anomalib datamodule for training.
 
     Training batches are the eleven versions of each support. Supports, images with the same pixels, and other images of
-    their groups are taken out of validation and test. Supports come from different groups as far as there are enough.
-    Data sets that are read in anomalib's default way, such as ``Folder``'s, are read by our readers. Normal supports
-    come from the training images; abnormal ones from the validation part (of the sets of BMAD: from their ``valid``
-    split), or, with a warning, from the test part where that is all there is.
+    their groups are taken out of validation and test. Supports come from different groups as far as there are enough;
+    normal ones from the training images, abnormal ones from the validation part (of the sets of BMAD: from their
+    ``valid`` split), or, with a warning, from the test part where that is all there is. Data sets that are read in
+    anomalib's default way, such as ``Folder``'s, are read by our readers.
 
     Args:
         source: The datamodule to draw from, or its ``class_path`` and ``init_args`` as a mapping. Its splits get the
@@ -327,3 +319,62 @@ class FewShot(SplitDataModule):
 def _plain(image: Any) -> Tensor:
     """Drop torchvision's wrapper."""
     return torch.as_tensor(image).as_subclass(Tensor)
+
+
+def read_support_list(path: Path | str, draw: int = 0) -> tuple[list[str], list[str]]:
+    """Read one draw: the file names of its normal and of its abnormal supports, none without an ``a`` line.
+
+    The format is that of the lists released with MVFA (https://github.com/MediaBrain-SJTU/MVFA-AD), one file a set and
+    shot. A draw of supports has one line for its normal and one for its abnormal images, separated by blanks::
+
+        n-0: 17.png 203.png
+        a-0: 8.png 54.png
+        n-1: ...
+
+    Raises:
+        ValueError: If a line is malformed, a key or a name stands twice, or the draw has no ``n`` line.
+    """
+    lines: dict[str, list[str]] = {}
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), start=1):
+        if not line.strip():
+            continue
+        key, _, rest = line.partition(":")
+        key, names = key.strip(), rest.split()
+        if not re.fullmatch(r"[na]-\d+", key):
+            msg = f"{path}, line {number}: expected 'n-<draw>: names' or 'a-<draw>: names', found {line[:60]!r}."
+            raise ValueError(msg)
+        if key in lines or len(set(names)) != len(names):
+            msg = f"{path}, line {number}: {key} or one of its file names stands twice; keep one of them."
+            raise ValueError(msg)
+        lines[key] = names
+    if f"n-{draw}" not in lines:
+        msg = f"{path} has no line 'n-{draw}:', it has {', '.join(lines) or 'no lines'}. Pass one of its draws."
+        raise ValueError(msg)
+    return lines[f"n-{draw}"], lines.get(f"a-{draw}", [])
+
+
+def find_support(
+    samples: pd.DataFrame, names: Sequence[str], label: int, *, path: Path | str = "the support list", draw: int = 0
+) -> list[int]:
+    """Find the rows of listed supports of one label in a split, by file name, or by stem without an extension.
+
+    ``path`` and ``draw`` are for the error message.
+
+    Raises:
+        ValueError: If a name matches no image of that label, or several.
+    """
+    rows: dict[str, list[int]] = {}
+    for row, (image_path, label_index) in enumerate(zip(samples["image_path"], samples["label_index"], strict=True)):
+        if label_index == label:
+            for key in {Path(image_path).name, Path(image_path).stem}:
+                rows.setdefault(key, []).append(row)
+    matches = [rows.get(Path(name).name, []) for name in names]
+    wrong = [f"{name} ({len(found)} matches)" for name, found in zip(names, matches, strict=True) if len(found) != 1]
+    if wrong:
+        kind = "normal" if label == LabelName.NORMAL else "abnormal"
+        msg = (
+            f"{path}, line {kind[0]}-{draw}: {len(wrong)} of {len(names)} names do not name one {kind} image "
+            f"of the split: {', '.join(wrong[:5])}. Use the list of this set, or correct the names."
+        )
+        raise ValueError(msg)
+    return [found[0] for found in matches]

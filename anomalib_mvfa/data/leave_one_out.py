@@ -28,7 +28,7 @@ __all__ = ["LeaveOneOut", "SetBatch", "SetItem"]
 logger = logging.getLogger(__name__)
 
 TRAIN_SPLITS = {"valid": Split.VAL.value, "test": Split.TEST.value}
-VAL_SPLIT_MODES = (ValSplitMode.FROM_TRAIN, ValSplitMode.FROM_DIR, ValSplitMode.SAME_AS_TEST, ValSplitMode.NONE)
+VAL_SPLIT_MODES = ("from_train", "from_dir", "same_as_test", "none")
 
 
 @dataclass
@@ -89,7 +89,6 @@ class LeaveOneOut(SplitDataModule):
         group_by: Regular expression whose first group is the part of a file name that all images of a patient share,
             such as ``"(?P<patient>\d+)_\d+"``, or one for each set that has such names. Images of one patient are
             held out together. By default each image stands for itself.
-        balanced: Whether to draw every set equally often; otherwise every image once an epoch.
         train_batch_size: Images per training step; published with 1.
         eval_batch_size: Images in one step of evaluation.
         num_workers: Processes that decode images ahead of the model.
@@ -113,14 +112,13 @@ class LeaveOneOut(SplitDataModule):
         val_split_mode: ValSplitMode | str = ValSplitMode.FROM_TRAIN,
         val_split_ratio: float = 0.2,
         group_by: str | dict[str, str] | None = None,
-        balanced: bool = False,
         train_batch_size: int = 1,
         eval_batch_size: int = 16,
         num_workers: int = 2,
         seed: int = 0,
     ) -> None:
         check_choice("train_split", train_split, TRAIN_SPLITS)
-        check_choice("val_split_mode", val_split_mode, [mode.value for mode in VAL_SPLIT_MODES])
+        check_choice("val_split_mode", val_split_mode, VAL_SPLIT_MODES)
         if not 0 < val_split_ratio < 1:
             msg = f"val_split_ratio is a share between 0 and 1, got {val_split_ratio}."
             raise ValueError(msg)
@@ -140,7 +138,6 @@ class LeaveOneOut(SplitDataModule):
         self.sets = sets
         self.train_split = train_split
         self.group_by = group_by
-        self.balanced = balanced
         self._category = target
 
     @property
@@ -172,12 +169,15 @@ class LeaveOneOut(SplitDataModule):
         folder = find_set(self.root, self.target)
         target = self._grouped(self.target, read_samples(folder))
         pool = pd.concat([self._pool_of(name) for name in self._training_sets()], ignore_index=True)
-        pool = pool.iloc[drop_copies(pool, target, "training", f"images of {self.target}")]
+        pool = pool.iloc[drop_copies(pool, target, "training", f"images of {self.target}")].copy()
         test = target[target["split"] == Split.TEST.value]
         self.test_data = read_set(test, folder)
         if self.val_split_mode == ValSplitMode.FROM_TRAIN:
-            parts = pd.concat([self._hold_out(rows) for _, rows in pool.groupby("set")])
-            held_out = parts.reindex(pool.index) == Split.VAL.value
+            shares = {Split.VAL: self.val_split_ratio, Split.TRAIN: 1 - self.val_split_ratio}
+            for name, rows in pool.groupby("set"):
+                remedy = f"Add some to {name}, leave it out with sets, or choose another val_split_mode."
+                pool.loc[rows.index, "split"] = split_groups(rows, shares, self.seed or 0, True, remedy)
+            held_out = pool["split"] == Split.VAL.value
             self.val_data = SetsDataset(pool[held_out])
             pool = pool[~held_out]
         elif self.val_split_mode != ValSplitMode.NONE:
@@ -215,15 +215,6 @@ class LeaveOneOut(SplitDataModule):
         groups = pattern_groups(samples["image_path"], pattern) if pattern else samples["image_path"]
         return samples.assign(group=[f"{name}/{group}" for group in groups])
 
-    def _hold_out(self, samples: pd.DataFrame) -> pd.Series:
-        """Return the part of each training image of a set."""
-        shares = {Split.VAL: self.val_split_ratio, Split.TRAIN: 1 - self.val_split_ratio}
-        remedy = f"Add some to {samples['set'].iloc[0]}, leave it out with sets, or choose another val_split_mode."
-        parts = split_groups(samples, shares, self.seed or 0, True, remedy)
-        return pd.Series(parts, index=samples.index)
-
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the training images of all other sets."""
-        sets = self.train_data.samples["set"]
-        weights = torch.tensor(1 / sets.map(sets.value_counts()), dtype=torch.float32) if self.balanced else None
-        return self._train_loader(self.num_workers, weights=weights)
+        return self._train_loader(self.num_workers)

@@ -32,8 +32,8 @@ class MedicalDataset(AnomalibDataset):
 
     Args:
         samples: One row an image, in an order that is kept: ``image_path`` (the file), ``label_index``, ``mask_path``
-            (``""`` for none), and if wanted ``frame`` (-1 for a file that is one image), ``group`` (a number) and
-            ``problem`` (why the image cannot be used, found before reading; ``""`` for none).
+            (``""`` for none), and if wanted ``frame`` (-1 for a file that is one image), ``group`` (a number),
+            ``has_mask`` (of the image's set) and ``problem`` (why the image cannot be used; ``""`` for none).
         rule: How stored values become grey levels.
         like: Axis, volume, limit of pixels and root of the images.
         report: Whether an unreadable image becomes a black one whose ``explanation`` is the reason, not an error.
@@ -134,9 +134,8 @@ class MedicalDataset(AnomalibDataset):
     def ref(self, image_path: str) -> ImageRef:
         """Return the reference that an item's ``image_path`` stands for."""
         file, mark, number = image_path.rpartition("#")
-        if mark and not Path(image_path).is_file():
-            return self._ref(file, int(number))
-        return self._ref(image_path, WHOLE_FILE)
+        is_frame = mark and not Path(image_path).is_file()
+        return self._ref(file, int(number)) if is_frame else self._ref(image_path, WHOLE_FILE)
 
     @property
     def image_paths(self) -> list[str]:

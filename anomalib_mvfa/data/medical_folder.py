@@ -8,6 +8,7 @@ No header value of a DICOM file gets beyond this module: images are named by the
 
 import logging
 import secrets
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,18 +16,23 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 from anomalib import TaskType
 from anomalib.data.utils import LabelName, Split, TestSplitMode, ValSplitMode
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
+from numpy.typing import NDArray
+from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from .anomaly_volumes import AnomalyVolumes
+from anomalib_mvfa.processes import gather_objects
+from anomalib_mvfa.visualization import claim_name, loaded_dataset, results_dir
+
 from .base import SplitDataModule, enumerate_some
 from .medical_dataset import WHOLE_FILE, MedicalDataset
-from .readers import ImageRef, IntensityRule, list_images, read_mask
+from .readers import ImageRef, IntensityRule, list_images, read_mask, read_volume, volume_slice, write_volume
 from .readers.dicom import dicom_header, patient_key
 from .readers.files import MAX_PIXELS, is_dicom, is_volume
 from .readers.volumes import same_grid
@@ -44,9 +50,7 @@ LABELS = {
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
-class _Entry(NamedTuple):
-    """The images of one file, or of one line of a list, with what was said about them."""
-
+class _Entry(NamedTuple):  # one file, or one line of a list
     refs: list[ImageRef]
     label: LabelName
     mask: Path | None = None  # of a folder of slices a folder of masks of the same names
@@ -75,13 +79,11 @@ class MedicalFolder(SplitDataModule):
         mask_dir: Folder of masks with the names of the abnormal images, in any readable format; volumes for volumes.
         image_list: CSV file with the columns ``path`` and ``label`` (``normal``, ``good`` or 0; ``abnormal``,
             ``anomalous``, ``ungood`` or 1), and if wanted ``mask``, ``group`` and ``split`` (``train``, ``val``,
-            ``test``). Paths are relative to ``path``; a path may be a folder of slices, which then is one group, and
-            its mask a folder of masks of the same names.
-        group_by: What must not be split. ``"patient"``: DICOM files of one PatientID; ``"folder"``: the files below
-            one sub-folder of ``normal_dir`` and ``abnormal_dir`` (of the same name in both), or in one folder for
-            ``image_list``; ``"csv"``: rows of one ``group``; a regular expression such as ``"(?P<patient>\d+)_\d+"``:
-            files whose names share the text of its first group; ``None``: the column ``group`` where there is one, else
-            each row that is a folder, each DICOM series and each other file.
+            ``test``). Paths are relative to ``path``; one may be a folder of slices, a group with a folder of masks.
+        group_by: What must not be split. ``"patient"``: DICOM files of one PatientID; ``"folder"``: files in one
+            folder, with ``normal_dir`` below one sub-folder (of the same name in ``abnormal_dir``); ``"csv"``: rows of
+            one ``group``; a regular expression such as ``"(?P<patient>\d+)_\d+"``: files whose names share the text of
+            its first group; ``None``: the column ``group``, else each listed folder, DICOM series and other file.
         train_abnormal: Whether abnormal images are trained on. For ``FewShot``, which draws its abnormal supports
             from the validation part, it is not needed.
         skip_empty_masks: Whether abnormal images with an empty mask are left out instead of labelled normal.
@@ -96,8 +98,8 @@ class MedicalFolder(SplitDataModule):
         max_pixels: Largest number of voxels of a volume, or of pixels over all frames of a DICOM file, that is read.
         blackout: Rectangles ``[left, top, width, height]`` in pixels that are set to black in every image, for text
             that is burned into the pixels.
-        name: Name of the data, for the folder of results, run records and checkpoints. Defaults to ``"MedicalFolder"``,
-            without labels to ``"Prediction"``.
+        name: Name of the data in results and checkpoints, by default ``"MedicalFolder"``, without labels
+            ``"Prediction"``.
         class_name: What the images show, for the prompts.
         train_batch_size: Images per training step.
         eval_batch_size: Images per step of validation, test and prediction.
@@ -248,10 +250,11 @@ class MedicalFolder(SplitDataModule):
     def _setup(self, _stage: str | None = None) -> None:
         rule = IntensityRule.parse(self.intensity)
         read = partial(MedicalDataset, rule=rule, like=self._like, blackout=self.blackout)
+        samples = self._table(list(self._listed() if self.image_list else self._in_folders()))
         if not self.labelled:
-            self.test_data = read(self._table([_Entry(self._images_in(self.path), LabelName.UNKNOWN)]))
+            self.test_data = read(samples)
             return
-        samples = self._split(self._table(list(self._listed() if self.image_list else self._in_folders())))
+        samples = self._split(samples)
         train, test, val = (samples[samples["split"] == split] for split in (Split.TRAIN, Split.TEST, Split.VAL))
         if _stage is not None:  # FewShot, which asks for no stage, looks for copies of its supports
             of = "images of other parts"
@@ -287,15 +290,17 @@ class MedicalFolder(SplitDataModule):
                 "or omit mask_dir."
             )
             raise FileNotFoundError(msg)
-        given = ((self.normal_dir, LabelName.NORMAL), (self.abnormal_dir, LabelName.ABNORMAL))
+        given: Sequence[tuple[Any, LabelName]] = (("", LabelName.UNKNOWN),)
+        if self.labelled:
+            given = ((self.normal_dir, LabelName.NORMAL), (self.abnormal_dir, LabelName.ABNORMAL))
         for folder, label in ((self.path / name, label) for name, label in given if name is not None):
             loose = []
             for file, images in groupby(self._images_in(folder), key=lambda ref: ref.path):
                 inner = file.relative_to(folder).parts
-                loose += [str(file)] if len(inner) == 1 else []
+                loose += [] if inner[1:] else [str(file)]
                 mask = masks.get(ImageRef(file, root=folder).name) if label == LabelName.ABNORMAL else None
-                yield _Entry(list(images), label, mask, group=inner[0] if self.group_by == "folder" else None)
-            if loose and self.group_by == "folder":
+                yield _Entry(list(images), label, mask, inner[0] if inner[1:] and self.group_by == "folder" else None)
+            if loose and self.group_by == "folder" and self.labelled:
                 msg = (
                     f"group_by='folder' needs one folder per patient in {folder}, but {len(loose)} images lie in it "
                     f"directly: {enumerate_some(loose)}. Move them into folders, or choose another group_by."
@@ -386,20 +391,15 @@ class MedicalFolder(SplitDataModule):
                 raise ValueError(msg)
         elif self._pattern:
             keys = dict(zip(files, pattern_groups(files, self._pattern), strict=True))
-        elif self.group_by == "folder" and not self.labelled:
-            inner = {file: Path(file).relative_to(self._like.root or "").parts for file in files}
-            keys = {file: parts[0] if len(parts) > 1 else None for file, parts in inner.items()}
         elif self.labelled and samples["given_group"].isna().all() and any(map(is_dicom, files)):
             logger.warning(
                 "The DICOM files are split series by series, so that series of one patient may be in several parts; "
                 "group_by='patient' keeps them together.",
             )
-        by_entry = self.group_by in {None, "folder", "csv"}
         names = []
         for file, given in zip(samples["image_path"], samples["given_group"], strict=True):
-            name = keys[file] or (given if by_entry else None)
-            series = None if name else dicom_header(ImageRef(Path(file))).series
-            names.append(name or (f"{Path(file).parent}\0{series}" if series else file))
+            series = dicom_header(ImageRef(Path(file))).series
+            names.append(keys[file] or given or (f"{Path(file).parent}\0{series}" if series else file))
         return pd.factorize(pd.Series(names))[0].tolist()
 
     def _split(self, samples: pd.DataFrame) -> pd.DataFrame:
@@ -445,3 +445,61 @@ def _slice_label(label: LabelName, mask: Path | None, ref: ImageRef, has_masks: 
     except (ValueError, FileNotFoundError):
         return label, ""  # reading it reports the reason
     return (LabelName.ABNORMAL if filled else LabelName.NORMAL), ""
+
+
+class AnomalyVolumes(Callback):
+    """Writes the anomaly map of each predicted volume in the voxel grid of the volume, as NIfTI.
+
+    ``<name>_anomaly.nii.gz`` is written beside the heatmaps. Its values are those of the maps, in [0, 1] with the
+    threshold at one half once a model is calibrated; slices that were left out are 0. Of several processes the first
+    writes, with the slices of all.
+    """
+
+    def __init__(self) -> None:
+        self._parts: dict[ImageRef, str] = {}  # files of this process's slices, where there are several processes
+        self._folder = tempfile.TemporaryDirectory(prefix="anomalib-mvfa-")
+        self._ref: ImageRef | None = None
+        self._scores: NDArray[np.float32] = np.zeros(0, dtype=np.float32)
+        self._names: dict[Path, str] = {}
+
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+        """Fill in the slices of a batch; write a volume when the next file begins."""
+        del pl_module
+        dataset = loaded_dataset(trainer)
+        if not isinstance(dataset, MedicalDataset) or outputs.anomaly_map is None:
+            return
+        for item in outputs:
+            ref = dataset.ref(item.image_path)
+            if self._ref is None or ref.path != self._ref.path:
+                self._write(trainer)
+            if is_volume(ref.path) and not item.explanation:
+                if self._ref is None:
+                    self._ref = replace(ref, frame=None)
+                    self._scores = np.zeros_like(read_volume(ref.path, ref.volume, ref.max_pixels)[0])
+                view = volume_slice(self._scores, ref.frame or 0, ref.axis)
+                anomaly_map = item.anomaly_map.detach().float().cpu()[None, None]
+                resized = functional.interpolate(anomaly_map, view.shape, mode="bilinear", align_corners=False)
+                view[...] = resized[0, 0].numpy()
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the last volume, or merge the slices of several processes."""
+        del pl_module
+        self._write(trainer)
+        volumes = {ref for refs in gather_objects(set(self._parts)) for ref in refs}
+        for ref in sorted(volumes, key=lambda ref: ref.path):
+            own = self._parts.pop(ref, None)
+            parts = gather_objects(None if own is None else np.load(own))
+            if trainer.is_global_zero:
+                self._save(trainer, ref, sum(part for part in parts if part is not None))
+
+    def _write(self, trainer: Trainer) -> None:
+        ref, self._ref = self._ref, None
+        if ref is not None and trainer.world_size == 1:
+            self._save(trainer, ref, self._scores)
+        elif ref is not None:
+            self._parts[ref] = f"{self._folder.name}/{len(self._parts)}.npy"
+            np.save(self._parts[ref], self._scores)
+
+    def _save(self, trainer: Trainer, ref: ImageRef, scores: NDArray[np.float32]) -> None:
+        target = claim_name(results_dir(trainer) / f"{ref.name}_anomaly.nii.gz", str(ref.path), self._names)
+        write_volume(target, scores, like=ref.path)

@@ -445,7 +445,7 @@ def test_unchanged_files_are_read_once_a_process(make_folder, monkeypatch):
     source = make_folder(8, 8)
     few_shot(source, k_shot=2)
     reading = []
-    monkeypatch.setattr("anomalib_mvfa.data.base._problem", lambda part, position: reading.append(position))
+    monkeypatch.setattr("anomalib_mvfa.data.base._problems", lambda unit: reading.extend(unit[1]) or [])
     few_shot(source, k_shot=2)
     assert not reading
     image = Path(source.root) / "abnormal" / "03.png"

@@ -199,19 +199,6 @@ def test_order_depends_on_seed_and_epoch_only(root):
     assert order(0, 1) != order(0, 2)
 
 
-def test_balanced_sampling_draws_sets_equally_often(root):
-    for balanced, low, high in ((False, 0.74, 0.76), (True, 0.4, 0.6)):
-        data = leave_out(root, balanced=balanced)
-        sampler = data.train_dataloader().sampler
-        sets = data.train_data.samples["set"].tolist()
-        drawn = []
-        for epoch in range(20):
-            sampler.set_epoch(epoch)
-            drawn += [sets[index] for index in sampler]
-        assert len(drawn) == 20 * 64
-        assert low < drawn.count("Liver") / len(drawn) < high
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pandas import DataFrame
 
-from anomalib_mvfa.data.support_lists import find_support, read_support_list
+from anomalib_mvfa.data.few_shot import find_support, read_support_list
 
 PUBLISHED = "n-0: 17.png 203.png\na-0: 8.png 54.png\nn-1: 3.png 17.png\na-1: 54.png 60.png\n"
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from anomalib_mvfa import MVFA
 from anomalib_mvfa.data import FewShot, MedicalBMAD
-from anomalib_mvfa.data.support_lists import read_support_list
+from anomalib_mvfa.data.few_shot import read_support_list
 from tools import reproduce
 from tools.reproduce import TEN_DRAWS
 

@@ -136,9 +136,7 @@ def read_image(
     +inf to the largest. Slices of volumes show anterior (axial) or superior (coronal, sagittal) up and the patient's
     right, or anterior for sagittal slices, on the left.
 
-    Args:
-        source: A reference from :func:`list_images`, or the path of a file that holds one image.
-        rule: See :class:`IntensityRule`.
+    ``source`` is a reference from :func:`list_images`, or the path of a file that holds one image.
 
     Raises:
         FileNotFoundError: If there is no such file.

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
 _META_START = 144  # preamble, prefix and the element that holds the length of the file meta information
-_VOLUME_OF_ULTRASOUND = "Enhanced US Volume Storage"  # an image, although its name does not say so
 _MAX_SAMPLE = 2**24  # pixels of a series from which percentiles are computed
 _PIXEL_DATA = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 
@@ -67,11 +66,9 @@ def _header(path: Path, max_pixels: int, *_: object) -> Header:
             header = pydicom.dcmread(path, stop_before_pixels=True)
             storage = header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID")
             name = storage.name if storage is not None else ""
-            # Doses, segmentations and parametric maps have rows and pixels, but are no images.
-            is_image = "Image Storage" in name or name == _VOLUME_OF_ULTRASOUND
-            if not name.endswith("Storage") and "Storage -" not in name and "Storage (" not in name:
-                # A class that pydicom does not know: the presence of pixels decides.
-                is_image = "Rows" in header and not name.endswith("Directory")
+            # Doses, segmentations and maps have rows and pixels, but are no images.
+            no_image = any(kind in name for kind in ("Dose", "Segmentation", "Map"))
+            is_image = "Image Storage" in name or ("Rows" in header and not no_image)
             series, count = str(header.get("SeriesInstanceUID", "")), _frame_count(header)
             flag = str(header.get("BurnedInAnnotation") or "").strip().upper()
             captured = header.get("Modality") in {"US", "IVUS"} or "Secondary Capture" in name or "Ultrasound" in name
@@ -104,20 +101,15 @@ def _frame_count(header: "Dataset") -> int:
 
 def slice_order(group: list[tuple[Path, Header]]) -> list[tuple[Path, Header]]:
     """Sort the files of one series by geometry, InstanceNumber and path, using only what all files have."""
-    use_place = not any(math.isnan(header.place) for _, header in group)
-    use_number = not any(math.isnan(header.number) for _, header in group)
-    return sorted(
-        group, key=lambda file: (file[1].place if use_place else 0, file[1].number if use_number else 0, file[0])
-    )
+    keys = [name for name in ("place", "number") if not any(math.isnan(getattr(header, name)) for _, header in group)]
+    return sorted(group, key=lambda file: (*(getattr(file[1], name) for name in keys), file[0]))
 
 
 def patient_key(path: str | Path, salt: bytes) -> str | None:
     """Return a key that distinguishes the patients of DICOM files, or ``None`` for a file without PatientID.
 
-    Args:
-        path: A file.
-        salt: Random bytes, the same for all files that are compared. The key is a hash under it: without the salt it
-            cannot be traced to the PatientID, and it means nothing in another run.
+    The key is a hash under random bytes, the same for all files that are compared: without this salt it cannot be
+    traced to the PatientID, and it means nothing in another run.
     """
     path = Path(path)
     if not is_dicom(path):

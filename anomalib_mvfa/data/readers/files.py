@@ -195,10 +195,8 @@ def walk(folder: Path) -> Iterator[Path]:
 
 def finite(values: Pixels, path: Path) -> Pixels:
     """Set NaN and -inf to the smallest finite value and +inf to the largest."""
-    is_finite = np.isfinite(values)
-    if is_finite.all():
-        return values
-    if not is_finite.any():
+    usable = values[np.isfinite(values)]
+    if not usable.size:
         raise UnreadableImageError(path, "holds no finite value")
-    low, high = values[is_finite].min(), values[is_finite].max()
-    return np.nan_to_num(values, nan=low, posinf=high, neginf=low)
+    low, high = usable.min(), usable.max()
+    return values if usable.size == values.size else np.nan_to_num(values, nan=low, posinf=high, neginf=low)

@@ -74,12 +74,12 @@ class IntensityRule:
             raise ValueError(msg)
         values = tuple(float(value) for value in self.values) or (PERCENTILES if self.kind == "percentile" else ())
         object.__setattr__(self, "values", values)
-        match values:
-            case ():
-                valid = self.kind in {"auto", "dicom"}
-            case (centre, width) if self.kind == "window":
+        match self.kind, values:
+            case (("auto" | "dicom"), ()):
+                valid = True
+            case "window", (centre, width):
                 valid = math.isfinite(centre) and 0 < width < math.inf
-            case (low, high) if self.kind == "percentile":
+            case "percentile", (low, high):
                 valid = 0 <= low < high <= _PERCENT
             case _:
                 valid = False
@@ -92,10 +92,9 @@ class IntensityRule:
     def parse(cls, rule: "IntensityRule | str | Mapping[str, Any] | Sequence[float]") -> "IntensityRule":
         """Read a rule from plain data; a ValueError if it is none of these.
 
-        Args:
-            rule: A kind (``"auto"``, ``"dicom"``, ``"percentile"``), the name of a CT window (``"brain"``), a window
-                as ``[centre, width]`` or ``{"window": [centre, width]}``, percentiles as
-                ``{"percentile": [low, high]}``, the JSON text of one of these (what ``str(rule)`` returns), or a rule.
+        They are a kind (``"auto"``, ``"dicom"``, ``"percentile"``), the name of a CT window (``"brain"``), a window
+        ``[centre, width]`` or ``{"window": [centre, width]}``, percentiles ``{"percentile": [low, high]}``, the JSON
+        text of one of these (what ``str(rule)`` returns), or a rule.
         """
         if isinstance(rule, IntensityRule):
             return rule
@@ -112,14 +111,10 @@ class IntensityRule:
         ((kind, values),) = data.items()
         return cls(kind, tuple(values or ()))
 
-    def to_dict(self) -> dict[str, list[float]]:
-        """Return plain data that :meth:`parse` reads back."""
-        return {self.kind: list(self.values)}
-
     def __str__(self) -> str:
         """Return text that :meth:`parse` accepts: the name of a usual window, a kind, or JSON."""
         names = (name for name, values in CT_WINDOWS.items() if self.kind == "window" and values == self.values)
-        return next(names, json.dumps(self.to_dict()) if self.values else self.kind)
+        return next(names, json.dumps({self.kind: list(self.values)}) if self.values else self.kind)
 
 
 def limits(values: Pixels, rule: IntensityRule) -> tuple[float, float]:

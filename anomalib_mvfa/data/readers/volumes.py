@@ -59,13 +59,12 @@ def read_volume(
 
 
 def _read(ref: ImageRef) -> tuple[NDArray[np.float32], Affine]:
-    file_kind(ref.path)
+    file_kind(ref.path)  # refuses what cannot be opened
     return _load(ref.path, ref.volume, ref.max_pixels, stamp(ref.path))
 
 
 @lru_cache(maxsize=2)
 def _load(path: Path, volume: int | None, max_pixels: int, *_: object) -> tuple[NDArray[np.float32], Affine]:
-    nibabel = optional("nibabel")
     with unreadable(path, "truncated or damaged volume, or one without an orientation"):
         shape, affine, load = _open(path)
         count = math.prod(shape[3:])
@@ -76,10 +75,15 @@ def _load(path: Path, volume: int | None, max_pixels: int, *_: object) -> tuple[
             raise UnreadableImageError(path, f"holds {count} volumes, numbered from 0; there is no number {volume}")
         ImageRef(path, max_pixels=max_pixels).check_size(math.prod(shape[:3]))
         data = np.asarray(load(number), dtype=np.float32).reshape(shape[:3])
-        canonical = nibabel.as_closest_canonical(nibabel.Nifti1Image(data, affine))
-        data = finite(np.asarray(canonical.dataobj), path)
+        data, affine = _canonical(data, affine)
+        data = finite(data, path)
         data.flags.writeable = False
-        return data, canonical.affine
+        return data, affine
+
+
+def _canonical(data: Pixels, affine: Affine) -> tuple[Pixels, Affine]:
+    canonical = optional("nibabel").as_closest_canonical(optional("nibabel").Nifti1Image(data, affine))
+    return np.asarray(canonical.dataobj), canonical.affine
 
 
 def _open(path: Path) -> tuple[tuple[int, ...], Affine, Callable[[int], Pixels]]:
@@ -113,7 +117,7 @@ def _open_itk(path: Path) -> tuple[tuple[int, ...], Affine, Callable[[int], Pixe
         raise UnreadableImageError(path, "its voxels are not single real numbers")
     dimensions = reader.GetDimension()
     spatial = min(3, dimensions)
-    axes = np.array(reader.GetDirection()).reshape(dimensions, dimensions) * np.array(reader.GetSpacing())
+    axes = np.array(reader.GetDirection()).reshape(dimensions, dimensions) * reader.GetSpacing()
     affine = np.eye(4)
     affine[:spatial, :spatial] = axes[:spatial, :spatial]
     affine[:spatial, 3] = reader.GetOrigin()[:spatial]
@@ -229,10 +233,8 @@ def same_grid(first: str | Path, second: str | Path) -> bool:
 
 def _grid(path: Path) -> tuple[tuple[int, ...], Affine]:
     """Return the shape ``(X, Y, Z)`` and the affine that :func:`read_volume` would return."""
-    nibabel = optional("nibabel")
     file_kind(path)
     with unreadable(path, "truncated or damaged volume, or one without an orientation"):
         shape, affine, _ = _open(path)
-        orientation = nibabel.io_orientation(affine)
-        canonical = affine @ nibabel.orientations.inv_ornt_aff(orientation, shape[:3])
-        return tuple(shape[axis] for axis in np.argsort(orientation[:, 0])), canonical
+        empty, affine = _canonical(np.broadcast_to(np.float32(0), shape[:3]), affine)
+        return empty.shape, affine
