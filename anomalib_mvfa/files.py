@@ -10,8 +10,7 @@ from pathlib import Path
 
 __all__ = ["partial_name", "replacing"]
 
-LONGEST_NAME = 50
-"""Characters of a name that are kept while the file is written."""
+LONGEST_NAME = 50  # characters that are kept while the file is written
 
 
 def partial_name(path: str | Path) -> Path:

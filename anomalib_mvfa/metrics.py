@@ -24,8 +24,7 @@ __all__ = ["MVFAEvaluator", "PixelFigures", "SelectionScore", "squash"]
 
 PRO_LIMIT = 0.3
 NEIGHBOURS = np.ones((3, 3), dtype=int)  # regions touch at corners, too, as in anomalib's metric
-BLOCK = 2**24
-"""Pixels that are sorted together."""
+BLOCK = 2**24  # pixels that are sorted together
 
 
 def squash(values: Tensor) -> Tensor:

@@ -358,10 +358,7 @@ def find_support(
 ) -> list[int]:
     """Find the rows of listed supports of one label in a split, by file name, or by stem without an extension.
 
-    ``path`` and ``draw`` are for the error message.
-
-    Raises:
-        ValueError: If a name matches no image of that label, or several.
+    A ValueError, which ``path`` and ``draw`` are for, lists names that match no image of that label, or several.
     """
     rows: dict[str, list[int]] = {}
     for row, (image_path, label_index) in enumerate(zip(samples["image_path"], samples["label_index"], strict=True)):

@@ -87,8 +87,7 @@ class LeaveOneOut(SplitDataModule):
         val_split_ratio: Share of the groups of each training set, with and without abnormal images, that
             ``"from_train"`` holds out.
         group_by: Regular expression whose first group is the part of a file name that all images of a patient share,
-            such as ``"(?P<patient>\d+)_\d+"``, or one for each set that has such names. Images of one patient are
-            held out together. By default each image stands for itself.
+            such as ``"(?P<patient>\d+)_\d+"``, or one for each set that has such names. By default none share any.
         train_batch_size: Images per training step; published with 1.
         eval_batch_size: Images in one step of evaluation.
         num_workers: Processes that decode images ahead of the model.

@@ -117,18 +117,9 @@ def drop_copies(
 ) -> list[int]:
     """Find the rows that are neither taken, nor have the same pixels, nor are other images of the same groups.
 
-    Only images of equal size are decoded.
-
-    Args:
-        samples: Samples as anomalib keeps them, with a column ``group`` where images belong together.
-        taken: Samples that must not be among them.
-        part: What the samples are, for the log: ``"test"``.
-        of: What the taken images are, for the log: ``"supports"``.
-        like: How the images are read.
-        then: What is done with copies, for the log.
-
-    Returns:
-        Positions of the rows to keep, ascending.
+    Only images of equal size are decoded, read as ``like`` is. Images that belong together have one value in the column
+    ``group``. For the log ``part`` is what the samples are (``"test"``), ``of`` what is taken (``"supports"``), and
+    ``then`` what is done with copies. The result are the positions of the rows to keep, ascending.
     """
     refs, others = (_refs(table, like or ImageRef(Path())) for table in (samples, taken))
     groups = set(taken["group"]) if "group" in samples and "group" in taken else set()
