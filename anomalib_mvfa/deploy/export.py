@@ -13,8 +13,7 @@ from anomalib.models.components.base.export_mixin import ExportMixin as Anomalib
 from torchmetrics import Metric
 
 from anomalib_mvfa.training.state import choose_class_name
-from anomalib_mvfa.weights.adapter_files import write_adapters
-from anomalib_mvfa.weights.hub import upload
+from anomalib_mvfa.weights.adapter_files import upload, write_adapters
 
 from .quantisation import compress
 
@@ -51,12 +50,8 @@ class ExportMixin(AnomalibExportMixin):
             Address of the repository.
         """
         module = cast("MVFA", self)
-        facts, network = module.facts(), module.model
-
-        def write(path: Path) -> Path:
-            return write_adapters(path, network.seg_adapters, network.det_adapters, facts, torch.float16)
-
-        return upload(repository, facts, licence, write, private=private)
+        adapters = module.model.seg_adapters, module.model.det_adapters
+        return upload(repository, *adapters, module.facts(), licence, private=private)
 
     def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
         """Export as a torch file.

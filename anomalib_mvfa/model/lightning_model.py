@@ -38,9 +38,8 @@ from anomalib_mvfa.training.calibration import Calibration
 from anomalib_mvfa.training.state import FitState, begin_training, prepare_evaluation, set_default_epochs
 from anomalib_mvfa.visualization import MVFAVisualizer
 from anomalib_mvfa.weights import checkpoints
-from anomalib_mvfa.weights.adapter_files import check_facts, load_adapters
+from anomalib_mvfa.weights.adapter_files import check_facts, evaluation_facts, load_adapters, model_facts
 from anomalib_mvfa.weights.arguments import CHOICES, DEFAULTS, NETWORK, settle
-from anomalib_mvfa.weights.facts import evaluation_facts, model_facts
 
 from .loss import training_losses
 from .torch_model import MVFAModel
@@ -412,9 +411,8 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
             ValueError: If it cannot be read, was not made by MVFA, or does not fit the arguments.
         """
         if weights_only:
-            checkpoints.checkpoint_facts(
-                checkpoints.read_checkpoint(checkpoint_path, cls.checkpoint_safe_globals()), checkpoint_path
-            )
+            contents = checkpoints.read_checkpoint(checkpoint_path, cls.checkpoint_safe_globals(), mmap=True)
+            checkpoints.checkpoint_facts(contents, checkpoint_path)
         options = {"map_location": map_location, "weights_only": weights_only, **kwargs}
         model: MVFA = super().load_from_checkpoint(checkpoint_path, **options)  # type: ignore[assignment]
         model.explicit = {name for name, value in kwargs.items() if value is not None} & model.hparams.keys()

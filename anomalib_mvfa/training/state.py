@@ -18,7 +18,7 @@ from anomalib_mvfa.model.prompts import prompt_name
 from anomalib_mvfa.pre_processing import check_intensity
 from anomalib_mvfa.training.lesions import LesionSynthesizer
 from anomalib_mvfa.training.token_cache import TokenCache
-from anomalib_mvfa.weights.facts import training_facts
+from anomalib_mvfa.weights.adapter_files import training_facts
 
 if TYPE_CHECKING:
     from anomalib_mvfa.model import MVFA
