@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .text import LOCAL_DIR_PREFIX, make_tokenizer, text_settings
-from .tiny import TINY, TINY_CONFIG, TINY_WEIGHTS, announce_tiny, initialise_tiny
+from .tiny import TINY, TINY_CONFIG, TINY_WEIGHTS, initialise_tiny
 from .towers import timm_patch_size
 
 __all__ = ["BackboneConfig", "fingerprint", "load_clip", "read_state_dict", "resolve_backbone"]
@@ -55,12 +55,11 @@ class BackboneConfig:
         image_size: Height and width of the input.
         weights: Weights as the user named them, or the default of this backbone.
         quick_gelu: Whether both towers run QuickGELU instead of the exact GELU.
-        mean: Mean of the images that the weights were trained with, a number a channel.
+        mean: Mean of each channel of the images that the weights were trained with.
         std: Their standard deviation.
         folder: Where the files of a ``local-dir:`` or ``hf-hub:`` backbone lie.
         patch_size: Side length of a patch in pixels.
-        normalized: Whether mean and standard deviation come with the weights, in open_clip's table or in a file. Where
-            they do not, they are OpenAI's.
+        normalized: Whether mean and standard deviation come with the weights. Where they do not, they are OpenAI's.
     """
 
     name: str
@@ -151,16 +150,11 @@ def _check_architecture(backbone: str, model: Mapping[str, Any], quick_gelu: boo
             )
             raise ValueError(msg)
         return timm_patch_size(vision["timm_model_name"])
-    lacking = [
-        what
-        for what, is_there in (
-            ("an image tower of transformer blocks", isinstance(vision.get("layers", 12), int)),
-            ("a text tower that only encodes", "multimodal_cfg" not in model),
-        )
-        if not is_there
-    ]
+    lacking = "" if isinstance(vision.get("layers", 12), int) else "an image tower of transformer blocks"
+    if "multimodal_cfg" in model:
+        lacking = "a text tower that only encodes"
     if lacking:
-        msg = f"Backbone '{backbone}' lacks {' and '.join(lacking)}. Use for instance {PUBLISHED_BACKBONE} or ViT-B-16."
+        msg = f"Backbone '{backbone}' lacks {lacking}. Use for instance {PUBLISHED_BACKBONE} or ViT-B-16."
         raise ValueError(msg)
     return int(vision.get("patch_size", 16))
 
@@ -180,9 +174,7 @@ def _facts_of_weights(backbone: str, weights: str) -> dict[str, Any]:
 
 def _check_image_size(backbone: str, image_size: int | tuple[int, int], patch: int) -> tuple[int, int]:
     """Return height and width if whole patches fill them, or at the published size."""
-    height, width = (
-        (image_size, image_size) if isinstance(image_size, int) else (int(image_size[0]), int(image_size[1]))
-    )
+    height, width = map(int, (image_size, image_size) if isinstance(image_size, int) else image_size)
     published = (height, width, patch) == (PUBLISHED_IMAGE_SIZE, PUBLISHED_IMAGE_SIZE, 14)
     if not published and (height < patch or width < patch or height % patch or width % patch):
         near = sorted({max(1, height // patch) * patch, (height // patch + 1) * patch})
@@ -244,13 +236,7 @@ def _folder(backbone: str) -> Path:
 
 
 def load_clip(config: BackboneConfig) -> tuple[CLIP | CustomTextCLIP, Callable[[list[str]], Tensor]]:
-    """Build a CLIP and read its weights, without executing code from the weights file.
-
-    Args:
-        config: Resolved backbone.
-
-    Returns:
-        The model in float32 and evaluation mode, and its tokenizer.
+    """Build a CLIP in float32 and evaluation mode, and its tokenizer, without executing code from the weights file.
 
     Raises:
         FileNotFoundError: If the weights are neither a file nor a known tag, or cannot be downloaded.
@@ -296,7 +282,10 @@ def _load(model: nn.Module, state: dict[str, Tensor], config: BackboneConfig, pa
 def _weights_path(config: BackboneConfig) -> Path:
     """Find the file that holds a backbone's weights, downloading it if need be."""
     if config.weights is None:  # only the embedded backbone
-        announce_tiny()
+        logger.warning(
+            "Backbone 'tiny' is a small demonstration model inside this package, trained on generated images. "
+            "Its results show that the software works, not how good MVFA is.",
+        )
         return TINY_WEIGHTS
     weights = config.weights
     if Path(weights).is_file():
@@ -346,14 +335,11 @@ def _download_advice(what: str, source: str) -> str:
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Read named tensors from a file without executing code from it.
+    """Read tensors by name, in float32, from a file without executing code from it.
 
     Args:
         path: A safetensors file, a state dict saved by ``torch.save`` (bare or under ``state_dict``), or a TorchScript
             archive such as OpenAI published.
-
-    Returns:
-        Tensors by name, in float32, on the CPU.
 
     Raises:
         ValueError: If the file is none of these.
@@ -442,13 +428,8 @@ def _read_torchscript(path: Path) -> dict[str, Tensor]:
 def fingerprint(tower: nn.Module) -> str:
     """Compute a digest of a tower's weights, which identifies the backbone.
 
-    The position grid is left out: its values depend on the image size.
-
-    Args:
-        tower: Any module.
-
-    Returns:
-        16 hexadecimal digits of a SHA-256 over up to 64 spread values of each parameter.
+    16 hexadecimal digits of a SHA-256 over up to 64 spread values of each parameter. The position grid is left out: its
+    values depend on the image size.
     """
     digest = hashlib.sha256()
     for name, value in tower.named_parameters():

@@ -47,15 +47,10 @@ def text_settings(text: dict[str, Any], backbone: str, folder: Path | None) -> N
 
 
 def make_tokenizer(text: dict[str, Any], backbone: str, folder: Path | None) -> Callable[[list[str]], Tensor]:
-    """Return the tokenizer that a text tower was trained with.
-
-    Args:
-        text: ``text_cfg`` of open_clip's configuration.
-        backbone: The backbone as the user named it.
-        folder: Folder of the backbone's files, if it has one.
+    """Return the tokenizer that a text tower was trained with; the arguments are those of :func:`text_settings`.
 
     Returns:
-        Turns texts into token ids ``(N, T)``.
+        Function from texts to token ids ``(N, T)``.
 
     Raises:
         FileNotFoundError: If the tokenizer is missing.

@@ -35,6 +35,7 @@ class ImageTower(ABC, nn.Module):
         grid_size: Patch rows and columns ``(h, w)``.
     """
 
+    visual: Any
     width: int
     prefix: int
     image_size: tuple[int, int]

@@ -104,7 +104,7 @@ class Calibration:
 
     def begin(self, module: "MVFA") -> None:
         """Build bank and ranges, and provide the supports for the thresholds, before a validation."""
-        output = self._remember(module) if self._bank_is_due(module) else None
+        output = self._remember(module)
         if module.option("fusion_scale") == "test":
             _scale_by(module, module.trainer.val_dataloaders)
         _offer(module, output)
@@ -127,7 +127,7 @@ class Calibration:
         transductive = module.option("fusion_scale") == "test" and trainer.testing
         if self.holds and not transductive:
             return
-        output = self._remember(module) if self._bank_is_due(module) else None
+        output = self._remember(module)
         if module.trained and not self.bank_holds:
             raise ValueError(NO_BANK)
         if transductive:
@@ -140,11 +140,10 @@ class Calibration:
             raise ValueError(NO_THRESHOLDS)
         self.end(module)
 
-    def _bank_is_due(self, module: "MVFA") -> bool:
-        return module.fit_state is not None or not module.trained or not self.bank_holds
-
     def _remember(self, module: "MVFA") -> SupportOutput | None:
-        """Build bank and ranges from the supports of the data at hand, if there are any."""
+        """Build bank and ranges, if that is due, from the supports of the data at hand, if there are any."""
+        if module.fit_state is None and module.trained and self.bank_holds:
+            return None
         if not module.option("memory"):
             self.bank_holds = True
             return None
@@ -162,7 +161,6 @@ def _offer(module: "MVFA", output: SupportOutput | None) -> None:
 
 
 def _validation_loader(module: "MVFA") -> Any:
-    """Return the loader of the validation part, or ``None`` without one."""
     datamodule = getattr(module.trainer, "datamodule", None)
     if isinstance(datamodule, AnomalibDataModule) and len(getattr(datamodule, "val_data", None) or ()):
         return datamodule.val_dataloader()
@@ -190,22 +188,18 @@ def _set_thresholds(module: "MVFA", loader: Any, output: SupportOutput | None) -
 
 
 def _scale_by(module: "MVFA", loaders: Any) -> None:
-    """Take the fusion's ranges from all images of a set, those of the other processes included."""
     outputs = branch_extremes(module.model, loaders, module.pre_processed, module.device)
     if outputs:
         module.model.set_fusion_range(outputs)
 
 
 def find_support(
-    datamodule: object,
-    train_data: Any,
-    max_support: int,
-    pre_process: Callable[[Tensor], Tensor],
+    datamodule: object, train_data: Any, max_support: int, pre_process: Callable[[Tensor], Tensor]
 ) -> Support | None:
-    """Return the supports of a datamodule, or a sample of its normal training images.
+    """Return the attribute ``support`` of a datamodule, or a sample of its normal training images.
 
     Args:
-        datamodule: Any datamodule, or ``None``; one with an attribute ``support`` has its own.
+        datamodule: Any datamodule, or ``None``.
         train_data: Its training set.
         max_support: How many normal training images are taken, evenly over them.
         pre_process: Resizes an image ``(3, H, W)`` to the size that the model reads.

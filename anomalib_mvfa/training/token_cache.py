@@ -45,15 +45,7 @@ class TokenCache:
         return len(self._tokens)
 
     def __call__(self, images: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return the tokens of images.
-
-        Args:
-            images: ``(B, 3, H, W)``.
-            compute: Computes tokens ``(1, L, D)`` of one image ``(1, 3, H, W)``.
-
-        Returns:
-            Tokens ``(B, L, D)``.
-        """
+        """Return the tokens ``(B, L, D)`` of images ``(B, 3, H, W)``; ``compute`` computes those of one image."""
         if not self.open:
             return compute(images)
         return torch.cat([self._get(image, compute) for image in images.split(1)])
