@@ -115,7 +115,6 @@ class ScoreThreshold(F1AdaptiveThreshold):
             self._sample()
 
     def _sample(self) -> tuple[Tensor, Tensor]:
-        """Return scores and labels, and keep only those with the smallest keys."""
         scores, labels, keys = (dim_zero_cat(state) for state in (self.preds, self.target, self.keys))
         if len(keys) > self.limit:
             kept = keys.topk(self.limit, largest=False).indices
@@ -311,7 +310,6 @@ class MVFAPostProcessor(Float32Buffers, PostProcessor):
             )
 
     def _warn_once(self, message: str) -> None:
-        """Warn once, not after each of many validations."""
         if message not in self._explained:
             logger.warning(message)
             self._explained.add(message)

@@ -104,9 +104,6 @@ def resolve_backbone(
             configuration's or the tag's own setting; OpenAI's weights, by tag or as a TorchScript archive, need it.
             Towers of timm have an activation of their own.
 
-    Returns:
-        The resolved configuration.
-
     Raises:
         ValueError: If the backbone is unknown or lacks something, or the image size does not fit it.
         FileNotFoundError: If a file of the backbone is missing.
@@ -160,10 +157,7 @@ def _check_architecture(backbone: str, model: Mapping[str, Any], quick_gelu: boo
 
 
 def _facts_of_weights(backbone: str, weights: str) -> dict[str, Any]:
-    """Return what open_clip's table says of a tag: mean, standard deviation, activation.
-
-    Of weights that are no tag it returns what all tags of the backbone have in common.
-    """
+    """Return what open_clip's table says of a tag, or of all tags of the backbone if the weights are no tag."""
     weights = OPENAI if _is_torchscript(Path(weights)) else weights
     facts: dict[str, Any] = get_pretrained_cfg(backbone, weights)
     if not facts:
@@ -219,7 +213,6 @@ def _read_config(backbone: str) -> tuple[dict[str, Any], Path | None]:
 
 
 def _folder(backbone: str) -> Path:
-    """Return the folder of a ``local-dir:`` backbone, or of an ``hf-hub:`` one whose small files were downloaded."""
     if backbone.startswith(LOCAL_DIR_PREFIX):
         folder = Path(backbone.removeprefix(LOCAL_DIR_PREFIX))
         if not (folder / CONFIG_FILE).is_file():
@@ -265,7 +258,6 @@ def load_clip(config: BackboneConfig) -> tuple[CLIP | CustomTextCLIP, Callable[[
 
 
 def _load(model: nn.Module, state: dict[str, Tensor], config: BackboneConfig, path: Path) -> None:
-    """Load a state dict, the position grid resized to the image size."""
     state.pop("text.transformer.embeddings.position_ids", None)  # a buffer that transformers no longer saves
     if getattr(model, "logit_bias", None) is not None:
         state.setdefault("logit_bias", torch.zeros_like(state["logit_scale"]))
@@ -280,7 +272,6 @@ def _load(model: nn.Module, state: dict[str, Tensor], config: BackboneConfig, pa
 
 
 def _weights_path(config: BackboneConfig) -> Path:
-    """Find the file that holds a backbone's weights, downloading it if need be."""
     if config.weights is None:  # only the embedded backbone
         logger.warning(
             "Backbone 'tiny' is a small demonstration model inside this package, trained on generated images. "
@@ -408,7 +399,6 @@ class _ArchiveUnpickler(pickle.Unpickler):
 
 
 def _read_torchscript(path: Path) -> dict[str, Tensor]:
-    """Collect the tensors of a TorchScript archive under their attribute paths."""
     with zipfile.ZipFile(path) as archive:
         root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("/data.pkl")
         tree = _ArchiveUnpickler(archive, root).load()

@@ -93,7 +93,6 @@ def make_tokenizer(text: dict[str, Any], backbone: str, folder: Path | None) -> 
 
 
 def _load(what: str, source: str, kind: str) -> Any:
-    """Load from a folder or the hub through one of transformers' automatic classes."""
     import transformers
 
     try:

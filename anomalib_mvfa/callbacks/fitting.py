@@ -239,7 +239,6 @@ def _all_finite(module: nn.Module) -> bool:
 
 
 def _explain(trainer: Trainer, module: "MVFA", batch: ImageBatch | None) -> str:
-    """Explain a non-finite loss, of a batch if one is given, and suggest a remedy."""
     images: Tensor = torch.empty(0) if batch is None else batch.image  # type: ignore[assignment]
     if batch is not None and not images.isfinite().all():
         paths = batch.image_path or ["an image without a file"] * len(images)

@@ -31,7 +31,6 @@ def _from_command_line(trainer: Trainer) -> bool:
 
 
 def _groups(trainer: Trainer) -> dict[str, int]:
-    """Return the group of each image, or nothing where no group has several images."""
     dataset = loaded_dataset(trainer)
     samples = getattr(dataset, "samples", None)
     if samples is None or "group" not in samples or samples["group"].is_unique:

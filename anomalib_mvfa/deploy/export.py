@@ -83,9 +83,8 @@ class ExportMixin(AnomalibExportMixin):
             ValueError: If the model is not trained, or its bank or thresholds do not fit.
         """
         self._ready()
-        return super().to_onnx(
-            export_root, model_file_name, input_size, **{"opset_version": 18, "verbose": False, **kwargs}
-        )
+        options = {"opset_version": 18, "verbose": False, **kwargs}
+        return super().to_onnx(export_root, model_file_name, input_size, **options)
 
     def _compress_ov_model(  # anomalib's hook for its compression types
         self,
@@ -98,11 +97,9 @@ class ExportMixin(AnomalibExportMixin):
     ) -> Any:
         return compress(model, compression_type, datamodule, metric, max_drop)
 
-    def _ready(self) -> "MVFA":
-        """Return the model, built and calibrated."""
+    def _ready(self) -> None:
         module = cast("MVFA", self)
         module.fit_state = None  # of a training that was interrupted
         module.ensure_model()
         choose_class_name(module)
         module.calibration.check(module)
-        return module

@@ -191,11 +191,7 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
             self.model.reset()
 
     def ensure_model(self) -> bool:
-        """Build the network that the arguments describe, unless it is there.
-
-        Returns:
-            Whether it was built.
-        """
+        """Build the network that the arguments describe, unless it is there; return whether it was built."""
         build = "model" not in self._modules or self._built != [self.option(name) for name in NETWORK]
         if build:
             self._build()
@@ -375,7 +371,6 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
 
     def validation_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> Any:
         """Predict a batch for thresholds and normalisation."""
-        del args, kwargs
         images: Tensor = batch.image  # type: ignore[assignment]  # a batch always has images
         features = None if self.fit_state is None else self.fit_state.text_features(batch)
         predictions = self.model.fuse(*self.model.branches(images, features))
@@ -389,11 +384,7 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]  # the arguments are anomalib's
-        cls,
-        checkpoint_path: str | Path,
-        map_location: Any = None,
-        weights_only: bool = True,
-        **kwargs: Any,
+        cls, checkpoint_path: str | Path, map_location: Any = None, weights_only: bool = True, **kwargs: Any
     ) -> "MVFA":
         """Load a model from a checkpoint, without executing code from it.
 
@@ -402,9 +393,6 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
             map_location: Where to put the tensors, as for any Lightning module.
             weights_only: Whether objects other than tensors and plain data are refused.
             **kwargs: As for any Lightning module, and arguments for evaluation in the place of the checkpoint's.
-
-        Returns:
-            The model.
 
         Raises:
             FileNotFoundError: If there is no such file.

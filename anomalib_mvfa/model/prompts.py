@@ -13,6 +13,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -44,21 +45,16 @@ def prompt_ensemble() -> dict[str, list[str]]:
     return {name: list(_ensemble()[name]) for name in ("normal_states", "abnormal_states", "templates")}
 
 
-@lru_cache(maxsize=1)
 def published_class_names() -> dict[str, str]:
     """Return the published prompt names of the six sets of BMAD, by set name in lower case."""
     return {category.lower(): name for category, name in _ensemble()["class_names"].items()}
 
 
 def prompt_name(category: str) -> str:
-    """Return the name of a data set in the prompts.
+    """Return the name of a data set such as ``"Retina_RESC"`` in the prompts; a trailing ``_AD`` is not read.
 
-    Args:
-        category: Name of a data set, such as ``"Retina_RESC"``. A trailing ``_AD`` is not read.
-
-    Returns:
-        The published name for the six sets of BMAD, in any letter case. Another name is split at underscores, hyphens
-        and changes of case into lower-case words; abbreviations stay in capitals.
+    It is the published name for the six sets of BMAD, in any letter case. Another name is split at underscores, hyphens
+    and changes of case into lower-case words; abbreviations stay in capitals.
 
     Example:
         >>> prompt_name("Retina_OCT2017"), prompt_name("Chest_AD"), prompt_name("BrainMRI"), prompt_name("metal_nut")
@@ -72,10 +68,7 @@ def prompt_name(category: str) -> str:
     return " ".join(word if word.isupper() else word.lower() for word in words)
 
 
-def class_prompts(
-    class_name: str,
-    ensemble: Mapping[str, Sequence[str]] | None = None,
-) -> tuple[list[str], list[str]]:
+def class_prompts(class_name: str, ensemble: Mapping[str, Sequence[str]] | None = None) -> tuple[list[str], list[str]]:
     """Format the sentences for the two states of a class.
 
     Args:
@@ -156,10 +149,6 @@ def _digest(clip: CLIP, tokens: Sequence[Tensor]) -> str:
 
 
 def _read_features(path: Path) -> Tensor | None:
-    """Read kept text features; a damaged file counts as none."""
-    if not path.is_file():
-        return None
-    try:
+    with suppress(OSError, SafetensorError):  # absent or damaged
         return load_file(path).get("text_features")
-    except (OSError, SafetensorError):
-        return None
+    return None

@@ -232,12 +232,6 @@ def branch_extremes(
 ) -> list[tuple[BranchOutput, BranchOutput]]:
     """Compute the least and the largest values of both branches over all images of a set, in all processes.
 
-    Args:
-        model: With a bank.
-        loaders: Loaders of the set.
-        pre_process: Resizes images to the size that the model reads.
-        device: Of the model.
-
     Returns:
         Language and memory branch of each batch, least and largest value in each field; nothing with an empty bank.
     """

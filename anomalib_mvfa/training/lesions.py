@@ -369,7 +369,6 @@ def _noise(like: Tensor, cell: float, generator: Generator) -> Tensor:
 
 
 def _blurred(image: Tensor, cell: float) -> Tensor:
-    """Remove detail finer than about ``cell`` pixels by resizing down and up."""
     height, width = image.shape[-2:]
     small = tvf.resize(image, [max(round(height / max(cell, 2)), 1), max(round(width / max(cell, 2)), 1)])
     blurred: Tensor = tvf.resize(small, [height, width])
@@ -377,7 +376,6 @@ def _blurred(image: Tensor, cell: float) -> Tensor:
 
 
 def _offsets(image: Tensor, centre: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Return row ``(H, 1)`` and column ``(1, W)`` offsets of every pixel from the centre."""
     height, width = image.shape[-2:]
     return torch.arange(height)[:, None] - float(centre[0]), torch.arange(width)[None] - float(centre[1])
 

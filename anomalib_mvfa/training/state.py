@@ -23,7 +23,14 @@ from anomalib_mvfa.weights.adapter_files import training_facts
 if TYPE_CHECKING:
     from anomalib_mvfa.model import MVFA
 
-__all__ = ["FitState", "begin_training", "choose_class_name", "prepare_evaluation", "set_default_epochs"]
+__all__ = [
+    "FitState",
+    "begin_training",
+    "choose_class_name",
+    "prepare_evaluation",
+    "set_default_epochs",
+    "training_data",
+]
 
 logger = logging.getLogger(__name__)
 

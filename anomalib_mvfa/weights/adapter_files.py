@@ -46,19 +46,13 @@ HUB_FILE = "adapters.safetensors"
 
 
 class AdapterFile(NamedTuple):
-    """Contents of an adapters file.
-
-    Args:
-        weights: For ``"seg_adapters"`` and ``"det_adapters"`` the tensors by name, such as ``"0.fc1.0.weight"``.
-        metadata: Plain facts about the training; empty for the released format.
-    """
+    """Contents of an adapters file: tensors by kind of adapter and name, and facts (none in the released format)."""
 
     weights: dict[str, dict[str, Tensor]]
     metadata: dict[str, Any]
 
 
 def _locate(source: str | Path) -> Path:
-    """Find a file, downloading it if it is on the hub."""
     name = str(source)
     if not name.startswith(HF_HUB_PREFIX):
         return Path(source)
@@ -80,9 +74,6 @@ def read_adapters(source: str | Path) -> AdapterFile:
     Args:
         source: A ``.pth`` in the released format, a safetensors file of :func:`write_adapters`,
             ``hf-hub:owner/name`` or ``hf-hub:owner/name@revision``.
-
-    Returns:
-        Weights and metadata.
 
     Raises:
         FileNotFoundError: If there is no such file, or it is neither in the hub's cache nor can be downloaded.
@@ -190,14 +181,9 @@ def write_adapters(
     metadata: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Path:
-    """Save adapters, one module a level; the suffix selects the format.
+    """Save adapters, one module a level: as ``.pth`` in the released format without metadata, or ``.safetensors``.
 
-    Args:
-        path: ``.pth`` writes the released format (without metadata), ``.safetensors`` ours.
-        seg_adapters: Segmentation adapters.
-        det_adapters: Detection adapters.
-        metadata: Facts in types of JSON.
-        dtype: Storage type; ``None`` keeps float32, which makes a round trip exact.
+    ``dtype`` is the storage type; ``None`` keeps float32, which makes a round trip exact.
 
     Raises:
         ValueError: If the suffix is neither.
@@ -229,10 +215,7 @@ def upload(
     *,
     private: bool,
 ) -> str:
-    """Upload adapters in half precision and a model card made of their facts to a repository of the hub.
-
-    Returns:
-        Address of the repository.
+    """Upload adapters in half precision and a model card made of their facts to the hub, and return the address.
 
     Raises:
         ValueError: If the name is not of the form ``owner/name``.

@@ -41,13 +41,7 @@ THRESHOLDS = ("threshold", "target_fpr", "language_weight", "map_blur")
 
 
 class Settled(NamedTuple):
-    """Result of combining a checkpoint's arguments with those given beside it.
-
-    Args:
-        arguments: Arguments by name, all of them with a value where one is needed.
-        bank_holds: Whether bank and ranges of the checkpoint fit these arguments.
-        thresholds_hold: Whether its thresholds do.
-    """
+    """Arguments of a checkpoint and given ones combined, and whether its bank and ranges, its thresholds fit them."""
 
     arguments: dict[str, Any]
     bank_holds: bool
@@ -60,11 +54,6 @@ def settle_arguments(saved: dict[str, Any], given: Mapping[str, Any], *, resumin
     What the weights fix may not differ. What concerns evaluation may, except when a training is resumed. Arguments that
     only training reads have no effect on an evaluation. ``pretrained`` may name another copy of the weights, which are
     compared by their fingerprint.
-
-    Args:
-        saved: Arguments in the checkpoint.
-        given: Arguments that a user has given, without those left at their defaults.
-        resuming: Whether a training goes on from the checkpoint.
 
     Raises:
         ValueError: If an argument contradicts the checkpoint.

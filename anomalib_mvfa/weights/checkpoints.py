@@ -80,12 +80,7 @@ def write_whole_checkpoints(trainer: Trainer) -> None:
 
 
 def read_checkpoint(path: str | Path, safe_globals: Any, **options: Any) -> dict[str, Any]:
-    """Read a checkpoint without executing code from it.
-
-    Args:
-        path: The file.
-        safe_globals: Classes that may be loaded beside tensors and plain data.
-        **options: Arguments of ``torch.load``.
+    """Read a checkpoint of tensors, plain data and ``safe_globals``, without executing code from it.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -117,10 +112,6 @@ def _load(path: str | Path, **options: Any) -> dict[str, Any]:
 
 def checkpoint_facts(checkpoint: dict[str, Any], path: str | Path = "This checkpoint") -> dict[str, Any]:
     """Return the facts in a checkpoint of MVFA.
-
-    Args:
-        checkpoint: Its contents.
-        path: For the message.
 
     Raises:
         ValueError: If it is not one of MVFA, or of a version that is not read any more.
@@ -157,12 +148,9 @@ def is_fitting(module: "MVFA") -> bool:
 
 
 def keep_trained_state(module: "MVFA", checkpoint: dict[str, Any]) -> bool:
-    """Replace the contents of the checkpoint that a training was resumed from by the state of the trained model.
+    """Return whether a training was resumed from this checkpoint; its contents then become those of the trained model.
 
     ``anomalib train --ckpt_path`` loads the same file once more for the test that follows the training.
-
-    Returns:
-        Whether it was that checkpoint.
     """
     testing = module._trainer is not None and module.trainer.state.fn == TrainerFn.TESTING
     if not testing or module.resumed_from is None or module.trainer.ckpt_path != module.resumed_from:
