@@ -62,11 +62,6 @@ class ScoreThreshold(F1AdaptiveThreshold):
     Where a class is missing ``"fpr"`` takes the place of ``"f1"``. Beyond ``limit`` scores a random sample of
     them is kept, the same in every run, so that memory does not grow with the number of pixels.
 
-    Args:
-        rule: ``"f1"`` or ``"fpr"``.
-        target_fpr: Probability with which a new normal score may exceed the threshold of ``"fpr"``.
-        limit: Number of scores that are kept.
-
     Attributes:
         normal: ``(N,)`` scores of the normal class that the last threshold was computed with.
         fell_back: Whether it came from ``"fpr"`` because a class was missing.
@@ -91,11 +86,7 @@ class ScoreThreshold(F1AdaptiveThreshold):
         self.keys: list[Tensor]
 
     def update(self, scores: Tensor, labels: Tensor) -> None:  # type: ignore[override]  # no batch: pixels may be chosen
-        """Add scores.
-
-        Args:
-            scores: Of any shape.
-            labels: Of the same shape, 1 for abnormal.
+        """Add scores and labels (1 for abnormal) of any one shape.
 
         Raises:
             ValueError: If a score is not finite.
@@ -129,11 +120,7 @@ class ScoreThreshold(F1AdaptiveThreshold):
         return any(gather_objects(seen))
 
     def compute(self) -> Tensor:  # type: ignore[override]  # as anomalib's own
-        """Apply the rule.
-
-        Returns:
-            The threshold; NaN without a normal score.
-        """
+        """Return the threshold; NaN without a normal score."""
         scores, labels = self._sample()
         self.normal = scores[labels == 0]
         self.fell_back = self.rule != "fpr" and not 0 < len(self.normal) < len(scores)
@@ -156,9 +143,9 @@ class MVFAPostProcessor(Float32Buffers, PostProcessor):
     take the place of its normal images; where a rule lacks abnormal images, ``"fpr"`` takes its place.
 
     Args:
-        threshold: ``"f1"`` (anomalib's), or ``"fpr"``: normal images alone are used, and the share ``target_fpr`` of
-            new ones (of their pixels) is expected above the threshold. Defaults to ``"f1"``.
-        target_fpr: Share of normal images, and of their pixels, that may be called abnormal. Defaults to ``0.01``.
+        threshold: ``"f1"`` or ``"fpr"``. Defaults to ``"f1"``.
+        target_fpr: For ``"fpr"``: share of new normal images, and of their pixels, that is expected above the
+            threshold. Defaults to ``0.01``.
         **kwargs: Arguments of anomalib's post-processor.
 
     Raises:
@@ -177,19 +164,14 @@ class MVFAPostProcessor(Float32Buffers, PostProcessor):
         self.set_rule(threshold, target_fpr)
 
     def set_rule(self, threshold: str, target_fpr: float) -> None:
-        """Choose the rule by which the next validation sets the thresholds.
-
-        Raises:
-            ValueError: If the rule is unknown or the rate is not in (0, 1).
-        """
+        """Choose the rule by which the next validation sets the thresholds; the arguments are the constructor's."""
         if threshold not in THRESHOLDS:
             msg = f"threshold must be one of {', '.join(THRESHOLDS)}, got '{threshold}'."
             raise ValueError(msg)
         if not 0 < target_fpr < 1:
             msg = f"target_fpr is a share between 0 and 1, such as 0.01; got {target_fpr}."
             raise ValueError(msg)
-        self.threshold = threshold
-        self.target_fpr = target_fpr
+        self.threshold, self.target_fpr = threshold, target_fpr
         self._image_threshold_metric = ScoreThreshold(threshold, target_fpr)
         self._pixel_threshold_metric = ScoreThreshold(threshold, target_fpr)
 
@@ -209,11 +191,10 @@ class MVFAPostProcessor(Float32Buffers, PostProcessor):
         self._explained.clear()
 
     def set_support(self, predictions: InferenceBatch, labels: Tensor) -> None:
-        """Provide predictions of the supports, for use where the validation part has no normal images.
+        """Provide predictions of K supports, for use where the validation part has no normal images.
 
-        Args:
-            predictions: Maps ``(K, H, W)`` and scores ``(K,)``; normal supports compared with the bank of the others.
-            labels: ``(K,)``, true for abnormal supports. They serve the range of the normalisation only.
+        Normal ones must have been compared with the bank of the others. Abnormal ones, whose ``labels`` ``(K,)`` are
+        true, serve the range of the normalisation only.
         """
         self._support = predictions, labels
 

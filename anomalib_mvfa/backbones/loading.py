@@ -47,31 +47,18 @@ RANDOM_WEIGHTS = "random"
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """What is known of a backbone before any weights are read.
+    """What is known of a backbone before any weights are read."""
 
-    Args:
-        name: The backbone as the user named it.
-        model: open_clip's model configuration.
-        image_size: Height and width of the input.
-        weights: Weights as the user named them, or the default of this backbone.
-        quick_gelu: Whether both towers run QuickGELU instead of the exact GELU.
-        mean: Mean of each channel of the images that the weights were trained with.
-        std: Their standard deviation.
-        folder: Where the files of a ``local-dir:`` or ``hf-hub:`` backbone lie.
-        patch_size: Side length of a patch in pixels.
-        normalized: Whether mean and standard deviation come with the weights. Where they do not, they are OpenAI's.
-    """
-
-    name: str
-    model: dict[str, Any]
-    image_size: tuple[int, int]
-    weights: str | None
-    quick_gelu: bool = False
-    mean: tuple[float, ...] = OPENAI_DATASET_MEAN
+    name: str  # as the user named it
+    model: dict[str, Any]  # open_clip's configuration
+    image_size: tuple[int, int]  # height and width of the input
+    weights: str | None  # as the user named them, or the default of this backbone
+    quick_gelu: bool = False  # whether both towers run QuickGELU instead of the exact GELU
+    mean: tuple[float, ...] = OPENAI_DATASET_MEAN  # of the images that the weights were trained with
     std: tuple[float, ...] = OPENAI_DATASET_STD
-    folder: Path | None = None
+    folder: Path | None = None  # files of a ``local-dir:`` or ``hf-hub:`` backbone
     patch_size: int = 16
-    normalized: bool = False
+    normalized: bool = False  # whether mean and standard deviation come with the weights; else they are OpenAI's
 
     @property
     def is_published(self) -> bool:

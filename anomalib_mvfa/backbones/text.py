@@ -21,10 +21,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 def text_settings(text: dict[str, Any], backbone: str, folder: Path | None) -> None:
     """Let a text tower of transformers be built from the backbone's own files, without pretrained weights of its own.
 
-    Args:
-        text: ``text_cfg`` of open_clip's configuration; changed in place.
-        backbone: The backbone as the user named it.
-        folder: Folder of the backbone's files, if it has one.
+    ``text`` is ``text_cfg`` of open_clip's configuration and changed in place.
 
     Raises:
         FileNotFoundError: If the text tower's configuration is missing.
@@ -47,10 +44,7 @@ def text_settings(text: dict[str, Any], backbone: str, folder: Path | None) -> N
 
 
 def make_tokenizer(text: dict[str, Any], backbone: str, folder: Path | None) -> Callable[[list[str]], Tensor]:
-    """Return the tokenizer that a text tower was trained with; the arguments are those of :func:`text_settings`.
-
-    Returns:
-        Function from texts to token ids ``(N, T)``.
+    """Return the tokenizer, from texts to token ids ``(N, T)``, that a text tower was trained with.
 
     Raises:
         FileNotFoundError: If the tokenizer is missing.

@@ -28,14 +28,12 @@ class ImageTower(ABC, nn.Module):
     """What MVFA needs of an image tower.
 
     Attributes:
-        blocks: The transformer blocks.
         width: Size ``D`` of a token.
         prefix: Number of tokens before the patches, such as the class token and registers.
         image_size: Height and width of the images in pixels.
         grid_size: Patch rows and columns ``(h, w)``.
     """
 
-    visual: Any
     width: int
     prefix: int
     image_size: tuple[int, int]

@@ -106,10 +106,8 @@ def content_digest(path: str | Path) -> str:
 def data_fingerprint(dataset: Any) -> dict[str, Any] | None:
     """Digest the files of a dataset, independent of their names and folders.
 
-    Of each file the size and the first and last 4096 bytes count, so that large sets are digested in seconds.
-
-    Returns:
-        Number of images and digest; ``None`` for a dataset without ``samples``.
+    Of each file the size and the first and last 4096 bytes count, so that large sets are digested in seconds. A dataset
+    without ``samples`` has none.
     """
     samples = getattr(dataset, "samples", None)
     if samples is None or "image_path" not in samples:

@@ -66,12 +66,11 @@ class AdapterSets:
         """Read a set and keep it under a name. The set in use stays in use.
 
         Args:
-            name: What :meth:`use` and routes call it.
+            name: Name for :meth:`use` and routes.
             source: A checkpoint (``.ckpt``), which holds all of a set; or adapters (``.safetensors``, ``.pth``,
-                ``hf-hub:owner/name``), to which text features are made and, with supports, bank and ranges. Adapters
-                come without thresholds.
-            class_name: For the prompts of adapters that do not tell it.
-            support: For adapters: images to remember. Without any the set is zero-shot.
+                ``hf-hub:owner/name``), without thresholds.
+            class_name: For the prompts of adapters that do not name it.
+            support: For adapters: images for bank and ranges. Without any the set is zero-shot.
 
         Raises:
             ValueError: If the source was made for another network, or with another image size.
@@ -125,7 +124,7 @@ class AdapterSets:
         Args:
             items: Paths of images, or whatever ``read`` understands. May be a stream.
             route: Name of the set by item: a function of the item, or a column as long as ``items``.
-            read: Gives an image ``(3, H, W)`` in [0, 1]. Defaults to anomalib's reader of paths.
+            read: Returns the image ``(3, H, W)`` in [0, 1] of an item. Defaults to anomalib's reader of paths.
             batch_size: Images in one forward pass at most.
 
         Yields:
@@ -135,7 +134,7 @@ class AdapterSets:
             KeyError: If a route names no set.
             ValueError: If the column has another length.
         """
-        read = read or _read
+        read = read or (lambda path: torch.as_tensor(read_image(path, as_tensor=True)))
         named = ((route(item), item) for item in items) if callable(route) else _pair(route, items)
         for name, run in groupby(named, key=lambda pair: pair[0]):
             while chunk := [item for _, item in islice(run, batch_size)]:
@@ -145,9 +144,7 @@ class AdapterSets:
                 if self.mvfa.post_processor is not None:
                     prediction = self.mvfa.post_processor(prediction)
                 for index in range(len(chunk)):
-                    yield InferenceBatch(
-                        *(None if value is None else value[index : index + 1] for value in prediction),
-                    )
+                    yield InferenceBatch(*(value if value is None else value[[index]] for value in prediction))
 
     def _put(self, values: dict[str, Any]) -> None:
         for name, value in values.items():
@@ -206,10 +203,6 @@ class AdapterSets:
             "has_masks": bool(facts.get("has_masks", True)),
             "intensity": str(facts.get("intensity") or "") or None,
         }
-
-
-def _read(path: str | Path) -> Tensor:
-    return torch.as_tensor(read_image(path, as_tensor=True))
 
 
 def _pair(route: Iterable[str], items: Iterable[Any]) -> Iterator[tuple[str, Any]]:

@@ -63,15 +63,14 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
             demonstration model inside this package. Defaults to ``"ViT-L-14-336"``.
         pretrained: Tag, local file or ``"random"``. Defaults to the backbone's own, or ``"openai"``.
         image_size: Input size in pixels. Defaults to 240 for ``ViT-L-14-336``, otherwise to the backbone's own.
-        levels: One-based blocks to read. ``"half"`` reads the first two of the default ones and ``"middle"`` the second
-            alone, at half the cost. Defaults to the ends of the quarters, ``[6, 12, 18, 24]`` for ViT-L.
+        levels: One-based blocks to read, or ``"half"`` or ``"middle"`` of the default ones at half the cost:
+            :func:`~anomalib_mvfa.model.tower.resolve_levels`. Defaults to the ends of the quarters.
         class_name: What the images show, for the prompts. Defaults to the name that the datamodule has, the published
             one for the sets of BMAD, or ``"object"``.
         adapters: Trained adapters: a file (``.pth`` in the released format, or ``.safetensors``), or
-            ``hf-hub:owner/name``. The model then is not trained any more. Defaults to ``None``.
-        memory: Whether to use the memory branch. Without it the model is zero-shot. Defaults to ``True``.
-        max_support: For datamodules without supports: number of normal training images in the bank.
-            Defaults to ``32``.
+            ``hf-hub:owner/name``. The model then is not trained any more.
+        memory: Whether to use the memory branch; without it the model is zero-shot. Defaults to ``True``.
+        max_support: Normal training images in the bank, for datamodules without supports. Defaults to ``32``.
         learning_rate: Step size of Adam. Published: 1e-3 in few-shot, 1e-4 in zero-shot. Defaults to ``1e-3``.
         selection: ``"last"`` keeps the last epoch; ``"best"`` the one with the greatest image AUROC (plus pixel AUROC
             where there are masks) on the datamodule's validation part. The published protocol is ``"best"`` with a
@@ -79,19 +78,19 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
         fusion_scale: ``"support"`` takes the ranges of the two branches from the supports; ``"test"`` from the whole
             evaluated set, as in the published protocol. Defaults to ``"support"``.
         language_weight: Share of the language branch in the fusion. Defaults to ``0.5``.
-        coreset: Share of the memory bank that is kept, in (0, 1]; a smaller bank is searched faster.
-            Defaults to ``1.0``.
-        threshold: How the thresholds of images and pixels are set: ``"f1"`` from labelled validation images, ``"fpr"``
-            from normal images alone: those of the validation part, or the supports. Where abnormal validation images
-            lack, ``"fpr"`` is used. Defaults to ``"f1"``.
+        coreset: Share of the memory bank that is kept, in (0, 1]: the entries that cover the others best. A smaller
+            bank is searched faster. Defaults to ``1.0``.
+        threshold: ``"f1"`` sets the thresholds of images and pixels from labelled validation images, ``"fpr"`` from
+            normal images alone: those of the validation part, or the supports. Where abnormal validation images lack,
+            ``"fpr"`` is used. Defaults to ``"f1"``.
         target_fpr: For ``"fpr"``: share of normal images, and of their pixels, that may be called abnormal. With n
             normal images no less than 1 / (n + 1) can be promised. Defaults to ``0.01``.
         variant: ``"released"``, ``"paper"``, or single choices: :class:`~anomalib_mvfa.model.variant.Variant`.
             Defaults to ``"released"``.
-        pre_processor: Pre-processor, or whether to use the default. Defaults to ``True``.
-        post_processor: Post-processor, or whether to use the default. Defaults to ``True``.
-        evaluator: Evaluator, or whether to use the default. Defaults to ``True``.
-        visualizer: Visualizer, or whether to use the default. Defaults to ``True``.
+        pre_processor: Pre-processor, or whether to use the default.
+        post_processor: Post-processor, or whether to use the default.
+        evaluator: Evaluator, or whether to use the default.
+        visualizer: Visualizer, or whether to use the default.
 
     Raises:
         ValueError: If backbone, sizes or choices are unknown or do not fit.

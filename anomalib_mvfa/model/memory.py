@@ -29,17 +29,14 @@ class Support(NamedTuple):
 
 
 def bank_distance(queries: Tensor, bank: Tensor, excluded: Tensor | None = None) -> Tensor:
-    """Compute the cosine distance of each query from the nearest entry of the bank.
+    """Compute the cosine distance ``(B, P)`` of each query from the nearest entry of the bank.
 
     The matrix of all distances is never held at once: the bank is read in chunks.
 
     Args:
         queries: ``(B, P, E)``, of any length.
         bank: ``(N, E)`` of unit length.
-        excluded: ``(B, N)``, true for the entries that a query must not be compared with; ``None`` compares with all.
-
-    Returns:
-        Distances ``(B, P)``, 0 for a query of the same direction as an entry.
+        excluded: ``(B, N)``, true for the entries that a query must not be compared with.
 
     Raises:
         RuntimeError: If the bank is empty.
@@ -95,8 +92,7 @@ class MemoryBank(DynamicBufferMixin, nn.Module):
     def remember(self, tokens: Sequence[Tensor]) -> list[Tensor]:
         """Replace the entries by hidden vectors ``(..., E)``, one tensor a level.
 
-        Returns:
-            For each level the positions ``(N,)`` of the entries that are kept among the flattened tokens.
+        Returns the positions ``(N,)`` of the entries that are kept among the flattened tokens of each level.
         """
         kept = []
         for level, hidden in enumerate(tokens):
@@ -110,7 +106,6 @@ class MemoryBank(DynamicBufferMixin, nn.Module):
         return kept
 
     def _coreset(self, entries: Tensor, seed: int) -> list[int]:
-        """Return the positions that cover the entries ``(N, E)`` best, the same for the same entries."""
         devices = [entries.device] if entries.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(seed)

@@ -76,9 +76,6 @@ def class_prompts(class_name: str, ensemble: Mapping[str, Sequence[str]] | None 
         ensemble: The lists ``normal_states``, ``abnormal_states`` and ``templates``, whose entries hold ``{}`` where
             the name or the state goes. Defaults to those of the released MVFA.
 
-    Returns:
-        The sentences for the normal and for the abnormal state, of the released ensemble 245 and 175.
-
     Example:
         >>> normal, abnormal = class_prompts("Brain")
         >>> len(normal), len(abnormal), abnormal[0]
@@ -101,11 +98,8 @@ def class_prompts(class_name: str, ensemble: Mapping[str, Sequence[str]] | None 
 def encode_states(clip: CLIP, tokenizer: Callable[[list[str]], Tensor], class_name: str) -> Tensor:
     """Encode the two states of a class with CLIP's text tower.
 
-    Each sentence is encoded and normalised, the sentences of a state are averaged, the mean is normalised again.
-    The result is kept on disk (see :func:`cache_dir`), under a digest of the text tower and of the tokens.
-
-    Returns:
-        Text features ``(E, 2)``: column 0 normal, column 1 abnormal, each of unit length.
+    Each sentence is encoded and normalised, the sentences of a state are averaged, the mean is normalised again:
+    ``(E, 2)``, normal and abnormal. It is kept on disk (:func:`cache_dir`), under a digest of text tower and tokens.
     """
     tokens = [tokenizer(sentences) for sentences in class_prompts(class_name)]  # (N, T) a state
     path = cache_dir() / "text_features" / f"{_digest(clip, tokens)}.safetensors"

@@ -54,7 +54,7 @@ class FrozenTower(nn.Module):
         tower: Image tower. Its parameters are frozen in place.
         levels: One-based numbers of the blocks after which tokens are read, ascending; see :func:`resolve_levels`.
         normalize_input: Whether to apply mean and standard deviation to the images. The released MVFA does not.
-        mean: Mean of the images that the weights were trained with, a number a channel. Defaults to OpenAI's.
+        mean: Mean of each channel of the images that the weights were trained with. Defaults to OpenAI's.
         std: Their standard deviation. Defaults to OpenAI's.
 
     Attributes:

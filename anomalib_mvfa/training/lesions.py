@@ -37,18 +37,13 @@ RING_PROBABILITY = 0.3
 
 
 class Outline(NamedTuple):
-    """Location and shape of a lesion inside a ``(h, w)`` box around it.
+    """Location and shape of a lesion inside a ``(h, w)`` box around it."""
 
-    ``box`` holds the box's rows and columns in the image; ``alpha`` ``(h, w)`` is the lesion's weight in [0, 1];
-    ``rho`` ``(h, w)`` the distance from the centre in lesion radii, made irregular by noise (1 at the edge);
-    ``centre`` is ``(row, column)`` in the box; ``radius`` is in pixels.
-    """
-
-    box: tuple[slice, slice]
-    alpha: Tensor
-    rho: Tensor
-    centre: tuple[int, int]
-    radius: float
+    box: tuple[slice, slice]  # rows and columns in the image
+    alpha: Tensor  # weight of the lesion ``(h, w)`` in [0, 1]
+    rho: Tensor  # distance ``(h, w)`` from the centre in lesion radii, made irregular by noise (1 at the edge)
+    centre: tuple[int, int]  # row and column in the box
+    radius: float  # in pixels
 
 
 def estimate_body(image: Tensor) -> Tensor:
@@ -149,8 +144,7 @@ class LesionSynthesizer:
         Args:
             image: ``(3, H, W)`` in [0, 1], on the CPU. It is not changed.
             generator: Source of all randomness, on the CPU.
-            donor: Another normal image, ``(3, H', W')`` in [0, 1], from which ``cutpaste`` takes its piece. Without it
-                the piece comes from the image itself, turned and scaled.
+            donor: Another normal image, ``(3, H', W')``, from which ``cutpaste`` takes its piece. Defaults to the image.
 
         Returns:
             The image with the lesion, float32 ``(3, H, W)`` in [0, 1], and its boolean mask ``(H, W)``, never empty.

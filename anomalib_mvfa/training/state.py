@@ -41,17 +41,11 @@ CACHE_BYTES = 2**30
 
 @dataclass
 class FitState:
-    """State of one fit, made anew when it starts.
+    """State of one fit, made anew when it starts."""
 
-    Args:
-        lesions: Adds synthetic lesions; ``None`` where the training data have abnormal images.
-        class_features: Text features ``(E, 2)`` by class, for datamodules that train on several classes.
-        token_cache: Tokens below the first adapters, kept where the training set is small and fixed.
-    """
-
-    lesions: LesionSynthesizer | None = None
-    class_features: dict[str, Tensor] = field(default_factory=dict)
-    token_cache: TokenCache | None = None
+    lesions: LesionSynthesizer | None = None  # where the training data have no abnormal images
+    class_features: dict[str, Tensor] = field(default_factory=dict)  # ``(E, 2)`` by class, where there are several
+    token_cache: TokenCache | None = None  # where the training set is small and fixed
 
     def text_features(self, batch: Any) -> Tensor | None:
         """Return the text features ``(B, E, 2)`` of a batch that names its classes, else ``None``."""
