@@ -272,22 +272,22 @@ class MVFAPostProcessor(Float32Buffers, PostProcessor):
         if from_support:
             self._warn_once(
                 f"No normal validation images: the {count} normal supports, each compared with the others, take their "
-                "place. The model was trained on them, so that on new images more may be called abnormal.",
+                "place. The model was trained on them, so that on new images more may be called abnormal."
             )
         if metric.fell_back:
             self._warn_once(
                 f"No abnormal validation images, which threshold='{self.threshold}' needs: in its place the threshold "
-                f"is set to a false-positive rate of {self.target_fpr:g} on normal images (threshold='fpr').",
+                f"is set to a false-positive rate of {self.target_fpr:g} on normal images (threshold='fpr')."
             )
         elif self._pixel_threshold_metric.fell_back:
             self._warn_once(
                 f"No masks of abnormal validation images: {self.target_fpr:g} of the pixels of normal images are above "
-                "the threshold of the maps.",
+                "the threshold of the maps."
             )
         if (metric.fell_back or self.threshold == "fpr") and self.target_fpr < 1 / (count + 1):
             self._warn_once(
                 f"target_fpr={self.target_fpr:g} is less than {count} normal image(s) can show, which is about "
-                f"1 / {count + 1} = {1 / (count + 1):.2g}. The threshold is the largest of their scores.",
+                f"1 / {count + 1} = {1 / (count + 1):.2g}. The threshold is the largest of their scores."
             )
 
     def _warn_once(self, message: str) -> None:

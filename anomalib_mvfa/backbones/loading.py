@@ -84,12 +84,11 @@ def resolve_backbone(
         backbone: A model of open_clip with a vision transformer, its own or timm's (``"ViT-L-14-336"``,
             ``"EVA02-B-16"``), ``"tiny"``, ``"hf-hub:owner/name"``, ``"local-dir:PATH"`` for a folder laid out as on the
             hub, or the path of an open_clip configuration in JSON.
-        pretrained: A tag of open_clip (``"openai"``), a local file, or ``"random"`` for seeded random weights, which
-            serve tests and benchmarks. ``None`` takes the backbone's own, or ``"openai"``.
+        pretrained: A tag of open_clip, a local file, or ``"random"`` for seeded random weights, which serve tests and
+            benchmarks. ``None`` takes the backbone's own, or ``"openai"``.
         image_size: Input size; ``None`` takes 240 for the published backbone, otherwise the backbone's own.
-        quick_gelu: Whether both towers run QuickGELU. ``None`` takes what the weights were trained with: the
-            configuration's or the tag's own setting; OpenAI's weights, by tag or as a TorchScript archive, need it.
-            Towers of timm have an activation of their own.
+        quick_gelu: Whether both towers run QuickGELU. ``None`` takes what the weights were trained with; OpenAI's, by
+            tag or as a TorchScript archive, need it. Towers of timm have an activation of their own.
 
     Raises:
         ValueError: If the backbone is unknown or lacks something, or the image size does not fit it.
@@ -262,7 +261,7 @@ def _weights_path(config: BackboneConfig) -> Path:
     if config.weights is None:  # only the embedded backbone
         logger.warning(
             "Backbone 'tiny' is a small demonstration model inside this package, trained on generated images. "
-            "Its results show that the software works, not how good MVFA is.",
+            "Its results show that the software works, not how good MVFA is."
         )
         return TINY_WEIGHTS
     weights = config.weights

@@ -32,12 +32,11 @@ def text_settings(text: dict[str, Any], backbone: str, folder: Path | None) -> N
         return
     _require_transformers(backbone)
     text["hf_model_pretrained"] = False  # CLIP's weights contain the text tower's
-    if folder is not None and _describes_transformer(folder / "config.json"):
+    config = None if folder is None else folder / "config.json"
+    if config is not None and config.is_file() and "model_type" in json.loads(config.read_text(encoding="utf-8")):
         text["hf_model_name"] = str(folder)
-    elif folder is not None and backbone.startswith(LOCAL_DIR_PREFIX):
-        msg = (
-            f"{folder / 'config.json'} is missing: expected the configuration of the text tower '{name}' from the hub."
-        )
+    elif backbone.startswith(LOCAL_DIR_PREFIX):
+        msg = f"{config} is missing: expected the configuration of the text tower '{name}' from the hub."
         raise FileNotFoundError(msg)
     else:
         _load("configuration of the text tower", name, "AutoConfig")
@@ -98,10 +97,6 @@ def _load(what: str, source: str, kind: str) -> Any:
             f"--model.backbone {LOCAL_DIR_PREFIX}PATH."
         )
         raise FileNotFoundError(msg) from error
-
-
-def _describes_transformer(path: Path) -> bool:
-    return path.is_file() and "model_type" in json.loads(path.read_text(encoding="utf-8"))
 
 
 def _require_transformers(backbone: str) -> None:

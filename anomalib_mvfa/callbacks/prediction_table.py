@@ -120,10 +120,7 @@ class PredictionTable(Callback):
         if len(truths.unique()) < 2:
             return
         scores = torch.tensor(rows["score"].fillna(0).to_numpy(), dtype=torch.float32)
-        metrics = {
-            "group_AUROC": binary_auroc(scores, truths),
-            "group_AUPR": binary_average_precision(scores, truths),
-        }
+        metrics = {"group_AUROC": binary_auroc(scores, truths), "group_AUPR": binary_average_precision(scores, truths)}
         if rows["label"].notna().all():
             metrics["group_F1Score"] = binary_f1_score(torch.tensor(rows["label"].to_numpy(int)), truths)
         pl_module.log_dict(metrics)

@@ -157,11 +157,10 @@ def _supports(datamodule: Any) -> dict[str, list[str]] | None:
     samples = getattr(getattr(datamodule, "train_data", None), "samples", None)
     if samples is None or not hasattr(datamodule, "support"):
         return None
-    paths = {
-        name: samples.loc[samples["label_index"] == label, "image_path"]
+    return {
+        name: [content_digest(path) for path in samples["image_path"][samples["label_index"] == label]]
         for label, name in enumerate(("normal", "abnormal"))
     }
-    return {name: [content_digest(path) for path in column] for name, column in paths.items()}
 
 
 def _version(package: str) -> str | None:

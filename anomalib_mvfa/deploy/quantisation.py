@@ -37,14 +37,11 @@ CALIBRATION_IMAGES = 300
 
 
 def sensitive_nodes(graph: "openvino.Model") -> list[str]:
-    """Find what must stay in floating point: the resize before the tower, and all that follows tower and adapters.
+    """Return the names of the nodes before the tower (the resize), and of all that follow tower and adapters.
 
     The tower begins with the convolution over the patches. It ends where hidden vectors are brought to unit length;
     what leads from there back into a layer normalisation belongs to the tower, whose variant ``residual_norm`` divides
     by lengths, too.
-
-    Returns:
-        Names of the nodes: resize; unit length, similarities with text and bank, softmax, fusion, thresholds.
     """
     nodes = graph.get_ordered_ops()
     patches = next(node for node in nodes if node.get_type_name() == "Convolution")

@@ -422,4 +422,5 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
         super().on_load_checkpoint(checkpoint)  # its components
         self._apply_threshold_rule()
         checkpoints.restore_state(self, checkpoint)
-        self.calibration = Calibration.restored(checkpoint, settled)
+        saved = checkpoints.checkpoint_facts(checkpoint)["calibration"]
+        self.calibration = Calibration(**{name: held and getattr(settled, name) for name, held in saved.items()})

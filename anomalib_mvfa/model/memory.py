@@ -63,7 +63,7 @@ class MemoryBank(DynamicBufferMixin, nn.Module):
     Args:
         num_levels: Number of levels.
         coreset: Share of the entries that is kept, in (0, 1], chosen by anomalib's greedy search for the k centres
-            that cover the others best. A smaller bank is searched faster.
+            that cover the others best.
 
     Raises:
         ValueError: If the share is not in (0, 1].
@@ -74,8 +74,7 @@ class MemoryBank(DynamicBufferMixin, nn.Module):
         if not 0 < coreset <= 1:
             msg = f"coreset is the share of the bank that is kept, in (0, 1], got {coreset}."
             raise ValueError(msg)
-        self.num_levels = num_levels
-        self.coreset = coreset
+        self.num_levels, self.coreset = num_levels, coreset
         for level in range(num_levels):
             self.register_buffer(f"level_{level}", torch.empty(0))
 

@@ -141,19 +141,14 @@ class MVFAModel(nn.Module):
         self.fusion = Fusion(self.fusion.language_weight).to(device)
         self.has_masks = True
 
-    def set_class_name(self, class_name: str) -> None:
-        """Encode the text features of a class and drop the text tower; another name later reads its weights again."""
-        if class_name == self.class_name:
-            return
-        self.text_features = self.encode_classes([class_name])[class_name]
-        self.class_name = class_name
-        self._text = None
+    def set_class_name(self, class_name: str, *, encode: bool = True) -> None:
+        """Encode the text features of a class, unless they come with a state dict, and drop the text tower.
 
-    def restore_class_name(self, class_name: str | None) -> None:
-        """Set a class name whose text features come with a state dict, without the text tower."""
-        self.class_name = class_name
-        if class_name is not None:
-            self._text = None
+        Another name later reads its weights again.
+        """
+        if encode and class_name != self.class_name:
+            self.text_features = self.encode_classes([class_name])[class_name]
+        self.class_name, self._text = class_name, None
 
     @torch.inference_mode(mode=False)  # training may need them later
     def encode_classes(self, class_names: Sequence[str]) -> dict[str, Tensor]:
@@ -251,14 +246,10 @@ class MVFAModel(nn.Module):
         return self.seg_memory if self.has_masks else self.det_memory
 
     def level_probabilities(self, hidden: Tensor, text_features: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Compare one level's patches with text.
+        """Compute state probabilities ``(B, 2, H, W)`` and image scores ``(B,)`` of one level, in float32.
 
-        Args:
-            hidden: ``(B, L, E)``, the patches last; the class token before them is not compared.
-            text_features: ``(E, 2)`` or ``(B, E, 2)``; ``None`` takes the model's own.
-
-        Returns:
-            State probabilities ``(B, 2, H, W)`` and image scores ``(B,)``, in float32.
+        The patches, last in ``hidden`` ``(B, L, E)``, are compared with text: ``(E, 2)`` or ``(B, E, 2)``; ``None``
+        takes the model's own features.
 
         Raises:
             RuntimeError: If no class name was given yet.
@@ -368,7 +359,7 @@ class MVFAModel(nn.Module):
                 f"{branch}_{kind}": torch.cat([getattr(pair[index], field).flatten() for pair in outputs])
                 for index, branch in enumerate(("language", "memory"))
                 for kind, field in (("map", "anomaly_map"), ("score", "score"))
-            },
+            }
         )
 
     def _map_tokens_of(self, images: Tensor, batch_size: int) -> list[Tensor]:

@@ -19,8 +19,6 @@ from anomalib_mvfa.post_processing import MVFAPostProcessor
 from anomalib_mvfa.pre_processing import MVFAPreProcessor
 from anomalib_mvfa.processes import gather_objects
 from anomalib_mvfa.training.state import training_data
-from anomalib_mvfa.weights.arguments import Settled
-from anomalib_mvfa.weights.checkpoints import checkpoint_facts
 
 if TYPE_CHECKING:
     from anomalib_mvfa.model import MVFA
@@ -59,22 +57,12 @@ class Calibration:
     """
 
     def __init__(self, *, bank_holds: bool = False, thresholds_hold: bool = False) -> None:
-        self.bank_holds = bank_holds
-        self.thresholds_hold = thresholds_hold
+        self.bank_holds, self.thresholds_hold = bank_holds, thresholds_hold
         self._data: weakref.ref[Any] | None = None  # the datamodule of the calibration
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the datamodule out of a pickled model."""
         return {**vars(self), "_data": None}
-
-    @classmethod
-    def restored(cls, checkpoint: dict[str, Any], settled: Settled) -> "Calibration":
-        """Return the calibration of a checkpoint, as far as the arguments given beside it leave it valid."""
-        saved = checkpoint_facts(checkpoint)["calibration"]
-        return cls(
-            bank_holds=saved["bank_holds"] and settled.bank_holds,
-            thresholds_hold=saved["thresholds_hold"] and settled.thresholds_hold,
-        )
 
     def state(self) -> dict[str, bool]:
         """Return what a checkpoint keeps of it."""
@@ -196,16 +184,9 @@ def _scale_by(module: "MVFA", loaders: Any) -> None:
 def find_support(
     datamodule: object, train_data: Any, max_support: int, pre_process: Callable[[Tensor], Tensor]
 ) -> Support | None:
-    """Return the attribute ``support`` of a datamodule, or a sample of its normal training images.
+    """Return the attribute ``support`` of a datamodule, or a sample of its normal training images if there are any.
 
-    Args:
-        datamodule: Any datamodule, or ``None``.
-        train_data: Its training set.
-        max_support: How many normal training images are taken, evenly over them.
-        pre_process: Resizes an image ``(3, H, W)`` to the size that the model reads.
-
-    Returns:
-        The supports; ``None`` where there are no normal training images.
+    At most ``max_support`` are taken, evenly over them, and ``pre_process`` resizes them to the size of the model.
     """
     if hasattr(datamodule, "support"):
         support: Support | None = datamodule.support

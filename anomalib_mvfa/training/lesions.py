@@ -144,7 +144,7 @@ class LesionSynthesizer:
         Args:
             image: ``(3, H, W)`` in [0, 1], on the CPU. It is not changed.
             generator: Source of all randomness, on the CPU.
-            donor: Another normal image, ``(3, H', W')``, from which ``cutpaste`` takes its piece. Defaults to the image.
+            donor: Another normal image, ``(3, H', W')``, from which ``cutpaste`` takes its piece; the image if none.
 
         Returns:
             The image with the lesion, float32 ``(3, H, W)`` in [0, 1], and its boolean mask ``(H, W)``, never empty.

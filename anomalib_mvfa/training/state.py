@@ -59,8 +59,7 @@ def begin_training(module: "MVFA") -> None:
     """Set class names, masks, intensity rule, lesion synthesis and token cache for the training data.
 
     Raises:
-        ValueError: If ``threshold="fpr"`` would find no normal images at the end, or a resumed training reads images by
-            another intensity rule.
+        ValueError: If ``threshold="fpr"`` lacks normal images, or a resumed training has another intensity rule.
     """
     if module.option("threshold") == "fpr" and not module.option("memory") and not module.validates:
         msg = (
@@ -136,7 +135,7 @@ def prepare_evaluation(module: "MVFA") -> None:
     if not module.trained and module.option("adapters") is None:
         logger.warning(
             "The adapters are untrained: train first, or give --ckpt_path or --model.adapters. "
-            "The predictions mean nothing.",
+            "The predictions mean nothing."
         )
 
 

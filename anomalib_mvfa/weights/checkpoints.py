@@ -51,11 +51,7 @@ class AtomicCheckpointIO(AnomalibCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write a checkpoint to a file; Lightning writes to addresses of object stores.
-
-        Raises:
-            OSError: If it cannot be written. An earlier file is left as it was.
-        """
+        """Write a checkpoint to a file; Lightning writes to addresses of object stores."""
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -193,6 +189,6 @@ def restore_state(module: "MVFA", checkpoint: dict[str, Any]) -> None:
     module.intensity = facts["intensity"]
     module.history = {name: facts[name] for name in module.history}
     network.has_masks = facts["has_masks"]
-    network.restore_class_name(facts["class_name"])
+    network.set_class_name(facts["class_name"], encode=False)
     tower = {TOWER + name: value for name, value in network.tower.state_dict().items()}
     checkpoint["state_dict"].update(tower)
