@@ -41,15 +41,11 @@ logger = logging.getLogger(__name__)
 
 DIGITS = 16
 SAMPLE = 4096  # bytes at either end
-PACKAGES = (
-    *("anomalib-mvfa", "anomalib", "lightning", "nibabel", "numpy", "open-clip-torch"),
-    *("pillow", "pydicom", "torch", "torchmetrics", "torchvision"),
-)
-TRAINER = (
-    *("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val"),
-    *("check_val_every_n_epoch", "val_check_interval", "limit_train_batches", "limit_val_batches", "overfit_batches"),
-    *("world_size", "num_nodes"),
-)
+LIBRARIES = ("anomalib", "lightning", "nibabel", "numpy", "open-clip-torch", "pillow", "pydicom")
+TORCH = ("torch", "torchmetrics", "torchvision")
+TRAINING = ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val", "overfit_batches")
+LIMITS = ("check_val_every_n_epoch", "val_check_interval", "limit_train_batches", "limit_val_batches")
+PROCESSES = ("world_size", "num_nodes")
 
 
 class RunRecord(Callback):
@@ -143,12 +139,15 @@ def _record(trainer: Trainer, module: "MVFA", fingerprints: Mapping[str, Any]) -
     return {
         "model": _arguments(module, module.arguments),
         "data": None if datamodule is None else _arguments(datamodule, vars(datamodule)),
-        "trainer": {name: _plain(getattr(trainer, name, None)) for name in TRAINER}
+        "trainer": {name: _plain(getattr(trainer, name, None)) for name in (*TRAINING, *LIMITS, *PROCESSES)}
         | {"strategy": type(trainer.strategy).__name__, "accelerator": type(trainer.accelerator).__name__},
         "seeds": {"global": os.environ.get("PL_GLOBAL_SEED"), "torch": torch.initial_seed()},
         "supports": _supports(datamodule),
         "fingerprints": dict(fingerprints),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in ("anomalib-mvfa", *LIBRARIES, *TORCH)},
+        },
         "machine": {"processor": platform.machine(), "system": platform.system(), "threads": torch.get_num_threads()},
     }
 

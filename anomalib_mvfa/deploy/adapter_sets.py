@@ -180,7 +180,7 @@ class AdapterSets:
     def _blank(self, source: str | Path, facts: dict[str, Any]) -> dict[str, Any]:
         """Check that a set fits the network, and make one without weights."""
         model = self.mvfa.model
-        check_facts(source, facts, model.fingerprint, model.levels, model.variant)
+        check_facts(source, facts, model)
         size = facts.get("image_size", list(model.image_size))
         if list(size) != list(model.image_size):
             msg = (

@@ -45,8 +45,7 @@ class ExportMixin(AnomalibExportMixin):
             private: Whether a new repository is visible to its owner only.
         """
         module = cast("MVFA", self)
-        adapters = module.model.seg_adapters, module.model.det_adapters
-        return upload(repository, *adapters, module.facts(), licence, private=private)
+        return upload(repository, module.model, module.facts(), licence, private=private)
 
     def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
         """Export as a torch file.

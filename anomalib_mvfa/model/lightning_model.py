@@ -210,7 +210,7 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
         source = self.option("adapters")
         if source is not None:
             self.adapter_facts = facts = load_adapters(source, model.seg_adapters, model.det_adapters)
-            check_facts(source, facts, model.fingerprint, model.levels, model.variant)
+            check_facts(source, facts, model)
             self.intensity = str(facts["intensity"]) if facts.get("intensity") else None
             self.history = {name: facts.get(name) or {} for name in self.history}
         if isinstance(self.pre_processor, MVFAPreProcessor):

@@ -14,7 +14,6 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,22 +31,17 @@ __all__ = ["cache_dir", "class_prompts", "encode_states", "prompt_ensemble", "pr
 logger = logging.getLogger(__name__)
 
 TEXT_BATCH = 64
-
-
-@lru_cache(maxsize=1)
-def _ensemble() -> dict[str, Any]:
-    ensemble: dict[str, Any] = json.loads(Path(__file__).with_name("prompts.json").read_text(encoding="utf-8"))
-    return ensemble
+ENSEMBLE: dict[str, Any] = json.loads(Path(__file__).with_name("prompts.json").read_text(encoding="utf-8"))
 
 
 def prompt_ensemble() -> dict[str, list[str]]:
     """Return the parts of all prompts: ``normal_states``, ``abnormal_states`` and ``templates``."""
-    return {name: list(_ensemble()[name]) for name in ("normal_states", "abnormal_states", "templates")}
+    return {name: list(ENSEMBLE[name]) for name in ("normal_states", "abnormal_states", "templates")}
 
 
 def published_class_names() -> dict[str, str]:
     """Return the published prompt names of the six sets of BMAD, by set name in lower case."""
-    return {category.lower(): name for category, name in _ensemble()["class_names"].items()}
+    return {category.lower(): name for category, name in ENSEMBLE["class_names"].items()}
 
 
 def prompt_name(category: str) -> str:
@@ -81,7 +75,7 @@ def class_prompts(class_name: str, ensemble: Mapping[str, Sequence[str]] | None 
         >>> len(normal), len(abnormal), abnormal[0]
         (245, 175, 'a bad photo of a damaged Brain.')
     """
-    ensemble = _ensemble() if ensemble is None else ensemble
+    ensemble = ENSEMBLE if ensemble is None else ensemble
 
     def sentences(states: Sequence[str]) -> list[str]:
         # The name may contain braces, which formatting would interpret.

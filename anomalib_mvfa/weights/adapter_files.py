@@ -8,7 +8,7 @@ patients.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from anomalib_mvfa.files import replacing
 from anomalib_mvfa.model.prompts import prompt_ensemble
-from anomalib_mvfa.model.variant import NETWORK_CHOICES, Variant
+from anomalib_mvfa.model.variant import NETWORK_CHOICES
 
 if TYPE_CHECKING:
     from anomalib_mvfa.model import MVFAModel
@@ -113,29 +113,28 @@ def _is_state_dict(value: object) -> bool:
     return isinstance(value, dict) and bool(value) and all(isinstance(tensor, Tensor) for tensor in value.values())
 
 
-def check_facts(
-    source: str | Path, facts: Mapping[str, Any], fingerprint: str, levels: Sequence[int], variant: Variant
-) -> None:
+def check_facts(source: str | Path, facts: Mapping[str, Any], model: "MVFAModel") -> None:
     """Check that adapters were trained for a network, as far as their facts say.
 
     Raises:
         ValueError: If they were trained with other backbone weights, levels or choices that change the tokens.
     """
-    if facts.get("fingerprint", fingerprint) != fingerprint:
+    if facts.get("fingerprint", model.fingerprint) != model.fingerprint:
         msg = (
             f"{source} was trained with other backbone weights than those of this model: with backbone "
             f"'{facts.get('backbone')}'. Build the model with it (--model.backbone, --model.pretrained)."
         )
         raise ValueError(msg)
-    trained_levels = facts.get("levels", list(levels))
-    if trained_levels != list(levels):
+    levels = list(model.levels)
+    trained_levels = facts.get("levels", levels)
+    if trained_levels != levels:
         msg = (
-            f"{source} was trained at the levels {trained_levels}, but this model reads {list(levels)}. Build it with "
+            f"{source} was trained at the levels {trained_levels}, but this model reads {levels}. Build it with "
             f"levels={trained_levels} (--model.levels)."
         )
         raise ValueError(msg)
     choices = facts.get("variant") or {}
-    for name, own in variant.plain().items():
+    for name, own in model.variant.plain().items():
         trained = choices.get(name, own)
         if name in NETWORK_CHOICES and trained != own:
             msg = (
@@ -206,15 +205,7 @@ def write_adapters(
     return path
 
 
-def upload(
-    repository: str,
-    seg_adapters: nn.ModuleList,
-    det_adapters: nn.ModuleList,
-    facts: Mapping[str, Any],
-    licence: str,
-    *,
-    private: bool,
-) -> str:
+def upload(repository: str, model: "MVFAModel", facts: Mapping[str, Any], licence: str, *, private: bool) -> str:
     """Upload adapters in half precision and a model card made of their facts to the hub, and return the address.
 
     Raises:
@@ -234,7 +225,7 @@ def upload(
     card = ModelCard.from_template(header, template_path=template, **values)
     api = HfApi()
     with TemporaryDirectory() as folder:
-        write_adapters(Path(folder) / HUB_FILE, seg_adapters, det_adapters, facts, torch.float16)
+        write_adapters(Path(folder) / HUB_FILE, model.seg_adapters, model.det_adapters, facts, torch.float16)
         card.save(Path(folder) / "README.md")
         address = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload MVFA adapters")
