@@ -91,11 +91,7 @@ class CompleteTraining(Callback):
     """
 
     def on_fit_start(self, trainer: Trainer, pl_module: "MVFA") -> None:
-        """Refuse a second training with a trainer whose epochs are used up.
-
-        Raises:
-            RuntimeError: If the trainer has trained before and goes on from no checkpoint.
-        """
+        """Raise a ``RuntimeError`` for a second training with a trainer whose epochs are used up."""
         if trainer.current_epoch and not trainer.ckpt_path:
             msg = (
                 f"This Engine has already trained for {trainer.current_epoch} epochs, so that another fit would end at "

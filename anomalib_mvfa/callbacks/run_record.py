@@ -64,11 +64,7 @@ class RunRecord(Callback):
         self._resumed = state_dict["training_images"]
 
     def on_train_start(self, trainer: Trainer, pl_module: "MVFA") -> None:
-        """Write the record.
-
-        Raises:
-            ValueError: If processes have different data.
-        """
+        """Write the record; raise a ``ValueError`` if processes have different data."""
         datamodule = getattr(trainer, "datamodule", None)
         parts = {name: getattr(datamodule, f"{name}_data", None) for name in ("train", "val", "test")}
         parts["train"] = training_data(trainer)

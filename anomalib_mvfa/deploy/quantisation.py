@@ -81,14 +81,9 @@ def compress(
 ) -> "openvino.Model":
     """Compress an exported model.
 
-    Args:
-        graph: Exported model.
-        kind: ``INT8`` stores weights in eight bits and computes in floating point; ``INT8_PTQ`` computes in eight
-            bits, too; ``INT8_ACQ`` restores layers until the metric drops by no more than ``max_drop``.
-        datamodule: For the last two, which calibrate on its validation part, or on its training part where it has no
-            other. The test part is not used.
-        metric: For ``INT8_ACQ``, larger is better. Defaults to F1 of the images.
-        max_drop: For ``INT8_ACQ``: greatest loss of the metric.
+    ``INT8`` stores weights in eight bits and computes in floating point; ``INT8_PTQ`` computes in eight bits, too;
+    ``INT8_ACQ`` restores layers until the metric (larger is better, by default F1 of the images) drops by no more than
+    ``max_drop``. The last two calibrate on the validation part, or on the training part where there is no other.
 
     Raises:
         ValueError: If there are no images to calibrate with, or the kind is unknown.
@@ -154,11 +149,10 @@ def _calibration_data(datamodule: AnomalibDataModule | None, kind: CompressionTy
 def _judged(model: "openvino.CompiledModel", image: np.ndarray[Any, Any], item: Any) -> ImageBatch:
     """Predict an image and add its ground truth."""
     outputs = {next(iter(port.get_names())): torch.from_numpy(np.array(value)) for port, value in model(image).items()}
-    height, width = outputs["anomaly_map"].shape[-2:]
     mask = item.gt_mask
     if mask is not None:
-        mask = EightBitResize((height, width))(Mask(mask)) if tuple(mask.shape[-2:]) != (height, width) else mask
-        mask = torch.as_tensor(mask).as_subclass(Tensor).bool().unsqueeze(0)
+        height, width = outputs["anomaly_map"].shape[-2:]
+        mask = EightBitResize((height, width))(Mask(mask)).as_subclass(Tensor).bool().unsqueeze(0)
     return ImageBatch(
         image=torch.from_numpy(image),
         pred_score=outputs["pred_score"].reshape(1),

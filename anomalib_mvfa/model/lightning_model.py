@@ -12,7 +12,6 @@ Paper:
     https://arxiv.org/abs/2403.12570
 """
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,8 +45,6 @@ from .torch_model import MVFAModel
 from .variant import Variant
 
 __all__ = ["MVFA"]
-
-logger = logging.getLogger(__name__)
 
 ADAM_BETAS = (0.5, 0.999)
 
@@ -102,8 +99,6 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
     """
 
     model: MVFAModel
-    calibration: Calibration
-    trained: bool
 
     def __init__(
         self,

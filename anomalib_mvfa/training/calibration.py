@@ -78,11 +78,7 @@ class Calibration:
         self.bank_holds = self.thresholds_hold = False
 
     def check(self, module: "MVFA") -> None:
-        """Refuse to export a model that is not trained or not calibrated.
-
-        Raises:
-            ValueError: If its adapters are untrained, or bank or thresholds do not fit.
-        """
+        """Raise a ``ValueError`` before the export of a model that is not trained or not calibrated."""
         if not module.trained and module.option("adapters") is None:
             raise ValueError(UNTRAINED)
         if module.option("memory") and module.model.memory.is_empty:

@@ -51,14 +51,8 @@ def estimate_body(image: Tensor) -> Tensor:
 
     Otsu's threshold on the square root of the smoothed brightness, which keeps dark tissue; the side with the image's
     corners is the background. Small components are dropped and holes filled. Evenly black or white areas at the
-    border, as a straightened retinal scan has them, are padding.
-
-    Args:
-        image: ``(3, H, W)`` in [0, 1], on the CPU.
-
-    Returns:
-        Boolean ``(H, W)``. True everywhere if there is no flat background, or if the body would cover less than 5 %
-        of the image.
+    border, as a straightened retinal scan has them, are padding. The body ``(H, W)`` of an image ``(3, H, W)`` in
+    [0, 1] is true everywhere if there is no flat background, or if it would cover less than 5 % of the image.
     """
     foreground, content = _foreground(image), ~_padding(image)
     for body in (foreground & content, content):  # the foreground may be the padding

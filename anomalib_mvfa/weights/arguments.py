@@ -98,11 +98,7 @@ def _comparable(value: Any) -> Any:
 
 
 def settle(module: "MVFA", checkpoint: dict[str, Any]) -> Settled:
-    """Combine the arguments of a checkpoint with those that a user has given to a model.
-
-    Raises:
-        ValueError: If the checkpoint is not one of MVFA, or contradicts an argument.
-    """
+    """Combine the arguments of a checkpoint with those given to a model, as :func:`settle_arguments` does."""
     facts = checkpoint_facts(checkpoint)
     saved = facts["arguments"]
     given = {name: module.hparams_initial[name] for name in module.explicit}
