@@ -62,10 +62,6 @@ class ScoreThreshold(F1AdaptiveThreshold):
     Where a class is missing ``"fpr"`` takes the place of ``"f1"``. Beyond ``limit`` scores a random sample of
     them is kept, the same in every run, so that memory does not grow with the number of pixels.
 
-    Attributes:
-        normal: ``(N,)`` scores of the normal class that the last threshold was computed with.
-        fell_back: Whether it came from ``"fpr"`` because a class was missing.
-
     Example:
         >>> threshold = ScoreThreshold("fpr", target_fpr=0.2)
         >>> threshold.update(torch.arange(1.0, 10.0), torch.zeros(9))
@@ -77,11 +73,9 @@ class ScoreThreshold(F1AdaptiveThreshold):
 
     def __init__(self, rule: str, target_fpr: float, limit: int = SAMPLE_LIMIT, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.rule = rule
-        self.target_fpr = target_fpr
-        self.limit = limit
-        self.normal = torch.empty(0)
-        self.fell_back = False
+        self.rule, self.target_fpr, self.limit = rule, target_fpr, limit
+        self.normal = torch.empty(0)  # scores ``(N,)`` that the last threshold was computed with
+        self.fell_back = False  # whether that threshold came from ``"fpr"`` because a class was missing
         self.add_state("keys", default=[], dist_reduce_fx="cat")
         self.keys: list[Tensor]
 
@@ -229,9 +223,7 @@ class MVFAPostProcessor(Float32Buffers, PostProcessor):
             self._pixel_threshold_metric.update(maps, masks)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set thresholds and range.
-
-        MVFA also calls this at the end of a training without validation.
+        """Set thresholds and range; MVFA also calls this at the end of a training without validation.
 
         Raises:
             ValueError: If the rule is ``"fpr"`` and there was no normal image.

@@ -314,12 +314,9 @@ def _download_advice(what: str, source: str) -> str:
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Read tensors by name, in float32, from a file without executing code from it.
 
-    Args:
-        path: A safetensors file, a state dict saved by ``torch.save`` (bare or under ``state_dict``), or a TorchScript
-            archive such as OpenAI published.
-
     Raises:
-        ValueError: If the file is none of these.
+        ValueError: If the file is none of safetensors, a state dict saved by ``torch.save`` (bare or under
+            ``state_dict``), and a TorchScript archive such as OpenAI published.
     """
     path = Path(path)
     try:

@@ -70,8 +70,7 @@ def training_losses(
         images: ``(B, 3, H, W)`` in [0, 1].
         labels: ``(B,)``.
         masks: ``(B, H, W)``; ``None`` for sets without masks, whose images do not move the segmentation adapters.
-        has_mask: ``(B,)``, false for the images of sets without masks in a batch of several sets; ``None`` when all
-            have masks.
+        has_mask: ``(B,)``, false for images of sets without masks in a batch of several; ``None`` when all have masks.
         text_features: ``(B, E, 2)`` when each image has a class of its own; ``None`` takes the model's own.
         cache: Keeps the tokens below the first adapters.
 

@@ -142,10 +142,7 @@ class MVFAModel(nn.Module):
         self.has_masks = True
 
     def set_class_name(self, class_name: str, *, encode: bool = True) -> None:
-        """Encode the text features of a class, unless they come with a state dict, and drop the text tower.
-
-        Another name later reads its weights again.
-        """
+        """Encode the text features of a class, unless they come with a state dict, and drop the text tower."""
         if encode and class_name != self.class_name:
             self.text_features = self.encode_classes([class_name])[class_name]
         self.class_name, self._text = class_name, None

@@ -22,11 +22,8 @@ __all__ = ["FrozenTower", "resolve_levels"]
 def resolve_levels(levels: Sequence[int] | str | None, depth: int) -> tuple[int, ...]:
     """Return the one-based numbers of the blocks that are read.
 
-    Args:
-        levels: Block numbers; ``None`` for the ends of the quarters (every block of a tower of fewer than four);
-            ``"half"`` for the first two of them and ``"middle"`` for the second alone: no block behind it runs, which
-            halves the cost.
-        depth: Number of blocks.
+    ``None`` takes the ends of the quarters (every block of a tower of fewer than four), ``"half"`` the first two of
+    them and ``"middle"`` the second alone: no block behind it runs, which halves the cost.
 
     Raises:
         ValueError: If the preset is unknown.
@@ -94,11 +91,6 @@ class FrozenTower(nn.Module):
         self.requires_grad_(requires_grad=False)
         self.eval()
 
-    @property
-    def blocks(self) -> nn.ModuleList:
-        """The blocks up to the last level."""
-        return self.tower.blocks
-
     def train(self, mode: bool = True) -> "FrozenTower":
         """Stay in evaluation mode."""
         del mode
@@ -124,6 +116,6 @@ class FrozenTower(nn.Module):
     def run_stage(self, tokens: Tensor, stage: int) -> Tensor:
         """Compute the tokens ``(B, L, D)`` after block ``levels[stage]`` from those after the level before it."""
         first = self.levels[stage - 1] if stage else 0
-        for block in self.blocks[first : self.levels[stage]]:
+        for block in self.tower.blocks[first : self.levels[stage]]:
             tokens = self.tower.run_block(block, tokens)
         return tokens

@@ -179,19 +179,14 @@ class LesionSynthesizer:
                 kind, attempt = "intensity", 0
 
     def draw_on_half(self, images: Tensor, epoch: int, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Add a lesion to every second image of a batch, and in the next epoch to the others.
+        """Add a lesion to every second normal image of a batch, and in the next epoch to the others.
 
         The lesion of an image depends on the global seed (``seed_everything``), the epoch and the image alone, so that
         it is the same after resuming and in any process. The piece for ``cutpaste`` comes from a neighbour in the batch
         that has no lesion.
 
-        Args:
-            images: Normal images ``(B, 3, H, W)`` in [0, 1]. They are not changed.
-            epoch: Number of the epoch.
-            number: Number of the batch in the epoch.
-
         Returns:
-            Images, masks ``(B, H, W)`` and labels ``(B,)``, all on the device of the images.
+            New images ``(B, 3, H, W)``, masks ``(B, H, W)`` and labels ``(B,)``, on the device of the images.
         """
         lesioned = torch.as_tensor(images).as_subclass(Tensor).cpu().clone()
         masks = torch.zeros(len(lesioned), *lesioned.shape[-2:], dtype=torch.bool)

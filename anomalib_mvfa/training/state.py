@@ -122,11 +122,7 @@ def choose_class_name(module: "MVFA") -> None:
 
 
 def prepare_evaluation(module: "MVFA") -> None:
-    """Build the network, and check that prompts and images are those that it was trained for.
-
-    Raises:
-        ValueError: If the images are read by another intensity rule than those of the training.
-    """
+    """Build the network, and raise a ``ValueError`` if images are read by another intensity rule than in training."""
     module.ensure_model()
     if not module.trained:
         module.model.has_masks = bool(module.adapter_facts.get("has_masks", _evaluates_masks(module)))

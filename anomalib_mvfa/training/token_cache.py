@@ -33,8 +33,7 @@ class TokenCache:
     """
 
     def __init__(self, max_bytes: int, max_images: int) -> None:
-        self.max_bytes = max_bytes
-        self.max_images = max_images
+        self.max_bytes, self.max_images = max_bytes, max_images
         self.open = True
         self._tokens: dict[bytes, Tensor] = {}
         self._met: set[bytes] = set()
