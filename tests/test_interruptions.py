@@ -19,7 +19,7 @@ from lightning.pytorch import Callback
 from torchvision.transforms.v2 import RandomHorizontalFlip
 
 from anomalib_mvfa import MVFA
-from anomalib_mvfa.callbacks.resuming import ResumePoint
+from anomalib_mvfa.callbacks.fitting import ResumePoint
 from anomalib_mvfa.data import FewShot
 from anomalib_mvfa.files import partial_name, replacing
 
@@ -186,7 +186,7 @@ from anomalib.data import Folder
 from anomalib.engine import Engine
 from anomalib_mvfa import MVFA
 from anomalib_mvfa.data import FewShot
-from anomalib_mvfa.callbacks.resuming import ResumePoint
+from anomalib_mvfa.callbacks.fitting import ResumePoint
 ResumePoint.SECONDS = 0
 torch.set_num_threads(1)
 torch.manual_seed(0)

@@ -30,7 +30,7 @@ AREAS: dict[str, tuple[list[str], list[str]]] = {
     "baselines": (["anomalib_mvfa/baselines/*"], ["tests/baselines"]),
     "model": (["anomalib_mvfa/model/*"], ["tests/model"]),
     "calibration": (["anomalib_mvfa/training/calibration.py"], ["tests/training/test_calibration.py"]),
-    "thresholds": (["anomalib_mvfa/post_processing/*"], ["tests/post_processing"]),
+    "thresholds": (["anomalib_mvfa/post_processing.py"], ["tests/test_post_processing.py"]),
     "readers": (
         ["anomalib_mvfa/data/readers.py", "anomalib_mvfa/data/readers/*"],
         ["tests/data/test_readers.py", "tests/data/test_reader_rules.py"],

@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .text import LOCAL_DIR_PREFIX, make_tokenizer, text_settings
-from .tiny import TINY, TINY_CONFIG, TINY_WEIGHTS, announce_tiny, initialise_tiny
+from .tiny import TINY, TINY_CONFIG, TINY_WEIGHTS, initialise_tiny
 from .towers import timm_patch_size
 
 __all__ = ["BackboneConfig", "fingerprint", "load_clip", "read_state_dict", "resolve_backbone"]
@@ -47,32 +47,18 @@ RANDOM_WEIGHTS = "random"
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """What is known of a backbone before any weights are read.
+    """What is known of a backbone before any weights are read."""
 
-    Args:
-        name: The backbone as the user named it.
-        model: open_clip's model configuration.
-        image_size: Height and width of the input.
-        weights: Weights as the user named them, or the default of this backbone.
-        quick_gelu: Whether both towers run QuickGELU instead of the exact GELU.
-        mean: Mean of the images that the weights were trained with, a number a channel.
-        std: Their standard deviation.
-        folder: Where the files of a ``local-dir:`` or ``hf-hub:`` backbone lie.
-        patch_size: Side length of a patch in pixels.
-        normalized: Whether mean and standard deviation come with the weights, in open_clip's table or in a file. Where
-            they do not, they are OpenAI's.
-    """
-
-    name: str
-    model: dict[str, Any]
-    image_size: tuple[int, int]
-    weights: str | None
-    quick_gelu: bool = False
-    mean: tuple[float, ...] = OPENAI_DATASET_MEAN
+    name: str  # as the user named it
+    model: dict[str, Any]  # open_clip's configuration
+    image_size: tuple[int, int]  # height and width of the input
+    weights: str | None  # as the user named them, or the default of this backbone
+    quick_gelu: bool = False  # whether both towers run QuickGELU instead of the exact GELU
+    mean: tuple[float, ...] = OPENAI_DATASET_MEAN  # of the images that the weights were trained with
     std: tuple[float, ...] = OPENAI_DATASET_STD
-    folder: Path | None = None
+    folder: Path | None = None  # files of a ``local-dir:`` or ``hf-hub:`` backbone
     patch_size: int = 16
-    normalized: bool = False
+    normalized: bool = False  # whether mean and standard deviation come with the weights; else they are OpenAI's
 
     @property
     def is_published(self) -> bool:
@@ -98,15 +84,11 @@ def resolve_backbone(
         backbone: A model of open_clip with a vision transformer, its own or timm's (``"ViT-L-14-336"``,
             ``"EVA02-B-16"``), ``"tiny"``, ``"hf-hub:owner/name"``, ``"local-dir:PATH"`` for a folder laid out as on the
             hub, or the path of an open_clip configuration in JSON.
-        pretrained: A tag of open_clip (``"openai"``), a local file, or ``"random"`` for seeded random weights, which
-            serve tests and benchmarks. ``None`` takes the backbone's own, or ``"openai"``.
+        pretrained: A tag of open_clip, a local file, or ``"random"`` for seeded random weights, which serve tests and
+            benchmarks. ``None`` takes the backbone's own, or ``"openai"``.
         image_size: Input size; ``None`` takes 240 for the published backbone, otherwise the backbone's own.
-        quick_gelu: Whether both towers run QuickGELU. ``None`` takes what the weights were trained with: the
-            configuration's or the tag's own setting; OpenAI's weights, by tag or as a TorchScript archive, need it.
-            Towers of timm have an activation of their own.
-
-    Returns:
-        The resolved configuration.
+        quick_gelu: Whether both towers run QuickGELU. ``None`` takes what the weights were trained with; OpenAI's, by
+            tag or as a TorchScript archive, need it. Towers of timm have an activation of their own.
 
     Raises:
         ValueError: If the backbone is unknown or lacks something, or the image size does not fit it.
@@ -151,25 +133,17 @@ def _check_architecture(backbone: str, model: Mapping[str, Any], quick_gelu: boo
             )
             raise ValueError(msg)
         return timm_patch_size(vision["timm_model_name"])
-    lacking = [
-        what
-        for what, is_there in (
-            ("an image tower of transformer blocks", isinstance(vision.get("layers", 12), int)),
-            ("a text tower that only encodes", "multimodal_cfg" not in model),
-        )
-        if not is_there
-    ]
+    lacking = "" if isinstance(vision.get("layers", 12), int) else "an image tower of transformer blocks"
+    if "multimodal_cfg" in model:
+        lacking = "a text tower that only encodes"
     if lacking:
-        msg = f"Backbone '{backbone}' lacks {' and '.join(lacking)}. Use for instance {PUBLISHED_BACKBONE} or ViT-B-16."
+        msg = f"Backbone '{backbone}' lacks {lacking}. Use for instance {PUBLISHED_BACKBONE} or ViT-B-16."
         raise ValueError(msg)
     return int(vision.get("patch_size", 16))
 
 
 def _facts_of_weights(backbone: str, weights: str) -> dict[str, Any]:
-    """Return what open_clip's table says of a tag: mean, standard deviation, activation.
-
-    Of weights that are no tag it returns what all tags of the backbone have in common.
-    """
+    """Return what open_clip's table says of a tag, or of all tags of the backbone if the weights are no tag."""
     weights = OPENAI if _is_torchscript(Path(weights)) else weights
     facts: dict[str, Any] = get_pretrained_cfg(backbone, weights)
     if not facts:
@@ -180,9 +154,7 @@ def _facts_of_weights(backbone: str, weights: str) -> dict[str, Any]:
 
 def _check_image_size(backbone: str, image_size: int | tuple[int, int], patch: int) -> tuple[int, int]:
     """Return height and width if whole patches fill them, or at the published size."""
-    height, width = (
-        (image_size, image_size) if isinstance(image_size, int) else (int(image_size[0]), int(image_size[1]))
-    )
+    height, width = map(int, (image_size, image_size) if isinstance(image_size, int) else image_size)
     published = (height, width, patch) == (PUBLISHED_IMAGE_SIZE, PUBLISHED_IMAGE_SIZE, 14)
     if not published and (height < patch or width < patch or height % patch or width % patch):
         near = sorted({max(1, height // patch) * patch, (height // patch + 1) * patch})
@@ -227,7 +199,6 @@ def _read_config(backbone: str) -> tuple[dict[str, Any], Path | None]:
 
 
 def _folder(backbone: str) -> Path:
-    """Return the folder of a ``local-dir:`` backbone, or of an ``hf-hub:`` one whose small files were downloaded."""
     if backbone.startswith(LOCAL_DIR_PREFIX):
         folder = Path(backbone.removeprefix(LOCAL_DIR_PREFIX))
         if not (folder / CONFIG_FILE).is_file():
@@ -244,13 +215,7 @@ def _folder(backbone: str) -> Path:
 
 
 def load_clip(config: BackboneConfig) -> tuple[CLIP | CustomTextCLIP, Callable[[list[str]], Tensor]]:
-    """Build a CLIP and read its weights, without executing code from the weights file.
-
-    Args:
-        config: Resolved backbone.
-
-    Returns:
-        The model in float32 and evaluation mode, and its tokenizer.
+    """Build a CLIP in float32 and evaluation mode, and its tokenizer, without executing code from the weights file.
 
     Raises:
         FileNotFoundError: If the weights are neither a file nor a known tag, or cannot be downloaded.
@@ -279,7 +244,6 @@ def load_clip(config: BackboneConfig) -> tuple[CLIP | CustomTextCLIP, Callable[[
 
 
 def _load(model: nn.Module, state: dict[str, Tensor], config: BackboneConfig, path: Path) -> None:
-    """Load a state dict, the position grid resized to the image size."""
     state.pop("text.transformer.embeddings.position_ids", None)  # a buffer that transformers no longer saves
     if getattr(model, "logit_bias", None) is not None:
         state.setdefault("logit_bias", torch.zeros_like(state["logit_scale"]))
@@ -294,9 +258,11 @@ def _load(model: nn.Module, state: dict[str, Tensor], config: BackboneConfig, pa
 
 
 def _weights_path(config: BackboneConfig) -> Path:
-    """Find the file that holds a backbone's weights, downloading it if need be."""
     if config.weights is None:  # only the embedded backbone
-        announce_tiny()
+        logger.warning(
+            "Backbone 'tiny' is a small demonstration model inside this package, trained on generated images. "
+            "Its results show that the software works, not how good MVFA is."
+        )
         return TINY_WEIGHTS
     weights = config.weights
     if Path(weights).is_file():
@@ -346,17 +312,11 @@ def _download_advice(what: str, source: str) -> str:
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Read named tensors from a file without executing code from it.
-
-    Args:
-        path: A safetensors file, a state dict saved by ``torch.save`` (bare or under ``state_dict``), or a TorchScript
-            archive such as OpenAI published.
-
-    Returns:
-        Tensors by name, in float32, on the CPU.
+    """Read tensors by name, in float32, from a file without executing code from it.
 
     Raises:
-        ValueError: If the file is none of these.
+        ValueError: If the file is none of safetensors, a state dict saved by ``torch.save`` (bare or under
+            ``state_dict``), and a TorchScript archive such as OpenAI published.
     """
     path = Path(path)
     try:
@@ -422,7 +382,6 @@ class _ArchiveUnpickler(pickle.Unpickler):
 
 
 def _read_torchscript(path: Path) -> dict[str, Tensor]:
-    """Collect the tensors of a TorchScript archive under their attribute paths."""
     with zipfile.ZipFile(path) as archive:
         root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("/data.pkl")
         tree = _ArchiveUnpickler(archive, root).load()
@@ -442,13 +401,8 @@ def _read_torchscript(path: Path) -> dict[str, Tensor]:
 def fingerprint(tower: nn.Module) -> str:
     """Compute a digest of a tower's weights, which identifies the backbone.
 
-    The position grid is left out: its values depend on the image size.
-
-    Args:
-        tower: Any module.
-
-    Returns:
-        16 hexadecimal digits of a SHA-256 over up to 64 spread values of each parameter.
+    16 hexadecimal digits of a SHA-256 over up to 64 spread values of each parameter. The position grid is left out: its
+    values depend on the image size.
     """
     digest = hashlib.sha256()
     for name, value in tower.named_parameters():

@@ -21,10 +21,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 def text_settings(text: dict[str, Any], backbone: str, folder: Path | None) -> None:
     """Let a text tower of transformers be built from the backbone's own files, without pretrained weights of its own.
 
-    Args:
-        text: ``text_cfg`` of open_clip's configuration; changed in place.
-        backbone: The backbone as the user named it.
-        folder: Folder of the backbone's files, if it has one.
+    ``text`` is ``text_cfg`` of open_clip's configuration and changed in place.
 
     Raises:
         FileNotFoundError: If the text tower's configuration is missing.
@@ -35,27 +32,18 @@ def text_settings(text: dict[str, Any], backbone: str, folder: Path | None) -> N
         return
     _require_transformers(backbone)
     text["hf_model_pretrained"] = False  # CLIP's weights contain the text tower's
-    if folder is not None and _describes_transformer(folder / "config.json"):
+    config = None if folder is None else folder / "config.json"
+    if config is not None and config.is_file() and "model_type" in json.loads(config.read_text(encoding="utf-8")):
         text["hf_model_name"] = str(folder)
-    elif folder is not None and backbone.startswith(LOCAL_DIR_PREFIX):
-        msg = (
-            f"{folder / 'config.json'} is missing: expected the configuration of the text tower '{name}' from the hub."
-        )
+    elif backbone.startswith(LOCAL_DIR_PREFIX):
+        msg = f"{config} is missing: expected the configuration of the text tower '{name}' from the hub."
         raise FileNotFoundError(msg)
     else:
         _load("configuration of the text tower", name, "AutoConfig")
 
 
 def make_tokenizer(text: dict[str, Any], backbone: str, folder: Path | None) -> Callable[[list[str]], Tensor]:
-    """Return the tokenizer that a text tower was trained with.
-
-    Args:
-        text: ``text_cfg`` of open_clip's configuration.
-        backbone: The backbone as the user named it.
-        folder: Folder of the backbone's files, if it has one.
-
-    Returns:
-        Turns texts into token ids ``(N, T)``.
+    """Return the tokenizer, from texts to token ids ``(N, T)``, that a text tower was trained with.
 
     Raises:
         FileNotFoundError: If the tokenizer is missing.
@@ -98,7 +86,6 @@ def make_tokenizer(text: dict[str, Any], backbone: str, folder: Path | None) -> 
 
 
 def _load(what: str, source: str, kind: str) -> Any:
-    """Load from a folder or the hub through one of transformers' automatic classes."""
     import transformers
 
     try:
@@ -110,10 +97,6 @@ def _load(what: str, source: str, kind: str) -> Any:
             f"--model.backbone {LOCAL_DIR_PREFIX}PATH."
         )
         raise FileNotFoundError(msg) from error
-
-
-def _describes_transformer(path: Path) -> bool:
-    return path.is_file() and "model_type" in json.loads(path.read_text(encoding="utf-8"))
 
 
 def _require_transformers(backbone: str) -> None:

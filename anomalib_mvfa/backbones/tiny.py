@@ -9,7 +9,6 @@ close to the identity, so that a token still describes its patch after the whole
 """
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,7 @@ import torch
 from open_clip.model import CLIP
 from torch import nn
 
-__all__ = ["TINY", "TINY_CONFIG", "TINY_WEIGHTS", "announce_tiny", "initialise_tiny"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["TINY", "TINY_CONFIG", "TINY_WEIGHTS", "initialise_tiny"]
 
 TINY = "tiny"
 TINY_CONFIG: dict[str, Any] = json.loads(Path(__file__).with_name("tiny.json").read_text(encoding="utf-8"))
@@ -32,21 +29,9 @@ COMMON_STD = 0.3
 POSITION_STD = 0.1
 
 
-def announce_tiny() -> None:
-    """Log what the embedded weights are, and what their results do not show."""
-    logger.warning(
-        "Backbone 'tiny' is a small demonstration model inside this package, trained on generated images. "
-        "Its results show that the software works, not how good MVFA is.",
-    )
-
-
 @torch.no_grad()
 def initialise_tiny(model: CLIP) -> None:
-    """Initialise a tiny CLIP with seeded random weights, in place.
-
-    Args:
-        model: open_clip model built from ``tiny.json``.
-    """
+    """Initialise a tiny CLIP with seeded random weights, in place."""
     generator = torch.Generator().manual_seed(TINY_SEED)
     for name, parameter in model.named_parameters():
         if name.endswith("class_embedding") or "token_embedding" in name:

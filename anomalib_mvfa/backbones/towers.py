@@ -28,7 +28,6 @@ class ImageTower(ABC, nn.Module):
     """What MVFA needs of an image tower.
 
     Attributes:
-        blocks: The transformer blocks.
         width: Size ``D`` of a token.
         prefix: Number of tokens before the patches, such as the class token and registers.
         image_size: Height and width of the images in pixels.
@@ -63,11 +62,7 @@ class ImageTower(ABC, nn.Module):
 
 
 class OpenClipTower(ImageTower):
-    """open_clip's own vision transformer, with a class token.
-
-    Args:
-        visual: The tower. It is changed in place.
-    """
+    """open_clip's own vision transformer, with a class token; changed in place."""
 
     prefix = 1
 
@@ -121,8 +116,7 @@ class OpenClipTower(ImageTower):
 class TimmTower(ImageTower):
     """A vision transformer of timm: with or without class token, registers, rotary positions, pooling by attention.
 
-    Args:
-        visual: open_clip's wrapper of timm's trunk. It is changed in place.
+    The trunk in open_clip's wrapper is changed in place.
     """
 
     def __init__(self, visual: TimmModel) -> None:
@@ -154,12 +148,11 @@ class TimmTower(ImageTower):
 
     def run_block(self, block: nn.Module, tokens: Tensor, patches: Tensor | None = None) -> Tensor:
         """Run one of the blocks on tokens ``(B, L, D)``, with the rotary positions of these patches."""
-        result: Tensor
-        if getattr(self.trunk, "rope", None) is None:
-            result = block(tokens)
-        else:
+        options = {}
+        if getattr(self.trunk, "rope", None) is not None:
             positions = self.trunk.rope.get_embed(shape=self.grid_size)  # (h * w, ...)
-            result = block(tokens, rope=positions if patches is None else positions[patches])
+            options["rope"] = positions if patches is None else positions[patches]
+        result: Tensor = block(tokens, **options)
         return result
 
     def pool(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,23 +168,13 @@ class TimmTower(ImageTower):
 
 
 def image_tower(visual: nn.Module) -> ImageTower:
-    """Return the tower of a CLIP model behind the common interface.
-
-    Args:
-        visual: Image tower as open_clip builds it.
-    """
+    """Return the image tower of a CLIP model of open_clip behind the common interface."""
     return TimmTower(visual) if isinstance(visual, TimmModel) else OpenClipTower(visual)
 
 
 @cache
 def timm_patch_size(name: str) -> int:
-    """Check that a trunk of timm has what MVFA needs, without allocating it.
-
-    Args:
-        name: timm's name of the model.
-
-    Returns:
-        Side length of a patch in pixels.
+    """Return the patch size of a trunk of timm that has what MVFA needs, without allocating it.
 
     Raises:
         ValueError: If timm has no such model, or if it lacks something.

@@ -9,11 +9,8 @@ from typing import TYPE_CHECKING
 from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
-from .best_epoch import BestEpoch
-from .completion import CompleteTraining
-from .non_finite import NonFiniteLoss
+from .fitting import BestEpoch, CompleteTraining, NonFiniteLoss, ResumePoint
 from .prediction_table import PredictionTable
-from .resuming import ResumePoint
 from .run_record import RunRecord
 
 if TYPE_CHECKING:

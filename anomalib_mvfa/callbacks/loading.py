@@ -38,11 +38,11 @@ class ReportedBatch(ImageBatch):
 
     item_class = ImageItem
 
-    def _withhold(self, values: Tensor | None, fill: float) -> Tensor | None:
+    def _withhold(self, values: Tensor | None, fill: float, dtype: torch.dtype | None = None) -> Tensor | None:
         unread = torch.tensor([bool(reason) for reason in self.__dict__.get("explanation") or ()], dtype=torch.bool)
         if values is None or not unread.any():
             return values
-        return values.masked_fill(unread.to(values.device).view(-1, *(1,) * (values.ndim - 1)), fill)
+        return values.to(dtype).masked_fill(unread.to(values.device).view(-1, *(1,) * (values.ndim - 1)), fill)
 
     def validate_pred_score(self, pred_score: Tensor | None) -> Tensor | None:
         """Validate scores ``(B,)``."""
@@ -54,10 +54,7 @@ class ReportedBatch(ImageBatch):
 
     def validate_pred_label(self, pred_label: Tensor | None) -> Tensor | None:
         """Validate labels ``(B,)``."""
-        labels: Tensor | None = ImageBatch.validate_pred_label(pred_label)
-        if labels is None or not any(self.__dict__.get("explanation") or ()):
-            return labels
-        return self._withhold(labels.to(torch.int8), LabelName.UNKNOWN.value)
+        return self._withhold(ImageBatch.validate_pred_label(pred_label), LabelName.UNKNOWN.value, torch.int8)
 
     @property
     def items(self) -> list[ImageItem]:
@@ -91,20 +88,17 @@ class ReportingDataset(Dataset[ImageItem]):
     def __getitem__(self, index: int) -> ImageItem:
         """Read one image, or report why it cannot be read."""
         path = Path(self.source.image_filenames[index])
-        reason, item = "", None
         try:
             with Image.open(path) as image:
                 wide = image.mode in {"I", "F"} or image.mode.startswith("I;")
-            if wide:  # anomalib would clip it to white
-                reason = "has more than 8 bits a pixel; --data MedicalFolder --data.path FOLDER reads it"
-            else:
-                item = self.source[index]
+            if not wide:  # anomalib would clip it to white
+                item: ImageItem = self.source[index]
+                item.explanation = ""
+                return item
+            reason = "has more than 8 bits a pixel; --data MedicalFolder --data.path FOLDER reads it"
         except Exception as error:  # Pillow raises many kinds on damaged files
             reason = _why_unreadable(path, error)
-        if item is None:
-            item = ImageItem(image=torch.zeros(3, 1, 1), image_path=str(path))
-        item.explanation = reason
-        return item
+        return ImageItem(image=torch.zeros(3, 1, 1), image_path=str(path), explanation=reason)
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:

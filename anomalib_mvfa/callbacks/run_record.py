@@ -16,10 +16,12 @@ import platform
 from collections.abc import Mapping
 from contextlib import suppress
 from enum import Enum
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import torch
 from anomalib.data import AnomalibDataModule
 from lightning.pytorch import Callback, Trainer
@@ -39,33 +41,11 @@ logger = logging.getLogger(__name__)
 
 DIGITS = 16
 SAMPLE = 4096  # bytes at either end
-PACKAGES = (
-    "anomalib-mvfa",
-    "anomalib",
-    "lightning",
-    "nibabel",
-    "numpy",
-    "open-clip-torch",
-    "pillow",
-    "pydicom",
-    "torch",
-    "torchmetrics",
-    "torchvision",
-)
-TRAINER = (
-    "max_epochs",
-    "max_steps",
-    "precision",
-    "accumulate_grad_batches",
-    "gradient_clip_val",
-    "check_val_every_n_epoch",
-    "val_check_interval",
-    "limit_train_batches",
-    "limit_val_batches",
-    "overfit_batches",
-    "world_size",
-    "num_nodes",
-)
+LIBRARIES = ("anomalib", "lightning", "nibabel", "numpy", "open-clip-torch", "pillow", "pydicom")
+TORCH = ("torch", "torchmetrics", "torchvision")
+TRAINING = ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val", "overfit_batches")
+LIMITS = ("check_val_every_n_epoch", "val_check_interval", "limit_train_batches", "limit_val_batches")
+PROCESSES = ("world_size", "num_nodes")
 
 
 class RunRecord(Callback):
@@ -84,11 +64,7 @@ class RunRecord(Callback):
         self._resumed = state_dict["training_images"]
 
     def on_train_start(self, trainer: Trainer, pl_module: "MVFA") -> None:
-        """Write the record.
-
-        Raises:
-            ValueError: If processes have different data.
-        """
+        """Write the record; raise a ``ValueError`` if processes have different data."""
         datamodule = getattr(trainer, "datamodule", None)
         parts = {name: getattr(datamodule, f"{name}_data", None) for name in ("train", "val", "test")}
         parts["train"] = training_data(trainer)
@@ -112,8 +88,8 @@ class RunRecord(Callback):
 
 def content_digest(path: str | Path) -> str:
     """Return the first 16 hexadecimal digits of a file's SHA-256, as ``sha256sum`` prints them."""
+    digest = hashlib.sha256()
     with Path(path).open("rb") as file:
-        digest = hashlib.sha256()
         while chunk := file.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()[:DIGITS]
@@ -122,32 +98,28 @@ def content_digest(path: str | Path) -> str:
 def data_fingerprint(dataset: Any) -> dict[str, Any] | None:
     """Digest the files of a dataset, independent of their names and folders.
 
-    Of each file the size and the first and last 4096 bytes count, so that large sets are digested in seconds.
-
-    Returns:
-        Number of images and digest; ``None`` for a dataset without ``samples``.
+    Of each file the size and the first and last 4096 bytes count, so that large sets are digested in seconds. A dataset
+    without ``samples`` has none.
     """
     samples = getattr(dataset, "samples", None)
     if samples is None or "image_path" not in samples:
         return None
-    known: dict[str, str] = {"": ""}
-    columns = [
-        samples[name].fillna("") if name in samples else [""] * len(samples) for name in ("image_path", "mask_path")
+    ends = cache(_ends)  # many frames share a file
+    columns = [samples.get(name, pd.Series("", samples.index)).fillna("") for name in ("image_path", "mask_path")]
+    frames = samples.get("frame", [0] * len(samples))
+    lines = [
+        f"{ends(image)} {frame} {label} {ends(mask)}"
+        for image, mask, label, frame in zip(*columns, samples["label_index"], frames, strict=True)
     ]
-    frames = samples["frame"] if "frame" in samples else [0] * len(samples)
-    lines = []
-    for image, mask, label, frame in zip(*columns, samples["label_index"], frames, strict=True):
-        for path in (image, mask):
-            if path not in known:
-                known[path] = _ends(Path(path))
-        lines.append(f"{known[image]} {frame} {label} {known[mask]}")
     digest = hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:DIGITS]
     return {"images": len(lines), "digest": digest}
 
 
-def _ends(path: Path) -> str:
+def _ends(path: str) -> str:
+    if not path:
+        return ""
     try:
-        with path.open("rb") as file:
+        with Path(path).open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(0)
             content = file.read(SAMPLE)
@@ -159,31 +131,31 @@ def _ends(path: Path) -> str:
 
 
 def _record(trainer: Trainer, module: "MVFA", fingerprints: Mapping[str, Any]) -> dict[str, Any]:
-    """Describe a training: configuration, versions, seeds, supports and fingerprints, in types of JSON."""
     datamodule = getattr(trainer, "datamodule", None)
     return {
         "model": _arguments(module, module.arguments),
         "data": None if datamodule is None else _arguments(datamodule, vars(datamodule)),
-        "trainer": {name: _plain(getattr(trainer, name, None)) for name in TRAINER}
+        "trainer": {name: _plain(getattr(trainer, name, None)) for name in (*TRAINING, *LIMITS, *PROCESSES)}
         | {"strategy": type(trainer.strategy).__name__, "accelerator": type(trainer.accelerator).__name__},
         "seeds": {"global": os.environ.get("PL_GLOBAL_SEED"), "torch": torch.initial_seed()},
         "supports": _supports(datamodule),
         "fingerprints": dict(fingerprints),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in ("anomalib-mvfa", *LIBRARIES, *TORCH)},
+        },
         "machine": {"processor": platform.machine(), "system": platform.system(), "threads": torch.get_num_threads()},
     }
 
 
 def _supports(datamodule: Any) -> dict[str, list[str]] | None:
-    """Return the digests of the supports in their order, for datamodules that have supports."""
     samples = getattr(getattr(datamodule, "train_data", None), "samples", None)
     if samples is None or not hasattr(datamodule, "support"):
         return None
-    paths = {
-        name: samples.loc[samples["label_index"] == label, "image_path"]
+    return {
+        name: [content_digest(path) for path in samples["image_path"][samples["label_index"] == label]]
         for label, name in enumerate(("normal", "abnormal"))
     }
-    return {name: [content_digest(path) for path in column] for name, column in paths.items()}
 
 
 def _version(package: str) -> str | None:
@@ -194,7 +166,6 @@ def _version(package: str) -> str | None:
 
 
 def _arguments(instance: object, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Describe the arguments that an object has kept."""
     parameters = inspect.signature(type(instance).__init__).parameters
     return {"class": type(instance).__name__} | {
         name: _plain(values[name], may_be_path="Path" in str(parameter.annotation))

@@ -13,8 +13,7 @@ from anomalib.models.components.base.export_mixin import ExportMixin as Anomalib
 from torchmetrics import Metric
 
 from anomalib_mvfa.training.state import choose_class_name
-from anomalib_mvfa.weights.adapter_files import write_adapters
-from anomalib_mvfa.weights.hub import upload
+from anomalib_mvfa.weights.adapter_files import upload, write_adapters
 
 from .quantisation import compress
 
@@ -28,17 +27,15 @@ class ExportMixin(AnomalibExportMixin):
     """anomalib's exports for MVFA, and its adapters alone."""
 
     def save_adapters(self, path: str | Path, dtype: torch.dtype | None = None) -> Path:
-        """Save the adapters alone, without memory bank and thresholds.
+        """Save the adapters alone: as ``.safetensors`` with :meth:`facts`, or as ``.pth`` in the released format.
 
-        Args:
-            path: ``.safetensors``, with :meth:`facts` as metadata, or ``.pth`` for the released format.
-            dtype: Storage type; ``None`` keeps float32.
+        ``dtype`` is the storage type; ``None`` keeps float32.
         """
         module = cast("MVFA", self)
         return write_adapters(path, module.model.seg_adapters, module.model.det_adapters, module.facts(), dtype)
 
     def push_to_hub(self, repository: str, licence: str, private: bool = True) -> str:
-        """Upload the adapters in half precision, with a model card made of :meth:`facts`.
+        """Upload the adapters in half precision, with a model card made of :meth:`facts`, and return the address.
 
         ``adapters="hf-hub:owner/name"`` then loads them. Neither images nor the memory bank are uploaded.
 
@@ -46,17 +43,9 @@ class ExportMixin(AnomalibExportMixin):
             repository: ``owner/name``; made unless it exists.
             licence: Identifier of the licence, such as ``"cc-by-nc-sa-4.0"``. That of the training data counts.
             private: Whether a new repository is visible to its owner only.
-
-        Returns:
-            Address of the repository.
         """
         module = cast("MVFA", self)
-        facts, network = module.facts(), module.model
-
-        def write(path: Path) -> Path:
-            return write_adapters(path, network.seg_adapters, network.det_adapters, facts, torch.float16)
-
-        return upload(repository, facts, licence, write, private=private)
+        return upload(repository, module.model, module.facts(), licence, private=private)
 
     def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
         """Export as a torch file.
@@ -76,21 +65,15 @@ class ExportMixin(AnomalibExportMixin):
     ) -> Path:
         """Export as an ONNX graph from images in [0, 1] to normalised maps and scores, labels and masks.
 
-        The graph resizes images of any size to the model's own, as training did. OpenVINO models are made of it.
-
-        Args:
-            export_root: Folder.
-            model_file_name: Name of the file without its suffix.
-            input_size: Fixed height and width of the images. Defaults to ``None``: they are dynamic, as the batch is.
-            **kwargs: Arguments of ``torch.onnx.export``.
+        The graph resizes images of any size, or of a fixed ``input_size``, to the model's own, as training did; the
+        batch is dynamic. OpenVINO models are made of it. Other arguments are those of ``torch.onnx.export``.
 
         Raises:
             ValueError: If the model is not trained, or its bank or thresholds do not fit.
         """
         self._ready()
-        return super().to_onnx(
-            export_root, model_file_name, input_size, **{"opset_version": 18, "verbose": False, **kwargs}
-        )
+        options = {"opset_version": 18, "verbose": False, **kwargs}
+        return super().to_onnx(export_root, model_file_name, input_size, **options)
 
     def _compress_ov_model(  # anomalib's hook for its compression types
         self,
@@ -103,11 +86,9 @@ class ExportMixin(AnomalibExportMixin):
     ) -> Any:
         return compress(model, compression_type, datamodule, metric, max_drop)
 
-    def _ready(self) -> "MVFA":
-        """Return the model, built and calibrated."""
+    def _ready(self) -> None:
         module = cast("MVFA", self)
         module.fit_state = None  # of a training that was interrupted
         module.ensure_model()
         choose_class_name(module)
         module.calibration.check(module)
-        return module

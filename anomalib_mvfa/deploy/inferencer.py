@@ -32,10 +32,7 @@ class OpenVINOInferencer(deploy.OpenVINOInferencer):
     The graph resizes images of any size itself and agrees with Pillow to one grey level in 255; here the agreement is
     exact. Arrays are resized by the graph.
 
-    Args:
-        path: ``.xml``, ``.bin`` or ``.onnx``, or both files of OpenVINO as bytes.
-        device: Device of OpenVINO. Defaults to ``"AUTO"``.
-        config: Properties of OpenVINO, such as ``{"INFERENCE_PRECISION_HINT": "f32"}``. Defaults to ``None``.
+    Its arguments are anomalib's, such as ``config={"INFERENCE_PRECISION_HINT": "f32"}``.
     """
 
     def predict(self, image: str | Path | np.ndarray[Any, Any] | Image.Image | Tensor) -> NumpyImageBatch:

@@ -37,17 +37,11 @@ CALIBRATION_IMAGES = 300
 
 
 def sensitive_nodes(graph: "openvino.Model") -> list[str]:
-    """Find what must stay in floating point: the resize before the tower, and all that follows tower and adapters.
+    """Return the names of the nodes before the tower (the resize), and of all that follow tower and adapters.
 
     The tower begins with the convolution over the patches. It ends where hidden vectors are brought to unit length;
     what leads from there back into a layer normalisation belongs to the tower, whose variant ``residual_norm`` divides
     by lengths, too.
-
-    Args:
-        graph: Exported model.
-
-    Returns:
-        Names of the nodes: resize; unit length, similarities with text and bank, softmax, fusion, thresholds.
     """
     nodes = graph.get_ordered_ops()
     patches = next(node for node in nodes if node.get_type_name() == "Convolution")
@@ -87,17 +81,9 @@ def compress(
 ) -> "openvino.Model":
     """Compress an exported model.
 
-    Args:
-        graph: Exported model.
-        kind: ``INT8`` stores weights in eight bits and computes in floating point; ``INT8_PTQ`` computes in eight
-            bits, too; ``INT8_ACQ`` restores layers until the metric drops by no more than ``max_drop``.
-        datamodule: For the last two, which calibrate on its validation part, or on its training part where it has no
-            other. The test part is not used.
-        metric: For ``INT8_ACQ``, larger is better. Defaults to F1 of the images.
-        max_drop: For ``INT8_ACQ``: greatest loss of the metric.
-
-    Returns:
-        The compressed model.
+    ``INT8`` stores weights in eight bits and computes in floating point; ``INT8_PTQ`` computes in eight bits, too;
+    ``INT8_ACQ`` restores layers until the metric (larger is better, by default F1 of the images) drops by no more than
+    ``max_drop``. The last two calibrate on the validation part, or on the training part where there is no other.
 
     Raises:
         ValueError: If there are no images to calibrate with, or the kind is unknown.
@@ -114,17 +100,12 @@ def compress(
     resize = EightBitResize(image_size(graph))
 
     def image(index: int) -> np.ndarray[Any, Any]:
-        pixels: Tensor = resize(torch.as_tensor(data[index].image).as_subclass(Tensor))
-        array: np.ndarray[Any, Any] = pixels.unsqueeze(0).numpy()
-        return array
+        return np.asarray(resize(torch.as_tensor(data[index].image).as_subclass(Tensor)).unsqueeze(0))
 
-    chosen = _spread(len(data))
+    number = min(len(data), CALIBRATION_IMAGES)
+    chosen = [position * len(data) // number for position in range(number)]  # evenly over the images
     calibration = nncf.Dataset(chosen, image)
-    options: dict[str, Any] = {
-        "model_type": nncf.ModelType.TRANSFORMER,
-        "ignored_scope": scope,
-        "subset_size": len(chosen),
-    }
+    options = {"model_type": nncf.ModelType.TRANSFORMER, "ignored_scope": scope, "subset_size": len(chosen)}
     logger.info("Calibrating with %d images.", len(chosen))
     if kind == CompressionType.INT8_PTQ:
         return nncf.quantize(graph, calibration, **options)
@@ -150,7 +131,7 @@ def _calibration_data(datamodule: AnomalibDataModule | None, kind: CompressionTy
         raise ValueError(msg)
     datamodule.prepare_data()
     datamodule.setup("fit")
-    validation = getattr(datamodule, "val_data", None)
+    validation, training = (getattr(datamodule, f"{part}_data", None) for part in ("val", "train"))
     if validation is not None and len(validation):
         return validation
     if kind == CompressionType.INT8_ACQ:
@@ -159,31 +140,19 @@ def _calibration_data(datamodule: AnomalibDataModule | None, kind: CompressionTy
             "of the datamodule, or choose INT8_PTQ."
         )
         raise ValueError(msg)
-    training = getattr(datamodule, "train_data", None)
     if training is None or not len(training):
         msg = "There is no image to calibrate with: the data have neither a validation nor a training part."
         raise ValueError(msg)
     return training
 
 
-def _spread(count: int) -> Sequence[int]:
-    """Choose at most :data:`CALIBRATION_IMAGES` of ``count`` images, evenly over them."""
-    number = min(count, CALIBRATION_IMAGES)
-    return [position * count // number for position in range(number)]
-
-
-def _judged(
-    model: "openvino.CompiledModel",
-    image: np.ndarray[Any, Any],
-    item: Any,
-) -> ImageBatch:
+def _judged(model: "openvino.CompiledModel", image: np.ndarray[Any, Any], item: Any) -> ImageBatch:
     """Predict an image and add its ground truth."""
     outputs = {next(iter(port.get_names())): torch.from_numpy(np.array(value)) for port, value in model(image).items()}
-    height, width = outputs["anomaly_map"].shape[-2:]
     mask = item.gt_mask
     if mask is not None:
-        mask = EightBitResize((height, width))(Mask(mask)) if tuple(mask.shape[-2:]) != (height, width) else mask
-        mask = torch.as_tensor(mask).as_subclass(Tensor).bool().unsqueeze(0)
+        height, width = outputs["anomaly_map"].shape[-2:]
+        mask = EightBitResize((height, width))(Mask(mask)).as_subclass(Tensor).bool().unsqueeze(0)
     return ImageBatch(
         image=torch.from_numpy(image),
         pred_score=outputs["pred_score"].reshape(1),

@@ -42,15 +42,10 @@ class ResidualAdapter(nn.Module):
         self.fc2 = nn.Sequential(nn.Linear(hidden_width, width, bias=False), act())
 
     def forward(self, tokens: Tensor, frozen: Tensor | bool = False) -> tuple[Tensor, Tensor]:
-        """Map tokens to hidden vectors and to the residual.
+        """Map tokens ``(B, L, D)`` to hidden vectors ``(B, L, E)`` and output ``(B, L, D)``.
 
-        Args:
-            tokens: Tokens ``(B, L, D)``.
-            frozen: Let gradients pass to the tokens but not to this adapter's weights; for all images, or ``(B,)`` for
-                those that are true.
-
-        Returns:
-            Hidden vectors ``(B, L, E)`` and output ``(B, L, D)``.
+        With ``frozen``, for all images or ``(B,)`` for those that are true, gradients pass to the tokens but not to
+        this adapter's weights.
         """
         hidden = self._layer(self.fc1, tokens, frozen)
         return hidden, self._layer(self.fc2, hidden, frozen)

@@ -17,10 +17,10 @@ TEMPERATURE = 100.0
 
 
 def state_logits(patches: Tensor, text_features: Tensor) -> Tensor:
-    """Compare patches with the two states.
+    """Compare patches ``(B, P, E)`` of one level, without the class token, with the two states.
 
     Args:
-        patches: Hidden vectors ``(B, P, E)`` of one level, without the class token.
+        patches: Hidden vectors.
         text_features: ``(E, 2)``, or ``(B, E, 2)`` when each image has its own class; columns of unit length.
 
     Returns:
@@ -35,44 +35,24 @@ def upsample(grid: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def abnormal_map(logits: Tensor, grid_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Turn the logits of one level into a map of state probabilities.
-
-    Args:
-        logits: ``(B, P, 2)``.
-        grid_size: Patch rows and columns ``(h, w)`` with ``h * w == P``.
-        size: Target ``(H, W)``.
-
-    Returns:
-        Probabilities ``(B, 2, H, W)`` that sum to one over the two states; index 1 is abnormal.
-    """
+    """Compute probabilities ``(B, 2, H, W)`` that sum to one over the states from logits ``(B, h * w, 2)``."""
     grid = logits.transpose(1, 2).unflatten(2, grid_size)  # (B, 2, h, w)
     return upsample(grid, size).softmax(dim=1)
 
 
 def abnormal_score(logits: Tensor, pooling: str = "mean") -> Tensor:
-    """Turn the logits of one level into an image score.
-
-    Args:
-        logits: ``(B, P, 2)``.
-        pooling: ``"mean"`` over the patches as released, ``"max"`` as in the paper.
-
-    Returns:
-        Scores ``(B,)`` in [0, 1].
-    """
+    """Compute image scores ``(B,)`` in [0, 1] from logits ``(B, P, 2)``: ``"mean"`` of the patches, or ``"max"``."""
     abnormal = logits.softmax(dim=-1)[..., 1]  # (B, P)
     return abnormal.amax(dim=1) if pooling == "max" else abnormal.mean(dim=1)
 
 
 def patch_windows(patches: Tensor, grid_size: tuple[int, int], window_sizes: tuple[int, ...]) -> Tensor:
-    """Average each patch with its neighbours at several window sizes.
+    """Average each patch of ``(B, h * w, E)`` with its neighbours within windows, which are cut at the border.
 
     Args:
-        patches: Hidden vectors ``(B, P, E)``.
+        patches: Hidden vectors.
         grid_size: Patch rows and columns ``(h, w)``.
-        window_sizes: Odd side lengths; ``(1,)`` leaves the patches as they are. Source: MoECLIP.
-
-    Returns:
-        Mean ``(B, P, E)`` over the window sizes; windows are cut at the border.
+        window_sizes: Odd side lengths, over which the mean is taken; ``(1,)`` changes nothing. Source: MoECLIP.
     """
     if window_sizes == (1,):
         return patches

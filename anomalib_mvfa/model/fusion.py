@@ -36,11 +36,9 @@ class Fusion(Float32Buffers):
             self.register_buffer(name, torch.tensor([0.0, 1.0]))
 
     def fit(self, **values: Tensor) -> None:
-        """Set ranges from values.
+        """Set ranges from tensors of any shape named ``language_map``, ``memory_map``, ``language_score``, ....
 
-        Args:
-            **values: Tensors of any shape named ``language_map``, ``memory_map``, ``language_score`` or
-                ``memory_score``. A constant tensor has a range of width one.
+        A constant tensor has a range of width one.
         """
         for name, value in values.items():
             low, high = value.min(), value.max()

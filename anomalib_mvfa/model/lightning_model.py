@@ -12,7 +12,6 @@ Paper:
     https://arxiv.org/abs/2403.12570
 """
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,17 +37,14 @@ from anomalib_mvfa.training.calibration import Calibration
 from anomalib_mvfa.training.state import FitState, begin_training, prepare_evaluation, set_default_epochs
 from anomalib_mvfa.visualization import MVFAVisualizer
 from anomalib_mvfa.weights import checkpoints
-from anomalib_mvfa.weights.adapter_files import check_facts, load_adapters
+from anomalib_mvfa.weights.adapter_files import check_facts, evaluation_facts, load_adapters, model_facts
 from anomalib_mvfa.weights.arguments import CHOICES, DEFAULTS, NETWORK, settle
-from anomalib_mvfa.weights.facts import evaluation_facts, model_facts
 
 from .loss import training_losses
 from .torch_model import MVFAModel
 from .variant import Variant
 
 __all__ = ["MVFA"]
-
-logger = logging.getLogger(__name__)
 
 ADAM_BETAS = (0.5, 0.999)
 
@@ -64,15 +60,14 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
             demonstration model inside this package. Defaults to ``"ViT-L-14-336"``.
         pretrained: Tag, local file or ``"random"``. Defaults to the backbone's own, or ``"openai"``.
         image_size: Input size in pixels. Defaults to 240 for ``ViT-L-14-336``, otherwise to the backbone's own.
-        levels: One-based blocks to read. ``"half"`` reads the first two of the default ones and ``"middle"`` the second
-            alone, at half the cost. Defaults to the ends of the quarters, ``[6, 12, 18, 24]`` for ViT-L.
+        levels: One-based blocks to read, or ``"half"`` or ``"middle"`` of the default ones at half the cost:
+            :func:`~anomalib_mvfa.model.tower.resolve_levels`. Defaults to the ends of the quarters.
         class_name: What the images show, for the prompts. Defaults to the name that the datamodule has, the published
             one for the sets of BMAD, or ``"object"``.
         adapters: Trained adapters: a file (``.pth`` in the released format, or ``.safetensors``), or
-            ``hf-hub:owner/name``. The model then is not trained any more. Defaults to ``None``.
-        memory: Whether to use the memory branch. Without it the model is zero-shot. Defaults to ``True``.
-        max_support: For datamodules without supports: number of normal training images in the bank.
-            Defaults to ``32``.
+            ``hf-hub:owner/name``. The model then is not trained any more.
+        memory: Whether to use the memory branch; without it the model is zero-shot. Defaults to ``True``.
+        max_support: Normal training images in the bank, for datamodules without supports. Defaults to ``32``.
         learning_rate: Step size of Adam. Published: 1e-3 in few-shot, 1e-4 in zero-shot. Defaults to ``1e-3``.
         selection: ``"last"`` keeps the last epoch; ``"best"`` the one with the greatest image AUROC (plus pixel AUROC
             where there are masks) on the datamodule's validation part. The published protocol is ``"best"`` with a
@@ -80,19 +75,19 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
         fusion_scale: ``"support"`` takes the ranges of the two branches from the supports; ``"test"`` from the whole
             evaluated set, as in the published protocol. Defaults to ``"support"``.
         language_weight: Share of the language branch in the fusion. Defaults to ``0.5``.
-        coreset: Share of the memory bank that is kept, in (0, 1]; a smaller bank is searched faster.
-            Defaults to ``1.0``.
-        threshold: How the thresholds of images and pixels are set: ``"f1"`` from labelled validation images, ``"fpr"``
-            from normal images alone: those of the validation part, or the supports. Where abnormal validation images
-            lack, ``"fpr"`` is used. Defaults to ``"f1"``.
+        coreset: Share of the memory bank that is kept, in (0, 1]: the entries that cover the others best. A smaller
+            bank is searched faster. Defaults to ``1.0``.
+        threshold: ``"f1"`` sets the thresholds of images and pixels from labelled validation images, ``"fpr"`` from
+            normal images alone: those of the validation part, or the supports. Where abnormal validation images lack,
+            ``"fpr"`` is used. Defaults to ``"f1"``.
         target_fpr: For ``"fpr"``: share of normal images, and of their pixels, that may be called abnormal. With n
             normal images no less than 1 / (n + 1) can be promised. Defaults to ``0.01``.
         variant: ``"released"``, ``"paper"``, or single choices: :class:`~anomalib_mvfa.model.variant.Variant`.
             Defaults to ``"released"``.
-        pre_processor: Pre-processor, or whether to use the default. Defaults to ``True``.
-        post_processor: Post-processor, or whether to use the default. Defaults to ``True``.
-        evaluator: Evaluator, or whether to use the default. Defaults to ``True``.
-        visualizer: Visualizer, or whether to use the default. Defaults to ``True``.
+        pre_processor: Pre-processor, or whether to use the default.
+        post_processor: Post-processor, or whether to use the default.
+        evaluator: Evaluator, or whether to use the default.
+        visualizer: Visualizer, or whether to use the default.
 
     Raises:
         ValueError: If backbone, sizes or choices are unknown or do not fit.
@@ -104,8 +99,6 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
     """
 
     model: MVFAModel
-    calibration: Calibration
-    trained: bool
 
     def __init__(
         self,
@@ -192,11 +185,7 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
             self.model.reset()
 
     def ensure_model(self) -> bool:
-        """Build the network that the arguments describe, unless it is there.
-
-        Returns:
-            Whether it was built.
-        """
+        """Build the network that the arguments describe, unless it is there; return whether it was built."""
         build = "model" not in self._modules or self._built != [self.option(name) for name in NETWORK]
         if build:
             self._build()
@@ -216,7 +205,7 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
         source = self.option("adapters")
         if source is not None:
             self.adapter_facts = facts = load_adapters(source, model.seg_adapters, model.det_adapters)
-            check_facts(source, facts, model.fingerprint, model.levels, model.variant)
+            check_facts(source, facts, model)
             self.intensity = str(facts["intensity"]) if facts.get("intensity") else None
             self.history = {name: facts.get(name) or {} for name in self.history}
         if isinstance(self.pre_processor, MVFAPreProcessor):
@@ -376,7 +365,6 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
 
     def validation_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> Any:
         """Predict a batch for thresholds and normalisation."""
-        del args, kwargs
         images: Tensor = batch.image  # type: ignore[assignment]  # a batch always has images
         features = None if self.fit_state is None else self.fit_state.text_features(batch)
         predictions = self.model.fuse(*self.model.branches(images, features))
@@ -390,11 +378,7 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]  # the arguments are anomalib's
-        cls,
-        checkpoint_path: str | Path,
-        map_location: Any = None,
-        weights_only: bool = True,
-        **kwargs: Any,
+        cls, checkpoint_path: str | Path, map_location: Any = None, weights_only: bool = True, **kwargs: Any
     ) -> "MVFA":
         """Load a model from a checkpoint, without executing code from it.
 
@@ -404,17 +388,13 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
             weights_only: Whether objects other than tensors and plain data are refused.
             **kwargs: As for any Lightning module, and arguments for evaluation in the place of the checkpoint's.
 
-        Returns:
-            The model.
-
         Raises:
             FileNotFoundError: If there is no such file.
             ValueError: If it cannot be read, was not made by MVFA, or does not fit the arguments.
         """
         if weights_only:
-            checkpoints.checkpoint_facts(
-                checkpoints.read_checkpoint(checkpoint_path, cls.checkpoint_safe_globals()), checkpoint_path
-            )
+            contents = checkpoints.read_checkpoint(checkpoint_path, cls.checkpoint_safe_globals(), mmap=True)
+            checkpoints.checkpoint_facts(contents, checkpoint_path)
         options = {"map_location": map_location, "weights_only": weights_only, **kwargs}
         model: MVFA = super().load_from_checkpoint(checkpoint_path, **options)  # type: ignore[assignment]
         model.explicit = {name for name, value in kwargs.items() if value is not None} & model.hparams.keys()
@@ -437,4 +417,5 @@ class MVFA(ExportMixin, AnomalibModule):  # type: ignore[misc]  # to_onnx, as in
         super().on_load_checkpoint(checkpoint)  # its components
         self._apply_threshold_rule()
         checkpoints.restore_state(self, checkpoint)
-        self.calibration = Calibration.restored(checkpoint, settled)
+        saved = checkpoints.checkpoint_facts(checkpoint)["calibration"]
+        self.calibration = Calibration(**{name: held and getattr(settled, name) for name, held in saved.items()})

@@ -22,14 +22,9 @@ DICE_SMOOTHING = 1.0
 
 
 def focal_loss(probabilities: Tensor, masks: Tensor) -> Tensor:
-    """Focal loss on a map of state probabilities.
+    """Compute the focal loss ``(B,)`` of maps ``(B, 2, H, W)`` of state probabilities and masks ``(B, H, W)``.
 
-    Args:
-        probabilities: ``(B, 2, H, W)``, summing to one over the states.
-        masks: ``(B, H, W)`` in {0, 1}.
-
-    Returns:
-        Loss ``(B,)``, the mean over the pixels. Source: Lin et al. 2017, gamma 2, labels smoothed by 1e-5.
+    The mean over the pixels. Source: Lin et al. 2017, gamma 2, labels smoothed by 1e-5.
     """
     target = functional.one_hot(masks.long(), 2).movedim(-1, 1).to(probabilities.dtype)
     target = target.clamp(FOCAL_SMOOTHING, 1 - FOCAL_SMOOTHING)
@@ -38,15 +33,7 @@ def focal_loss(probabilities: Tensor, masks: Tensor) -> Tensor:
 
 
 def dice_loss(abnormal: Tensor, masks: Tensor) -> Tensor:
-    """Dice loss on the map of one state.
-
-    Args:
-        abnormal: Probabilities ``(B, H, W)``.
-        masks: ``(B, H, W)`` in {0, 1}.
-
-    Returns:
-        Loss ``(B,)`` in [0, 1].
-    """
+    """Compute the Dice loss ``(B,)`` in [0, 1] of the map of one state and masks in {0, 1}, ``(B, H, W)`` each."""
     masks = masks.to(abnormal.dtype)
     overlap = (abnormal * masks).sum(dim=(1, 2))
     total = abnormal.sum(dim=(1, 2)) + masks.sum(dim=(1, 2))
@@ -54,16 +41,10 @@ def dice_loss(abnormal: Tensor, masks: Tensor) -> Tensor:
 
 
 def score_loss(scores: Tensor, labels: Tensor, as_logits: bool = True) -> Tensor:
-    """Binary cross-entropy on an image score.
+    """Compute the binary cross-entropy ``(B,)`` of image scores in [0, 1] and labels in {0, 1}, ``(B,)`` each.
 
-    Args:
-        scores: ``(B,)`` in [0, 1].
-        labels: ``(B,)`` in {0, 1}.
-        as_logits: Whether the probability is passed to a cross-entropy that expects a logit, as in the released code;
-            the paper's formula takes it as a probability.
-
-    Returns:
-        Loss ``(B,)``.
+    ``as_logits`` passes the probability to a cross-entropy that expects a logit, as in the released code; the paper's
+    formula takes it as a probability.
     """
     labels = labels.to(scores.dtype)
     if as_logits:
@@ -89,8 +70,7 @@ def training_losses(
         images: ``(B, 3, H, W)`` in [0, 1].
         labels: ``(B,)``.
         masks: ``(B, H, W)``; ``None`` for sets without masks, whose images do not move the segmentation adapters.
-        has_mask: ``(B,)``, false for the images of sets without masks in a batch of several sets; ``None`` when all
-            have masks.
+        has_mask: ``(B,)``, false for images of sets without masks in a batch of several; ``None`` when all have masks.
         text_features: ``(B, E, 2)`` when each image has a class of its own; ``None`` takes the model's own.
         cache: Keeps the tokens below the first adapters.
 

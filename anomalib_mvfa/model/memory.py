@@ -29,17 +29,14 @@ class Support(NamedTuple):
 
 
 def bank_distance(queries: Tensor, bank: Tensor, excluded: Tensor | None = None) -> Tensor:
-    """Compute the cosine distance of each query from the nearest entry of the bank.
+    """Compute the cosine distance ``(B, P)`` of each query from the nearest entry of the bank.
 
     The matrix of all distances is never held at once: the bank is read in chunks.
 
     Args:
         queries: ``(B, P, E)``, of any length.
         bank: ``(N, E)`` of unit length.
-        excluded: ``(B, N)``, true for the entries that a query must not be compared with; ``None`` compares with all.
-
-    Returns:
-        Distances ``(B, P)``, 0 for a query of the same direction as an entry.
+        excluded: ``(B, N)``, true for the entries that a query must not be compared with.
 
     Raises:
         RuntimeError: If the bank is empty.
@@ -66,7 +63,7 @@ class MemoryBank(DynamicBufferMixin, nn.Module):
     Args:
         num_levels: Number of levels.
         coreset: Share of the entries that is kept, in (0, 1], chosen by anomalib's greedy search for the k centres
-            that cover the others best. A smaller bank is searched faster.
+            that cover the others best.
 
     Raises:
         ValueError: If the share is not in (0, 1].
@@ -77,8 +74,7 @@ class MemoryBank(DynamicBufferMixin, nn.Module):
         if not 0 < coreset <= 1:
             msg = f"coreset is the share of the bank that is kept, in (0, 1], got {coreset}."
             raise ValueError(msg)
-        self.num_levels = num_levels
-        self.coreset = coreset
+        self.num_levels, self.coreset = num_levels, coreset
         for level in range(num_levels):
             self.register_buffer(f"level_{level}", torch.empty(0))
 
@@ -95,8 +91,7 @@ class MemoryBank(DynamicBufferMixin, nn.Module):
     def remember(self, tokens: Sequence[Tensor]) -> list[Tensor]:
         """Replace the entries by hidden vectors ``(..., E)``, one tensor a level.
 
-        Returns:
-            For each level the positions ``(N,)`` of the entries that are kept among the flattened tokens.
+        Returns the positions ``(N,)`` of the entries that are kept among the flattened tokens of each level.
         """
         kept = []
         for level, hidden in enumerate(tokens):
@@ -110,7 +105,6 @@ class MemoryBank(DynamicBufferMixin, nn.Module):
         return kept
 
     def _coreset(self, entries: Tensor, seed: int) -> list[int]:
-        """Return the positions that cover the entries ``(N, E)`` best, the same for the same entries."""
         devices = [entries.device] if entries.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(seed)

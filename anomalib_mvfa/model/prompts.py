@@ -13,7 +13,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,34 +31,24 @@ __all__ = ["cache_dir", "class_prompts", "encode_states", "prompt_ensemble", "pr
 logger = logging.getLogger(__name__)
 
 TEXT_BATCH = 64
-
-
-@lru_cache(maxsize=1)
-def _ensemble() -> dict[str, Any]:
-    ensemble: dict[str, Any] = json.loads(Path(__file__).with_name("prompts.json").read_text(encoding="utf-8"))
-    return ensemble
+ENSEMBLE: dict[str, Any] = json.loads(Path(__file__).with_name("prompts.json").read_text(encoding="utf-8"))
 
 
 def prompt_ensemble() -> dict[str, list[str]]:
     """Return the parts of all prompts: ``normal_states``, ``abnormal_states`` and ``templates``."""
-    return {name: list(_ensemble()[name]) for name in ("normal_states", "abnormal_states", "templates")}
+    return {name: list(ENSEMBLE[name]) for name in ("normal_states", "abnormal_states", "templates")}
 
 
-@lru_cache(maxsize=1)
 def published_class_names() -> dict[str, str]:
     """Return the published prompt names of the six sets of BMAD, by set name in lower case."""
-    return {category.lower(): name for category, name in _ensemble()["class_names"].items()}
+    return {category.lower(): name for category, name in ENSEMBLE["class_names"].items()}
 
 
 def prompt_name(category: str) -> str:
-    """Return the name of a data set in the prompts.
+    """Return the name of a data set such as ``"Retina_RESC"`` in the prompts; a trailing ``_AD`` is not read.
 
-    Args:
-        category: Name of a data set, such as ``"Retina_RESC"``. A trailing ``_AD`` is not read.
-
-    Returns:
-        The published name for the six sets of BMAD, in any letter case. Another name is split at underscores, hyphens
-        and changes of case into lower-case words; abbreviations stay in capitals.
+    It is the published name for the six sets of BMAD, in any letter case. Another name is split at underscores, hyphens
+    and changes of case into lower-case words; abbreviations stay in capitals.
 
     Example:
         >>> prompt_name("Retina_OCT2017"), prompt_name("Chest_AD"), prompt_name("BrainMRI"), prompt_name("metal_nut")
@@ -72,10 +62,7 @@ def prompt_name(category: str) -> str:
     return " ".join(word if word.isupper() else word.lower() for word in words)
 
 
-def class_prompts(
-    class_name: str,
-    ensemble: Mapping[str, Sequence[str]] | None = None,
-) -> tuple[list[str], list[str]]:
+def class_prompts(class_name: str, ensemble: Mapping[str, Sequence[str]] | None = None) -> tuple[list[str], list[str]]:
     """Format the sentences for the two states of a class.
 
     Args:
@@ -83,15 +70,12 @@ def class_prompts(
         ensemble: The lists ``normal_states``, ``abnormal_states`` and ``templates``, whose entries hold ``{}`` where
             the name or the state goes. Defaults to those of the released MVFA.
 
-    Returns:
-        The sentences for the normal and for the abnormal state, of the released ensemble 245 and 175.
-
     Example:
         >>> normal, abnormal = class_prompts("Brain")
         >>> len(normal), len(abnormal), abnormal[0]
         (245, 175, 'a bad photo of a damaged Brain.')
     """
-    ensemble = _ensemble() if ensemble is None else ensemble
+    ensemble = ENSEMBLE if ensemble is None else ensemble
 
     def sentences(states: Sequence[str]) -> list[str]:
         # The name may contain braces, which formatting would interpret.
@@ -108,11 +92,8 @@ def class_prompts(
 def encode_states(clip: CLIP, tokenizer: Callable[[list[str]], Tensor], class_name: str) -> Tensor:
     """Encode the two states of a class with CLIP's text tower.
 
-    Each sentence is encoded and normalised, the sentences of a state are averaged, the mean is normalised again.
-    The result is kept on disk (see :func:`cache_dir`), under a digest of the text tower and of the tokens.
-
-    Returns:
-        Text features ``(E, 2)``: column 0 normal, column 1 abnormal, each of unit length.
+    Each sentence is encoded and normalised, the sentences of a state are averaged, the mean is normalised again:
+    ``(E, 2)``, normal and abnormal. It is kept on disk (:func:`cache_dir`), under a digest of text tower and tokens.
     """
     tokens = [tokenizer(sentences) for sentences in class_prompts(class_name)]  # (N, T) a state
     path = cache_dir() / "text_features" / f"{_digest(clip, tokens)}.safetensors"
@@ -156,10 +137,6 @@ def _digest(clip: CLIP, tokens: Sequence[Tensor]) -> str:
 
 
 def _read_features(path: Path) -> Tensor | None:
-    """Read kept text features; a damaged file counts as none."""
-    if not path.is_file():
-        return None
-    try:
+    with suppress(OSError, SafetensorError):  # absent or damaged
         return load_file(path).get("text_features")
-    except (OSError, SafetensorError):
-        return None
+    return None

@@ -69,16 +69,7 @@ class SupportOutput(NamedTuple):
 class MVFAModel(nn.Module):
     """Multi-level visual feature adaptation of a frozen CLIP.
 
-    Args:
-        backbone: open_clip vision transformer, ``hf-hub:owner/name``, JSON configuration, or ``"tiny"``.
-        pretrained: Tag, local file or ``"random"``; ``None`` takes the backbone's own or ``"openai"``.
-        image_size: Input size in pixels; ``None`` takes 240 for ``ViT-L-14-336``, otherwise the backbone's own.
-        levels: One-based blocks to read, or a preset: :func:`~anomalib_mvfa.model.tower.resolve_levels`. ``None`` takes
-            the ends of the quarters. Blocks behind the last are dropped.
-        class_name: What the images show, for the prompts; ``None`` leaves it open.
-        variant: Choices in which the paper and the released code differ, or the name of a preset.
-        language_weight: Share of the language branch in the fusion.
-        coreset: Share of the bank that is kept, in (0, 1]: the entries that cover the others best.
+    The arguments are those of :class:`~anomalib_mvfa.model.lightning_model.MVFA`.
 
     Attributes:
         has_masks: Whether the training data had masks. With masks the map comes from the segmentation adapters, and
@@ -120,8 +111,7 @@ class MVFAModel(nn.Module):
         self.tower = FrozenTower(image_tower(clip.visual), levels, normalize, self.backbone.mean, self.backbone.std)
         self.levels = self.tower.levels
         width, text_width = self.tower.width, self.backbone.model["embed_dim"]
-        self.seg_adapters = self._make_adapters(width, text_width)
-        self.det_adapters = self._make_adapters(width, text_width)
+        self.seg_adapters, self.det_adapters = (self._make_adapters(width, text_width) for _ in range(2))
         self.seg_memory = MemoryBank(len(self.levels), coreset)
         self.det_memory = MemoryBank(len(self.levels), coreset)
         self.fusion = Fusion(language_weight)
@@ -137,16 +127,8 @@ class MVFAModel(nn.Module):
             self.set_class_name(class_name)
 
     def _make_adapters(self, width: int, text_width: int) -> nn.ModuleList:
-        last = len(self.levels) - 1
-        return nn.ModuleList(
-            ResidualAdapter(
-                width,
-                text_width,
-                activation=self.variant.activation,
-                linear=self.variant.last_level_projector and level == last,
-            )
-            for level in range(len(self.levels))
-        )
+        linear = [self.variant.last_level_projector and level == self.levels[-1] for level in self.levels]
+        return nn.ModuleList(ResidualAdapter(width, text_width, self.variant.activation, each) for each in linear)
 
     def reset(self) -> None:
         """Reset to the state of a new object: random adapters, empty banks, unit ranges."""
@@ -159,26 +141,15 @@ class MVFAModel(nn.Module):
         self.fusion = Fusion(self.fusion.language_weight).to(device)
         self.has_masks = True
 
-    def set_class_name(self, class_name: str) -> None:
-        """Encode the text features of a class and drop the text tower; another name later reads its weights again."""
-        if class_name == self.class_name:
-            return
-        self.text_features = self.encode_classes([class_name])[class_name]
-        self.class_name = class_name
-        self._text = None
-
-    def restore_class_name(self, class_name: str | None) -> None:
-        """Set a class name whose text features come with a state dict, without the text tower."""
-        self.class_name = class_name
-        if class_name is not None:
-            self._text = None
+    def set_class_name(self, class_name: str, *, encode: bool = True) -> None:
+        """Encode the text features of a class, unless they come with a state dict, and drop the text tower."""
+        if encode and class_name != self.class_name:
+            self.text_features = self.encode_classes([class_name])[class_name]
+        self.class_name, self._text = class_name, None
 
     @torch.inference_mode(mode=False)  # training may need them later
     def encode_classes(self, class_names: Sequence[str]) -> dict[str, Tensor]:
-        """Encode the text features ``(E, 2)`` of several classes, by name.
-
-        Reads the text tower's weights again where it was dropped.
-        """
+        """Encode the text features ``(E, 2)`` of several classes, by name; reads a dropped text tower again."""
         clip, tokenizer = self._text or load_clip(self.backbone)
         device = self.text_features.device
         return {name: encode_states(clip, tokenizer, name).to(device) for name in class_names}
@@ -198,30 +169,19 @@ class MVFAModel(nn.Module):
         """
         return self.fuse(*self.branches(images))
 
-    def branches(
-        self,
-        images: Tensor,
-        text_features: Tensor | None = None,
-    ) -> tuple[BranchOutput, BranchOutput | None]:
-        """Compute both branches, before they are scaled and fused.
+    def branches(self, images: Tensor, text_features: Tensor | None = None) -> tuple[BranchOutput, BranchOutput | None]:
+        """Compute both branches of images ``(B, 3, H, W)`` in [0, 1], before they are scaled and fused.
 
-        Args:
-            images: ``(B, 3, H, W)`` in [0, 1].
-            text_features: ``(B, E, 2)`` when each image has a class of its own; ``None`` takes the model's own.
-
-        Returns:
-            Language branch, and memory branch or ``None`` without a bank (zero-shot).
+        Text features are ``(B, E, 2)`` when each image has a class of its own; ``None`` takes the model's own. Without
+        a bank (zero-shot) the memory branch is ``None``.
         """
         hidden = self.hidden_tokens(images)
         language = self.language_branch(self.map_tokens(hidden), text_features)
         if self.has_masks:
             language = language._replace(score=self.language_branch(hidden.detection, text_features).score)
-        memory = (
-            None
-            if self.memory.is_empty or not self.use_memory
-            else self.memory_branch(self.map_tokens(hidden), self.memory)
-        )
-        return language, memory
+        if self.memory.is_empty or not self.use_memory:
+            return language, None
+        return language, self.memory_branch(self.map_tokens(hidden), self.memory)
 
     def fuse(self, language: BranchOutput, memory: BranchOutput | None) -> InferenceBatch:
         """Blend the two branches, or in zero-shot the language branch alone, into maps and scores."""
@@ -242,21 +202,15 @@ class MVFAModel(nn.Module):
         return self.tower.run_stage(self.tower.embed(images.to(weight.dtype)), 0)
 
     def hidden_tokens(
-        self,
-        images: Tensor,
-        frozen_segmentation: Tensor | bool = False,
-        cache: "TokenCache | None" = None,
+        self, images: Tensor, frozen_segmentation: Tensor | bool = False, cache: "TokenCache | None" = None
     ) -> HiddenTokens:
-        """Run the tower with its adapters.
+        """Run the tower with its adapters, and return the hidden vectors of every level.
 
         Args:
             images: ``(B, 3, H, W)`` in [0, 1].
             frozen_segmentation: Compute no gradients of the segmentation adapters' weights, as for training images of
                 sets without masks; for all images, or ``(B,)`` for those that are true.
             cache: Keeps the tokens below the first adapters.
-
-        Returns:
-            The hidden vectors of every level.
         """
         tokens = cache(images, self.first_level_tokens) if cache is not None else self.first_level_tokens(images)
         segmentation, detection = [], []
@@ -289,14 +243,10 @@ class MVFAModel(nn.Module):
         return self.seg_memory if self.has_masks else self.det_memory
 
     def level_probabilities(self, hidden: Tensor, text_features: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Compare one level's patches with text.
+        """Compute state probabilities ``(B, 2, H, W)`` and image scores ``(B,)`` of one level, in float32.
 
-        Args:
-            hidden: ``(B, L, E)``, the patches last; the class token before them is not compared.
-            text_features: ``(E, 2)`` or ``(B, E, 2)``; ``None`` takes the model's own.
-
-        Returns:
-            State probabilities ``(B, 2, H, W)`` and image scores ``(B,)``, in float32.
+        The patches, last in ``hidden`` ``(B, L, E)``, are compared with text: ``(E, 2)`` or ``(B, E, 2)``; ``None``
+        takes the model's own features.
 
         Raises:
             RuntimeError: If no class name was given yet.
@@ -307,12 +257,13 @@ class MVFAModel(nn.Module):
                 raise RuntimeError(msg)
             text_features = self.text_features
         with self._full_precision(hidden):
-            patches = patch_windows(
-                hidden[:, self.tower.prefix :].float(), self.tower.grid_size, self.variant.window_sizes
-            )
-            logits = state_logits(patches, text_features.float())
+            logits = state_logits(self._patches(hidden), text_features.float())
             probabilities = abnormal_map(logits, self.tower.grid_size, self.image_size)
             return probabilities, abnormal_score(logits, self.variant.pooling)
+
+    def _patches(self, hidden: Tensor) -> Tensor:
+        patches = hidden[:, self.tower.prefix :].float()
+        return patch_windows(patches, self.tower.grid_size, self.variant.window_sizes)
 
     def language_branch(self, hidden: Sequence[Tensor], text_features: Tensor | None = None) -> BranchOutput:
         """Compare the hidden vectors ``(B, L, E)`` of all levels with text, as in :meth:`level_probabilities`."""
@@ -322,28 +273,20 @@ class MVFAModel(nn.Module):
         return BranchOutput(self._reduce_levels(maps), self._reduce_levels(scores))
 
     def memory_branch(
-        self,
-        hidden: Sequence[Tensor],
-        bank: MemoryBank,
-        excluded: Sequence[Tensor] | None = None,
+        self, hidden: Sequence[Tensor], bank: MemoryBank, excluded: Sequence[Tensor] | None = None
     ) -> BranchOutput:
-        """Compare all levels with the bank of normal patches.
+        """Compute the distances of all levels from the bank of normal patches.
 
         Args:
             hidden: One ``(B, L, E)`` a level.
             bank: The bank.
             excluded: For each level ``(B, N)``, true for the entries that an image must not be compared with.
-
-        Returns:
-            Distance to the bank as a map and as a score, summed over the levels.
         """
         maps = []
         for level, tokens in enumerate(hidden):
+            others = None if excluded is None else excluded[level]
             with self._full_precision(tokens):
-                patches = patch_windows(
-                    tokens[:, self.tower.prefix :].float(), self.tower.grid_size, self.variant.window_sizes
-                )
-                distance = bank_distance(patches, bank[level], None if excluded is None else excluded[level])  # (B, P)
+                distance = bank_distance(self._patches(tokens), bank[level], others)  # (B, P)
                 grid = distance.unflatten(1, self.tower.grid_size).unsqueeze(1)  # (B, 1, h, w)
                 maps.append(upsample(grid, self.image_size).squeeze(1))
         stacked = torch.stack(maps)  # (levels, B, H, W)
@@ -377,8 +320,10 @@ class MVFAModel(nn.Module):
         """
         count = support.normal.shape[1]
         normal = self._map_tokens_of(support.normal.flatten(0, 1), batch_size)  # (V * K, L, E) a level
-        kept = self.memory.remember([self._with_windows(tokens) for tokens in normal])
-
+        # Patches are averaged as those of a query are, so that a remembered image has distance 0.
+        prefix = self.tower.prefix
+        entries = [torch.cat([tokens[:, :prefix].float(), self._patches(tokens)], dim=1) for tokens in normal]
+        kept = self.memory.remember(entries)
         sources = [positions // tokens.shape[1] for positions, tokens in zip(kept, normal, strict=True)]  # (N,) a level
         outputs: list[tuple[BranchOutput, BranchOutput]] = []
         for index in range(count):
@@ -402,29 +347,19 @@ class MVFAModel(nn.Module):
         position = torch.arange(len(language.score), device=language.score.device)
         return SupportOutput(language, memory, position >= normal_count)
 
-    def _with_windows(self, tokens: Tensor) -> Tensor:
-        """Average the patches of ``(B, L, E)`` as those of a query are, so that a remembered image has distance 0."""
-        patches = patch_windows(tokens[:, self.tower.prefix :].float(), self.tower.grid_size, self.variant.window_sizes)
-        return torch.cat([tokens[:, : self.tower.prefix].float(), patches], dim=1)
-
     @torch.inference_mode(mode=False)
     @torch.no_grad()
     def set_fusion_range(self, outputs: Sequence[tuple[BranchOutput, BranchOutput]]) -> None:
-        """Take the fusion's ranges from the outputs of the branches for some images.
-
-        Args:
-            outputs: Language and memory branch, one pair a batch.
-        """
+        """Take the fusion's ranges from language and memory branch of some images, one pair a batch."""
         self.fusion.fit(
             **{
                 f"{branch}_{kind}": torch.cat([getattr(pair[index], field).flatten() for pair in outputs])
                 for index, branch in enumerate(("language", "memory"))
                 for kind, field in (("map", "anomaly_map"), ("score", "score"))
-            },
+            }
         )
 
     def _map_tokens_of(self, images: Tensor, batch_size: int) -> list[Tensor]:
-        """Compute, in batches, the hidden vectors that the map is made from."""
         device = self.text_features.device
         batches = [self.map_tokens(self.hidden_tokens(batch.to(device))) for batch in images.split(batch_size)]
         return [torch.cat(level) for level in zip(*batches, strict=True)]

@@ -16,47 +16,23 @@ from torch import Tensor, nn
 
 from anomalib_mvfa.backbones.towers import ImageTower
 
-__all__ = ["FrozenTower", "quarter_levels", "resolve_levels"]
-
-
-def quarter_levels(depth: int) -> tuple[int, ...]:
-    """Return the blocks that end each quarter of a transformer.
-
-    Args:
-        depth: Number of blocks.
-
-    Returns:
-        One-based block numbers, ``(6, 12, 18, 24)`` for the 24 blocks of ViT-L/14; every block of a tower of fewer
-        than four.
-
-    Example:
-        >>> quarter_levels(24)
-        (6, 12, 18, 24)
-        >>> quarter_levels(2)
-        (1, 2)
-    """
-    return tuple(sorted({max(1, depth * quarter // 4) for quarter in range(1, 5)}))
+__all__ = ["FrozenTower", "resolve_levels"]
 
 
 def resolve_levels(levels: Sequence[int] | str | None, depth: int) -> tuple[int, ...]:
-    """Return the blocks that are read.
+    """Return the one-based numbers of the blocks that are read.
 
-    Args:
-        levels: One-based block numbers; ``None`` for the ends of the quarters; ``"half"`` for the first two of them and
-            ``"middle"`` for the second alone: no block behind it runs, which halves the cost.
-        depth: Number of blocks.
-
-    Returns:
-        One-based block numbers.
+    ``None`` takes the ends of the quarters (every block of a tower of fewer than four), ``"half"`` the first two of
+    them and ``"middle"`` the second alone: no block behind it runs, which halves the cost.
 
     Raises:
         ValueError: If the preset is unknown.
 
     Example:
-        >>> resolve_levels("half", 24), resolve_levels("middle", 24)
-        ((6, 12), (12,))
+        >>> resolve_levels(None, 24), resolve_levels("half", 24), resolve_levels("middle", 24), resolve_levels(None, 2)
+        ((6, 12, 18, 24), (6, 12), (12,), (1, 2))
     """
-    quarters = quarter_levels(depth)
+    quarters = tuple(sorted({max(1, depth * quarter // 4) for quarter in range(1, 5)}))
     presets = {"half": quarters[:2], "middle": quarters[1:2]}
     if isinstance(levels, str):
         if levels not in presets:
@@ -75,7 +51,7 @@ class FrozenTower(nn.Module):
         tower: Image tower. Its parameters are frozen in place.
         levels: One-based numbers of the blocks after which tokens are read, ascending; see :func:`resolve_levels`.
         normalize_input: Whether to apply mean and standard deviation to the images. The released MVFA does not.
-        mean: Mean of the images that the weights were trained with, a number a channel. Defaults to OpenAI's.
+        mean: Mean of each channel of the images that the weights were trained with. Defaults to OpenAI's.
         std: Their standard deviation. Defaults to OpenAI's.
 
     Attributes:
@@ -96,13 +72,10 @@ class FrozenTower(nn.Module):
         std: Sequence[float] = OPENAI_DATASET_STD,
     ) -> None:
         super().__init__()
-        self.depth = len(tower.blocks)
-        self.levels = levels = resolve_levels(levels, self.depth)
-        if list(levels) != sorted(set(levels)) or levels[0] < 1 or levels[-1] > self.depth:
-            msg = (
-                f"levels must be ascending block numbers between 1 and {self.depth} for this backbone, got "
-                f"{list(levels)}."
-            )
+        depth = len(tower.blocks)
+        self.levels = levels = resolve_levels(levels, depth)
+        if list(levels) != sorted(set(levels)) or levels[0] < 1 or levels[-1] > depth:
+            msg = f"levels must be ascending block numbers between 1 and {depth} for this backbone, got {list(levels)}."
             raise ValueError(msg)
         self.grid_size, self.image_size = tower.grid_size, tower.image_size
         self.width, self.prefix = tower.width, tower.prefix
@@ -118,33 +91,22 @@ class FrozenTower(nn.Module):
         self.requires_grad_(requires_grad=False)
         self.eval()
 
-    @property
-    def blocks(self) -> nn.ModuleList:
-        """The blocks up to the last level."""
-        return self.tower.blocks
-
     def train(self, mode: bool = True) -> "FrozenTower":
         """Stay in evaluation mode."""
         del mode
         return super().train(mode=False)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Compute the tokens that enter the first block.
-
-        Args:
-            images: Images ``(B, 3, H, W)`` in [0, 1], of the tower's image size.
-
-        Returns:
-            Tokens ``(B, p + h * w, D)``, the patches last.
+        """Compute the tokens ``(B, p + h * w, D)`` that enter the first block from images ``(B, 3, H, W)`` in [0, 1].
 
         Raises:
             ValueError: If the images have another size.
         """
         if tuple(images.shape[-2:]) != self.image_size:
+            (height, width), (rows, columns) = self.image_size, images.shape[-2:]
             msg = (
-                f"This model reads images of {self.image_size[0]} x {self.image_size[1]} pixels, got "
-                f"{images.shape[-2]} x {images.shape[-1]}. Resize them, or build the model with image_size="
-                f"({images.shape[-2]}, {images.shape[-1]})."
+                f"This model reads images of {height} x {width} pixels, got {rows} x {columns}. Resize them, or build "
+                f"the model with image_size=({rows}, {columns})."
             )
             raise ValueError(msg)
         if self.normalize_input:
@@ -152,16 +114,8 @@ class FrozenTower(nn.Module):
         return self.tower.embed(images)
 
     def run_stage(self, tokens: Tensor, stage: int) -> Tensor:
-        """Run the blocks that lead to a level.
-
-        Args:
-            tokens: ``(B, L, D)``, the patches last.
-            stage: Zero-based index into ``levels``.
-
-        Returns:
-            Tokens ``(B, L, D)`` after block ``levels[stage]``.
-        """
+        """Compute the tokens ``(B, L, D)`` after block ``levels[stage]`` from those after the level before it."""
         first = self.levels[stage - 1] if stage else 0
-        for block in self.blocks[first : self.levels[stage]]:
+        for block in self.tower.blocks[first : self.levels[stage]]:
             tokens = self.tower.run_block(block, tokens)
         return tokens

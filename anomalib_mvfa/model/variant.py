@@ -35,6 +35,9 @@ class Variant:
         window_sizes: Average each patch with its neighbours at these odd side lengths. Source: MoECLIP.
         map_blur: Standard deviation in pixels of a Gaussian blur of the anomaly map, 0 for none. Source: AA-CLIP.
         background_dice: Add a Dice term on the normal state's map. Source: later work on MVFA.
+
+    Raises:
+        ValueError: If a choice is unknown.
     """
 
     quick_gelu: bool | None = None
@@ -51,18 +54,9 @@ class Variant:
     background_dice: bool = False
 
     def __post_init__(self) -> None:
-        """Check the choices.
-
-        Raises:
-            ValueError: If one is unknown.
-        """
         object.__setattr__(self, "residual", tuple(self.residual))
         object.__setattr__(self, "window_sizes", tuple(self.window_sizes))
-        choices = {
-            "activation": tuple(ACTIVATIONS),
-            "pooling": ("mean", "max"),
-            "level_reduction": ("sum", "mean"),
-        }
+        choices = {"activation": ACTIVATIONS, "pooling": ("mean", "max"), "level_reduction": ("sum", "mean")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 msg = f"{name} must be one of {', '.join(allowed)}, got '{getattr(self, name)}'."
@@ -79,14 +73,7 @@ class Variant:
 
     @classmethod
     def of(cls, value: "Variant | Mapping[str, Any] | str | None") -> "Variant":
-        """Return a variant.
-
-        Args:
-            value: A variant, its fields by name (others keep the released choice), the name of a preset, or ``None``
-                for ``"released"``.
-
-        Returns:
-            The variant.
+        """Return a variant by its fields (others keep the released choice), or by name; ``None`` is ``"released"``.
 
         Raises:
             ValueError: If the preset or a field is unknown, or a choice is not allowed.
@@ -110,11 +97,9 @@ class Variant:
         return VARIANTS[name]
 
     def on(self, *, published_backbone: bool, normalized: bool = False) -> "Variant":
-        """Return the variant for a backbone; the presets define the activation of ``ViT-L-14-336`` only.
+        """Return the variant for a backbone, ``ViT-L-14-336`` or one whose weights come with mean and deviation.
 
-        Args:
-            published_backbone: Whether the backbone is ``ViT-L-14-336``.
-            normalized: Whether mean and standard deviation come with the weights.
+        The presets define the activation of ``ViT-L-14-336`` only.
         """
         normalize = normalized and not published_backbone if self.normalize_input is None else self.normalize_input
         if published_backbone:

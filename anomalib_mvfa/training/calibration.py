@@ -19,8 +19,6 @@ from anomalib_mvfa.post_processing import MVFAPostProcessor
 from anomalib_mvfa.pre_processing import MVFAPreProcessor
 from anomalib_mvfa.processes import gather_objects
 from anomalib_mvfa.training.state import training_data
-from anomalib_mvfa.weights.arguments import Settled
-from anomalib_mvfa.weights.checkpoints import checkpoint_facts
 
 if TYPE_CHECKING:
     from anomalib_mvfa.model import MVFA
@@ -59,22 +57,12 @@ class Calibration:
     """
 
     def __init__(self, *, bank_holds: bool = False, thresholds_hold: bool = False) -> None:
-        self.bank_holds = bank_holds
-        self.thresholds_hold = thresholds_hold
+        self.bank_holds, self.thresholds_hold = bank_holds, thresholds_hold
         self._data: weakref.ref[Any] | None = None  # the datamodule of the calibration
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the datamodule out of a pickled model."""
         return {**vars(self), "_data": None}
-
-    @classmethod
-    def restored(cls, checkpoint: dict[str, Any], settled: Settled) -> "Calibration":
-        """Return the calibration of a checkpoint, as far as the arguments given beside it leave it valid."""
-        saved = checkpoint_facts(checkpoint)["calibration"]
-        return cls(
-            bank_holds=saved["bank_holds"] and settled.bank_holds,
-            thresholds_hold=saved["thresholds_hold"] and settled.thresholds_hold,
-        )
 
     def state(self) -> dict[str, bool]:
         """Return what a checkpoint keeps of it."""
@@ -90,11 +78,7 @@ class Calibration:
         self.bank_holds = self.thresholds_hold = False
 
     def check(self, module: "MVFA") -> None:
-        """Refuse to export a model that is not trained or not calibrated.
-
-        Raises:
-            ValueError: If its adapters are untrained, or bank or thresholds do not fit.
-        """
+        """Raise a ``ValueError`` before the export of a model that is not trained or not calibrated."""
         if not module.trained and module.option("adapters") is None:
             raise ValueError(UNTRAINED)
         if module.option("memory") and module.model.memory.is_empty:
@@ -104,7 +88,7 @@ class Calibration:
 
     def begin(self, module: "MVFA") -> None:
         """Build bank and ranges, and provide the supports for the thresholds, before a validation."""
-        output = self._remember(module) if self._bank_is_due(module) else None
+        output = self._remember(module)
         if module.option("fusion_scale") == "test":
             _scale_by(module, module.trainer.val_dataloaders)
         _offer(module, output)
@@ -127,7 +111,7 @@ class Calibration:
         transductive = module.option("fusion_scale") == "test" and trainer.testing
         if self.holds and not transductive:
             return
-        output = self._remember(module) if self._bank_is_due(module) else None
+        output = self._remember(module)
         if module.trained and not self.bank_holds:
             raise ValueError(NO_BANK)
         if transductive:
@@ -140,11 +124,10 @@ class Calibration:
             raise ValueError(NO_THRESHOLDS)
         self.end(module)
 
-    def _bank_is_due(self, module: "MVFA") -> bool:
-        return module.fit_state is not None or not module.trained or not self.bank_holds
-
     def _remember(self, module: "MVFA") -> SupportOutput | None:
-        """Build bank and ranges from the supports of the data at hand, if there are any."""
+        """Build bank and ranges, if that is due, from the supports of the data at hand, if there are any."""
+        if module.fit_state is None and module.trained and self.bank_holds:
+            return None
         if not module.option("memory"):
             self.bank_holds = True
             return None
@@ -162,7 +145,6 @@ def _offer(module: "MVFA", output: SupportOutput | None) -> None:
 
 
 def _validation_loader(module: "MVFA") -> Any:
-    """Return the loader of the validation part, or ``None`` without one."""
     datamodule = getattr(module.trainer, "datamodule", None)
     if isinstance(datamodule, AnomalibDataModule) and len(getattr(datamodule, "val_data", None) or ()):
         return datamodule.val_dataloader()
@@ -190,28 +172,17 @@ def _set_thresholds(module: "MVFA", loader: Any, output: SupportOutput | None) -
 
 
 def _scale_by(module: "MVFA", loaders: Any) -> None:
-    """Take the fusion's ranges from all images of a set, those of the other processes included."""
     outputs = branch_extremes(module.model, loaders, module.pre_processed, module.device)
     if outputs:
         module.model.set_fusion_range(outputs)
 
 
 def find_support(
-    datamodule: object,
-    train_data: Any,
-    max_support: int,
-    pre_process: Callable[[Tensor], Tensor],
+    datamodule: object, train_data: Any, max_support: int, pre_process: Callable[[Tensor], Tensor]
 ) -> Support | None:
-    """Return the supports of a datamodule, or a sample of its normal training images.
+    """Return the attribute ``support`` of a datamodule, or a sample of its normal training images if there are any.
 
-    Args:
-        datamodule: Any datamodule, or ``None``; one with an attribute ``support`` has its own.
-        train_data: Its training set.
-        max_support: How many normal training images are taken, evenly over them.
-        pre_process: Resizes an image ``(3, H, W)`` to the size that the model reads.
-
-    Returns:
-        The supports; ``None`` where there are no normal training images.
+    At most ``max_support`` are taken, evenly over them, and ``pre_process`` resizes them to the size of the model.
     """
     if hasattr(datamodule, "support"):
         support: Support | None = datamodule.support
@@ -237,12 +208,6 @@ def branch_extremes(
     device: torch.device,
 ) -> list[tuple[BranchOutput, BranchOutput]]:
     """Compute the least and the largest values of both branches over all images of a set, in all processes.
-
-    Args:
-        model: With a bank.
-        loaders: Loaders of the set.
-        pre_process: Resizes images to the size that the model reads.
-        device: Of the model.
 
     Returns:
         Language and memory branch of each batch, least and largest value in each field; nothing with an empty bank.

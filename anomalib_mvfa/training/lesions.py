@@ -37,18 +37,13 @@ RING_PROBABILITY = 0.3
 
 
 class Outline(NamedTuple):
-    """Location and shape of a lesion inside a ``(h, w)`` box around it.
+    """Location and shape of a lesion inside a ``(h, w)`` box around it."""
 
-    ``box`` holds the box's rows and columns in the image; ``alpha`` ``(h, w)`` is the lesion's weight in [0, 1];
-    ``rho`` ``(h, w)`` the distance from the centre in lesion radii, made irregular by noise (1 at the edge);
-    ``centre`` is ``(row, column)`` in the box; ``radius`` is in pixels.
-    """
-
-    box: tuple[slice, slice]
-    alpha: Tensor
-    rho: Tensor
-    centre: tuple[int, int]
-    radius: float
+    box: tuple[slice, slice]  # rows and columns in the image
+    alpha: Tensor  # weight of the lesion ``(h, w)`` in [0, 1]
+    rho: Tensor  # distance ``(h, w)`` from the centre in lesion radii, made irregular by noise (1 at the edge)
+    centre: tuple[int, int]  # row and column in the box
+    radius: float  # in pixels
 
 
 def estimate_body(image: Tensor) -> Tensor:
@@ -56,14 +51,8 @@ def estimate_body(image: Tensor) -> Tensor:
 
     Otsu's threshold on the square root of the smoothed brightness, which keeps dark tissue; the side with the image's
     corners is the background. Small components are dropped and holes filled. Evenly black or white areas at the
-    border, as a straightened retinal scan has them, are padding.
-
-    Args:
-        image: ``(3, H, W)`` in [0, 1], on the CPU.
-
-    Returns:
-        Boolean ``(H, W)``. True everywhere if there is no flat background, or if the body would cover less than 5 %
-        of the image.
+    border, as a straightened retinal scan has them, are padding. The body ``(H, W)`` of an image ``(3, H, W)`` in
+    [0, 1] is true everywhere if there is no flat background, or if it would cover less than 5 % of the image.
     """
     foreground, content = _foreground(image), ~_padding(image)
     for body in (foreground & content, content):  # the foreground may be the padding
@@ -93,7 +82,8 @@ def _foreground(image: Tensor) -> Tensor:
     _, high = cv2.threshold((smooth * 255).astype(np.uint8), 0, 1, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
 
     corner = max(min(height, width) // 10, 1)
-    corners = np.concatenate([high[rows, columns].ravel() for rows in _ends(corner) for columns in _ends(corner)])
+    ends = slice(None, corner), slice(-corner, None)
+    corners = np.concatenate([high[rows, columns].ravel() for rows in ends for columns in ends])
     foreground = 1 - high if round(corners.mean()) else high
     if not foreground.any():
         return everywhere
@@ -111,15 +101,15 @@ class LesionSynthesizer:
     """Adds a synthetic lesion to a normal image and returns its mask.
 
     Args:
-        kinds: The kinds to choose from, each equally likely. Defaults to ``LESION_KINDS``, all four.
+        kinds: The kinds to choose from, each equally likely. Defaults to all four.
+
+    Attributes:
         size_range: Lesion diameter as a fraction of the body's size (the square root of its area).
-            Defaults to ``(0.1, 0.4)``.
         contrast_range: Brightness change in standard deviations of the brightness inside the body.
-            Defaults to ``(0.5, 2.0)``.
-        softness_range: Width of the soft edge in lesion radii. Defaults to ``(0.2, 0.8)``.
+        softness_range: Width of the soft edge in lesion radii.
 
     Raises:
-        ValueError: If a kind is unknown, none is given, or a range is not ``0 < low <= high``.
+        ValueError: If a kind is unknown, or none is given.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
@@ -129,26 +119,15 @@ class LesionSynthesizer:
         (torch.Size([3, 56, 56]), torch.Size([56, 56]), True)
     """
 
-    def __init__(
-        self,
-        kinds: Sequence[str] = ("intensity", "cutpaste", "texture", "deformation"),
-        size_range: tuple[float, float] = (0.1, 0.4),
-        contrast_range: tuple[float, float] = (0.5, 2.0),
-        softness_range: tuple[float, float] = (0.2, 0.8),
-    ) -> None:
-        unknown = sorted(set(kinds) - set(LESION_KINDS))
-        if unknown or not kinds:
+    size_range = (0.1, 0.4)
+    contrast_range = (0.5, 2.0)
+    softness_range = (0.2, 0.8)
+
+    def __init__(self, kinds: Sequence[str] = ("intensity", "cutpaste", "texture", "deformation")) -> None:
+        if not kinds or set(kinds) - set(LESION_KINDS):
             msg = f"kinds must name at least one of {', '.join(LESION_KINDS)}; got {list(kinds)}."
             raise ValueError(msg)
-        ranges = {"size_range": size_range, "contrast_range": contrast_range, "softness_range": softness_range}
-        for name, (low, high) in ranges.items():
-            if not 0 < low <= high:
-                msg = f"{name} must be (low, high) with 0 < low <= high; got {(low, high)}."
-                raise ValueError(msg)
         self.kinds = tuple(kinds)
-        self.size_range = size_range
-        self.contrast_range = contrast_range
-        self.softness_range = softness_range
 
     def __call__(self, image: Tensor, generator: Generator, donor: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Add a lesion of a random kind.
@@ -159,8 +138,7 @@ class LesionSynthesizer:
         Args:
             image: ``(3, H, W)`` in [0, 1], on the CPU. It is not changed.
             generator: Source of all randomness, on the CPU.
-            donor: Another normal image, ``(3, H', W')`` in [0, 1], from which ``cutpaste`` takes its piece. Without it
-                the piece comes from the image itself, turned and scaled.
+            donor: Another normal image, ``(3, H', W')``, from which ``cutpaste`` takes its piece; the image if none.
 
         Returns:
             The image with the lesion, float32 ``(3, H, W)`` in [0, 1], and its boolean mask ``(H, W)``, never empty.
@@ -201,19 +179,14 @@ class LesionSynthesizer:
                 kind, attempt = "intensity", 0
 
     def draw_on_half(self, images: Tensor, epoch: int, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Add a lesion to every second image of a batch, and in the next epoch to the others.
+        """Add a lesion to every second normal image of a batch, and in the next epoch to the others.
 
         The lesion of an image depends on the global seed (``seed_everything``), the epoch and the image alone, so that
         it is the same after resuming and in any process. The piece for ``cutpaste`` comes from a neighbour in the batch
         that has no lesion.
 
-        Args:
-            images: Normal images ``(B, 3, H, W)`` in [0, 1]. They are not changed.
-            epoch: Number of the epoch.
-            number: Number of the batch in the epoch.
-
         Returns:
-            Images, masks ``(B, H, W)`` and labels ``(B,)``, all on the device of the images.
+            New images ``(B, 3, H, W)``, masks ``(B, H, W)`` and labels ``(B,)``, on the device of the images.
         """
         lesioned = torch.as_tensor(images).as_subclass(Tensor).cpu().clone()
         masks = torch.zeros(len(lesioned), *lesioned.shape[-2:], dtype=torch.bool)
@@ -227,15 +200,13 @@ class LesionSynthesizer:
 
 
 def _generator(image: Tensor, epoch: int) -> Generator:
-    """Make a generator that depends on the global seed, the epoch and the pixels of an image."""
     digest = blake2b(f"{torch.initial_seed()} {epoch}".encode(), digest_size=8)
     digest.update(image.float().contiguous().numpy().data)
     return Generator().manual_seed(int.from_bytes(digest.digest(), "little", signed=True))
 
 
-def _intensity(image: Tensor, outline: Outline, contrast: float, donor: Tensor, generator: Generator) -> Tensor:
+def _intensity(image: Tensor, outline: Outline, contrast: float, _: Tensor, generator: Generator) -> Tensor:
     """Make the tissue brighter or darker, unevenly and with some of its texture lost; sometimes as a ring."""
-    del donor
     profile = outline.alpha * (1 + 0.25 * _noise(image, outline.radius / 2, generator))
     if _uniform(0, 1, generator) < RING_PROBABILITY:
         core = _smoothstep((_uniform(0.4, 0.7, generator) - outline.rho) / 0.35)
@@ -264,9 +235,8 @@ def _cutpaste(image: Tensor, outline: Outline, contrast: float, donor: Tensor, g
     return image + outline.alpha * (piece + difference + _shift(image, outline, contrast / 2, generator) - image)
 
 
-def _texture(image: Tensor, outline: Outline, contrast: float, donor: Tensor, generator: Generator) -> Tensor:
+def _texture(image: Tensor, outline: Outline, contrast: float, _: Tensor, generator: Generator) -> Tensor:
     """Add grain of another scale, or remove or exaggerate fine detail."""
-    del donor
     detail = image - _blurred(image, outline.radius / 2)
     variant = _integer(3, generator)
     if variant == 0:
@@ -278,9 +248,8 @@ def _texture(image: Tensor, outline: Outline, contrast: float, donor: Tensor, ge
     return image + outline.alpha * change
 
 
-def _deformation(image: Tensor, outline: Outline, contrast: float, donor: Tensor, generator: Generator) -> Tensor:
+def _deformation(image: Tensor, outline: Outline, _: float, __: Tensor, generator: Generator) -> Tensor:
     """Push the tissue away from the centre or pull it towards it."""
-    del contrast, donor
     strength = _uniform(0.5, 0.9, generator) * (1 if _integer(2, generator) else -1)
     rows, columns = _offsets(image, outline.centre)
     pull = 1 - strength * outline.alpha
@@ -297,7 +266,6 @@ LESION_KINDS: dict[str, Callable[[Tensor, Outline, float, Tensor, Generator], Te
 
 
 def _checked(image: Tensor, name: str) -> Tensor:
-    """Return the image as float32 in [0, 1]; interpolation may have overshot by less than a grey level."""
     if image.shape[:-2] != (3,) or not image.is_floating_point():
         msg = f"{name} must be floating point of shape (3, H, W); got {image.dtype} of shape {tuple(image.shape)}."
         raise ValueError(msg)
@@ -305,7 +273,7 @@ def _checked(image: Tensor, name: str) -> Tensor:
     if not (low >= -GREY_LEVEL and high <= 1 + GREY_LEVEL):
         msg = f"{name} must lie in [0, 1] without NaN; scale it before lesions are added."
         raise ValueError(msg)
-    return image.float().clamp(0, 1)
+    return image.float().clamp(0, 1)  # interpolation may have overshot by less than a grey level
 
 
 def _outline(depth: Tensor, radius: float, softness: float, generator: Generator) -> Outline:
@@ -348,8 +316,7 @@ def _solid(mask: NDArray[Any], share: float) -> NDArray[np.uint8]:
     return np.asarray(cv2.drawContours(np.zeros_like(mask), kept, -1, 1, cv2.FILLED))
 
 
-def _depth(body: Tensor) -> Tensor:
-    """Compute the distance of every body pixel from the background, in pixels, 0 outside the body."""
+def _depth(body: Tensor) -> Tensor:  # distance of each pixel from the background, 0 outside the body
     return torch.from_numpy(cv2.distanceTransform(body.byte().numpy(), cv2.DIST_L2, 5))
 
 
@@ -385,7 +352,6 @@ def _noise(like: Tensor, cell: float, generator: Generator) -> Tensor:
 
 
 def _blurred(image: Tensor, cell: float) -> Tensor:
-    """Remove detail finer than about ``cell`` pixels by resizing down and up."""
     height, width = image.shape[-2:]
     small = tvf.resize(image, [max(round(height / max(cell, 2)), 1), max(round(width / max(cell, 2)), 1)])
     blurred: Tensor = tvf.resize(small, [height, width])
@@ -393,7 +359,6 @@ def _blurred(image: Tensor, cell: float) -> Tensor:
 
 
 def _offsets(image: Tensor, centre: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Return row ``(H, 1)`` and column ``(1, W)`` offsets of every pixel from the centre."""
     height, width = image.shape[-2:]
     return torch.arange(height)[:, None] - float(centre[0]), torch.arange(width)[None] - float(centre[1])
 
@@ -408,10 +373,6 @@ def _sample(image: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 def _smoothstep(x: Tensor) -> Tensor:
     x = x.clamp(0, 1)
     return x * x * (3 - 2 * x)
-
-
-def _ends(length: int) -> tuple[slice, slice]:
-    return slice(None, length), slice(-length, None)
 
 
 def _uniform(low: float, high: float, generator: Generator) -> float:

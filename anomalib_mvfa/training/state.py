@@ -18,7 +18,7 @@ from anomalib_mvfa.model.prompts import prompt_name
 from anomalib_mvfa.pre_processing import check_intensity
 from anomalib_mvfa.training.lesions import LesionSynthesizer
 from anomalib_mvfa.training.token_cache import TokenCache
-from anomalib_mvfa.weights.facts import training_facts
+from anomalib_mvfa.weights.adapter_files import training_facts
 
 if TYPE_CHECKING:
     from anomalib_mvfa.model import MVFA
@@ -41,17 +41,11 @@ CACHE_BYTES = 2**30
 
 @dataclass
 class FitState:
-    """State of one fit, made anew when it starts.
+    """State of one fit, made anew when it starts."""
 
-    Args:
-        lesions: Adds synthetic lesions; ``None`` where the training data have abnormal images.
-        class_features: Text features ``(E, 2)`` by class, for datamodules that train on several classes.
-        token_cache: Tokens below the first adapters, kept where the training set is small and fixed.
-    """
-
-    lesions: LesionSynthesizer | None = None
-    class_features: dict[str, Tensor] = field(default_factory=dict)
-    token_cache: TokenCache | None = None
+    lesions: LesionSynthesizer | None = None  # where the training data have no abnormal images
+    class_features: dict[str, Tensor] = field(default_factory=dict)  # ``(E, 2)`` by class, where there are several
+    token_cache: TokenCache | None = None  # where the training set is small and fixed
 
     def text_features(self, batch: Any) -> Tensor | None:
         """Return the text features ``(B, E, 2)`` of a batch that names its classes, else ``None``."""
@@ -65,8 +59,7 @@ def begin_training(module: "MVFA") -> None:
     """Set class names, masks, intensity rule, lesion synthesis and token cache for the training data.
 
     Raises:
-        ValueError: If ``threshold="fpr"`` would find no normal images at the end, or a resumed training reads images by
-            another intensity rule.
+        ValueError: If ``threshold="fpr"`` lacks normal images, or a resumed training has another intensity rule.
     """
     if module.option("threshold") == "fpr" and not module.option("memory") and not module.validates:
         msg = (
@@ -129,11 +122,7 @@ def choose_class_name(module: "MVFA") -> None:
 
 
 def prepare_evaluation(module: "MVFA") -> None:
-    """Build the network, and check that prompts and images are those that it was trained for.
-
-    Raises:
-        ValueError: If the images are read by another intensity rule than those of the training.
-    """
+    """Build the network, and raise a ``ValueError`` if images are read by another intensity rule than in training."""
     module.ensure_model()
     if not module.trained:
         module.model.has_masks = bool(module.adapter_facts.get("has_masks", _evaluates_masks(module)))
@@ -142,7 +131,7 @@ def prepare_evaluation(module: "MVFA") -> None:
     if not module.trained and module.option("adapters") is None:
         logger.warning(
             "The adapters are untrained: train first, or give --ckpt_path or --model.adapters. "
-            "The predictions mean nothing.",
+            "The predictions mean nothing."
         )
 
 

@@ -33,8 +33,7 @@ class TokenCache:
     """
 
     def __init__(self, max_bytes: int, max_images: int) -> None:
-        self.max_bytes = max_bytes
-        self.max_images = max_images
+        self.max_bytes, self.max_images = max_bytes, max_images
         self.open = True
         self._tokens: dict[bytes, Tensor] = {}
         self._met: set[bytes] = set()
@@ -45,15 +44,7 @@ class TokenCache:
         return len(self._tokens)
 
     def __call__(self, images: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return the tokens of images.
-
-        Args:
-            images: ``(B, 3, H, W)``.
-            compute: Computes tokens ``(1, L, D)`` of one image ``(1, 3, H, W)``.
-
-        Returns:
-            Tokens ``(B, L, D)``.
-        """
+        """Return the tokens ``(B, L, D)`` of images ``(B, 3, H, W)``; ``compute`` computes those of one image."""
         if not self.open:
             return compute(images)
         return torch.cat([self._get(image, compute) for image in images.split(1)])

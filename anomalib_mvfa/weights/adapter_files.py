@@ -1,55 +1,58 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Adapters files, local or on the Hugging Face hub: the released ``.pth`` format and safetensors."""
+"""Adapters files, local or on the Hugging Face hub: the released ``.pth`` format and safetensors.
+
+The facts in them are in types of JSON. No path is among them, as names of files and folders may contain names of
+patients.
+"""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download
+from lightning.pytorch import Trainer
 from open_clip.factory import HF_HUB_PREFIX
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from anomalib_mvfa.files import replacing
-from anomalib_mvfa.model.variant import NETWORK_CHOICES, Variant
+from anomalib_mvfa.model.prompts import prompt_ensemble
+from anomalib_mvfa.model.variant import NETWORK_CHOICES
 
-__all__ = ["HUB_FILE", "AdapterFile", "check_facts", "load_adapters", "locate", "read_adapters", "write_adapters"]
+if TYPE_CHECKING:
+    from anomalib_mvfa.model import MVFAModel
+
+__all__ = [
+    "AdapterFile",
+    "check_facts",
+    "evaluation_facts",
+    "load_adapters",
+    "model_facts",
+    "read_adapters",
+    "training_facts",
+    "upload",
+    "write_adapters",
+]
 
 KINDS = ("seg_adapters", "det_adapters")
 METADATA_KEY = "anomalib_mvfa"
 HUB_FILE = "adapters.safetensors"
-"""Name of the adapters in a repository of the hub."""
 
 
 class AdapterFile(NamedTuple):
-    """Contents of an adapters file.
-
-    Args:
-        weights: For ``"seg_adapters"`` and ``"det_adapters"`` the tensors by name, such as ``"0.fc1.0.weight"``.
-        metadata: Plain facts about the training; empty for the released format.
-    """
+    """Contents of an adapters file: tensors by kind of adapter and name, and facts (none in the released format)."""
 
     weights: dict[str, dict[str, Tensor]]
-    metadata: dict[str, object]
+    metadata: dict[str, Any]
 
 
-def locate(source: str | Path) -> Path:
-    """Find a file, downloading it if it is on the hub.
-
-    Args:
-        source: A path, ``hf-hub:owner/name`` or ``hf-hub:owner/name@revision``.
-
-    Returns:
-        A local path; for the hub, :data:`HUB_FILE` of the repository in the local cache.
-
-    Raises:
-        FileNotFoundError: If the repository's file is neither in the cache nor can be downloaded.
-    """
+def _locate(source: str | Path) -> Path:
     name = str(source)
     if not name.startswith(HF_HUB_PREFIX):
         return Path(source)
@@ -69,32 +72,24 @@ def read_adapters(source: str | Path) -> AdapterFile:
     """Read an adapters file without executing code from it.
 
     Args:
-        source: A ``.pth`` in the released format, a safetensors file of :func:`write_adapters`, or
-            ``hf-hub:owner/name``.
-
-    Returns:
-        Weights and metadata.
+        source: A ``.pth`` in the released format, a safetensors file of :func:`write_adapters`,
+            ``hf-hub:owner/name`` or ``hf-hub:owner/name@revision``.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If there is no such file, or it is neither in the hub's cache nor can be downloaded.
         ValueError: If the file is damaged or holds something else.
     """
-    path = locate(source)
+    path = _locate(source)
     if not path.is_file():
         msg = f"No adapters file at {path}. Give the path of a released .pth or of a .safetensors file."
         raise FileNotFoundError(msg)
-    metadata: dict[str, object] = {}
+    metadata: dict[str, Any] = {}
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
                 flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            contents: object = {
-                kind: {
-                    name.removeprefix(f"{kind}."): value for name, value in flat.items() if name.startswith(f"{kind}.")
-                }
-                for kind in KINDS
-            }
+            contents: object = {kind: _under(flat, kind) for kind in KINDS}
         else:
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -110,43 +105,38 @@ def read_adapters(source: str | Path) -> AdapterFile:
     return AdapterFile({kind: contents[kind] for kind in KINDS}, metadata)
 
 
+def _under(flat: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{kind}."): value for name, value in flat.items() if name.startswith(f"{kind}.")}
+
+
 def _is_state_dict(value: object) -> bool:
     return isinstance(value, dict) and bool(value) and all(isinstance(tensor, Tensor) for tensor in value.values())
 
 
-def check_facts(
-    source: str | Path,
-    facts: dict[str, object],
-    fingerprint: str,
-    levels: Sequence[int],
-    variant: Variant,
-) -> None:
+def check_facts(source: str | Path, facts: Mapping[str, Any], model: "MVFAModel") -> None:
     """Check that adapters were trained for a network, as far as their facts say.
 
     Raises:
         ValueError: If they were trained with other backbone weights, levels or choices that change the tokens.
     """
-    if facts.get("fingerprint", fingerprint) != fingerprint:
+    if facts.get("fingerprint", model.fingerprint) != model.fingerprint:
         msg = (
             f"{source} was trained with other backbone weights than those of this model: with backbone "
             f"'{facts.get('backbone')}'. Build the model with it (--model.backbone, --model.pretrained)."
         )
         raise ValueError(msg)
-    trained_levels = facts.get("levels")
-    if isinstance(trained_levels, list) and trained_levels != list(levels):
+    levels = list(model.levels)
+    trained_levels = facts.get("levels", levels)
+    if trained_levels != levels:
         msg = (
-            f"{source} was trained at the levels {trained_levels}, but this model reads {list(levels)}. Build it with "
+            f"{source} was trained at the levels {trained_levels}, but this model reads {levels}. Build it with "
             f"levels={trained_levels} (--model.levels)."
         )
         raise ValueError(msg)
-    choices = facts.get("variant")
-    if not isinstance(choices, dict):
-        return
-    for name in NETWORK_CHOICES:
-        own = getattr(variant, name)
-        own = list(own) if isinstance(own, tuple) else own  # as JSON has it
+    choices = facts.get("variant") or {}
+    for name, own in model.variant.plain().items():
         trained = choices.get(name, own)
-        if trained != own:
+        if name in NETWORK_CHOICES and trained != own:
             msg = (
                 f"{source} was trained with {name}={trained}, but this model has {name}={own}. Build it with "
                 f"variant={{'{name}': {trained!r}}} (--model.variant.{name} {trained})."
@@ -154,7 +144,7 @@ def check_facts(
             raise ValueError(msg)
 
 
-def load_adapters(path: str | Path, seg_adapters: nn.ModuleList, det_adapters: nn.ModuleList) -> dict[str, object]:
+def load_adapters(path: str | Path, seg_adapters: nn.ModuleList, det_adapters: nn.ModuleList) -> dict[str, Any]:
     """Copy adapters from a file or the hub into a model, and return the file's metadata.
 
     Nothing is changed when the file does not fit.
@@ -187,17 +177,12 @@ def write_adapters(
     path: str | Path,
     seg_adapters: nn.ModuleList,
     det_adapters: nn.ModuleList,
-    metadata: dict[str, object] | None = None,
+    metadata: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Path:
-    """Save adapters, one module a level; the suffix selects the format.
+    """Save adapters, one module a level: as ``.pth`` in the released format without metadata, or ``.safetensors``.
 
-    Args:
-        path: ``.pth`` writes the released format (without metadata), ``.safetensors`` ours.
-        seg_adapters: Segmentation adapters.
-        det_adapters: Detection adapters.
-        metadata: Facts in types of JSON.
-        dtype: Storage type; ``None`` keeps float32, which makes a round trip exact.
+    ``dtype`` is the storage type; ``None`` keeps float32, which makes a round trip exact.
 
     Raises:
         ValueError: If the suffix is neither.
@@ -218,3 +203,84 @@ def write_adapters(
             with partial.open("wb") as file:
                 torch.save(states, file)
     return path
+
+
+def upload(repository: str, model: "MVFAModel", facts: Mapping[str, Any], licence: str, *, private: bool) -> str:
+    """Upload adapters in half precision and a model card made of their facts to the hub, and return the address.
+
+    Raises:
+        ValueError: If the name is not of the form ``owner/name``.
+    """
+    if repository.startswith(HF_HUB_PREFIX) or repository.count("/") != 1:
+        msg = f"A repository of the hub is named owner/name, got '{repository}'."
+        raise ValueError(msg)
+    header = ModelCardData(
+        license=licence,
+        library_name="anomalib",
+        pipeline_tag="image-segmentation",
+        tags=["anomaly-detection", "medical", "mvfa", "anomalib-mvfa", "clip"],
+    )
+    template = str(Path(__file__).with_name("model_card.md.jinja"))
+    values = {"repository": repository, "facts": facts, "prefix": HF_HUB_PREFIX, "file": HUB_FILE}
+    card = ModelCard.from_template(header, template_path=template, **values)
+    api = HfApi()
+    with TemporaryDirectory() as folder:
+        write_adapters(Path(folder) / HUB_FILE, model.seg_adapters, model.det_adapters, facts, torch.float16)
+        card.save(Path(folder) / "README.md")
+        address = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload MVFA adapters")
+    return str(address)
+
+
+def model_facts(model: "MVFAModel") -> dict[str, Any]:
+    """Describe what the adapters of a network fit: backbone, fingerprint, levels, prompts, choices of the method."""
+    return {
+        "backbone": _without_folder(model.backbone.name),
+        "pretrained": _without_folder(model.backbone.weights),
+        "fingerprint": model.fingerprint,
+        "levels": list(model.levels),
+        "image_size": list(model.image_size),
+        "class_name": model.class_name,
+        "prompts": prompt_ensemble(),
+        "has_masks": model.has_masks,
+        "variant": model.variant.plain(),
+        "language_weight": model.fusion.language_weight,
+    }
+
+
+def training_facts(trainer: Trainer, learning_rate: float, *, synthetic_lesions: bool) -> dict[str, Any]:
+    """Describe a training: its data, its length, and whether normal images get synthetic lesions."""
+    datamodule = getattr(trainer, "datamodule", None)
+    return {
+        "data": _data_name(datamodule),
+        "k_shot": getattr(datamodule, "k_shot", None),
+        "seed": getattr(datamodule, "seed", None),
+        "synthetic_lesions": synthetic_lesions or getattr(datamodule, "abnormal_source", None) == "synthetic",
+        "epochs": trainer.max_epochs,
+        "learning_rate": learning_rate,
+    }
+
+
+def evaluation_facts(trainer: Trainer, fusion_scale: str) -> dict[str, Any]:
+    """Return the metrics of a test that has ended, and how they were obtained."""
+    datamodule = getattr(trainer, "datamodule", None)
+    return {
+        "data": _data_name(datamodule),
+        "images": len(getattr(datamodule, "test_data", ())),
+        "fusion_scale": fusion_scale,
+        "metrics": {
+            name: float(value)
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith(("image_", "pixel_"))
+        },
+    }
+
+
+def _without_folder(name: str | None) -> str | None:
+    """Return the file name of a local path, and other names unchanged."""
+    return Path(name).name if name and Path(name).is_file() else name
+
+
+def _data_name(datamodule: object) -> str | None:
+    names = (getattr(datamodule, "name", None), getattr(datamodule, "category", None))
+    return "/".join(dict.fromkeys(name for name in names if name)) or None

@@ -41,13 +41,7 @@ THRESHOLDS = ("threshold", "target_fpr", "language_weight", "map_blur")
 
 
 class Settled(NamedTuple):
-    """Result of combining a checkpoint's arguments with those given beside it.
-
-    Args:
-        arguments: Arguments by name, all of them with a value where one is needed.
-        bank_holds: Whether bank and ranges of the checkpoint fit these arguments.
-        thresholds_hold: Whether its thresholds do.
-    """
+    """Arguments of a checkpoint and given ones combined, and whether its bank and ranges, its thresholds fit them."""
 
     arguments: dict[str, Any]
     bank_holds: bool
@@ -61,11 +55,6 @@ def settle_arguments(saved: dict[str, Any], given: Mapping[str, Any], *, resumin
     only training reads have no effect on an evaluation. ``pretrained`` may name another copy of the weights, which are
     compared by their fingerprint.
 
-    Args:
-        saved: Arguments in the checkpoint.
-        given: Arguments that a user has given, without those left at their defaults.
-        resuming: Whether a training goes on from the checkpoint.
-
     Raises:
         ValueError: If an argument contradicts the checkpoint.
 
@@ -74,12 +63,10 @@ def settle_arguments(saved: dict[str, Any], given: Mapping[str, Any], *, resumin
         >>> settle_arguments(saved, {"threshold": "fpr"}, resuming=False)[1:]
         (True, False)
     """
-    arguments = {**saved, **{name: value for name, value in given.items() if name != "variant"}}
     if given.get("adapters") is not None:
         msg = "A checkpoint holds adapters of its own. Give --ckpt_path or --model.adapters, not both."
         raise ValueError(msg)
-    own = Variant.of(saved["variant"])
-    asked = own
+    own = asked = Variant.of(saved["variant"])
     if "variant" in given:
         asked = Variant.of(given["variant"])
         decided = {"quick_gelu": asked.quick_gelu, "normalize_input": asked.normalize_input}
@@ -87,16 +74,14 @@ def settle_arguments(saved: dict[str, Any], given: Mapping[str, Any], *, resumin
             decided["quick_gelu"] = None
         # What is None was decided by the backbone.
         asked = replace(asked, **{name: getattr(own, name) for name, value in decided.items() if value is None})
-    arguments["variant"] = asked.plain()
-    changed = {name for name in given if name != "variant" and _comparable(given[name]) != _comparable(saved.get(name))}
-    changed |= {name for name, value in asked.plain().items() if value != own.plain()[name]}
-    fixed = {*ARCHITECTURE, *NETWORK_CHOICES}
-    for name in sorted(changed if resuming else changed & fixed):
-        if name == "pretrained":
-            continue
-        of_variant = name in own.plain()
-        before, now = (own.plain()[name], asked.plain()[name]) if of_variant else (saved.get(name), given[name])
-        option = f"--model.{'variant.' if of_variant else ''}{name}"
+    arguments = {**saved, **given, "variant": asked.plain()}
+    # Each argument and each choice of the variant: name of its option, value in the checkpoint, value in force.
+    values = {name: (f"--model.{name}", saved.get(name), value) for name, value in given.items() if name != "variant"}
+    values |= {name: (f"--model.variant.{name}", own.plain()[name], value) for name, value in asked.plain().items()}
+    changed = {name for name, (_, before, now) in values.items() if _comparable(before) != _comparable(now)}
+    fixed = changed if resuming else changed & {*ARCHITECTURE, *NETWORK_CHOICES}
+    for name in sorted(fixed - {"pretrained"}):
+        option, before, now = values[name]
         why = "a training goes on with the arguments that it began with" if resuming else "its weights fit no other"
         msg = (
             f"The checkpoint was made with {option} {before}, but {now} was given; {why}. Leave it out, or train anew."
@@ -113,11 +98,7 @@ def _comparable(value: Any) -> Any:
 
 
 def settle(module: "MVFA", checkpoint: dict[str, Any]) -> Settled:
-    """Combine the arguments of a checkpoint with those that a user has given to a model.
-
-    Raises:
-        ValueError: If the checkpoint is not one of MVFA, or contradicts an argument.
-    """
+    """Combine the arguments of a checkpoint with those given to a model, as :func:`settle_arguments` does."""
     facts = checkpoint_facts(checkpoint)
     saved = facts["arguments"]
     given = {name: module.hparams_initial[name] for name in module.explicit}

@@ -3,8 +3,6 @@
 
 """Checkpoints: written as a whole, read without executing code, completed with the state of a model."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile, ZipFile
@@ -52,17 +50,8 @@ class AtomicCheckpointIO(AnomalibCheckpointIO):
     Lightning writes to the system's temporary folder and copies from there, which an interruption can truncate.
     """
 
-    def save_checkpoint(
-        self,
-        checkpoint: dict[str, Any],
-        path: str | Path,
-        storage_options: Any | None = None,
-    ) -> None:
-        """Write a checkpoint to a file; Lightning writes to addresses of object stores.
-
-        Raises:
-            OSError: If it cannot be written. An earlier file is left as it was.
-        """
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Write a checkpoint to a file; Lightning writes to addresses of object stores."""
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -70,22 +59,13 @@ class AtomicCheckpointIO(AnomalibCheckpointIO):
             torch.save(checkpoint, file)
 
     def load_checkpoint(
-        self,
-        path: str | Path,
-        map_location: Any = None,
-        weights_only: bool | None = True,
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = True
     ) -> dict[str, Any]:
-        """Read a checkpoint without executing code from it.
-
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If it cannot be read.
-        """
+        """Read a checkpoint as :func:`read_checkpoint` does, without executing code from it."""
         if weights_only is False or "://" in str(path):  # Lightning passes None where nothing was given
             contents: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only is not False)
             return contents
-        with _readable(path), anomalib_safe_globals(extra=self.extra_safe_globals):
-            return _as_checkpoint(torch.load(path, map_location=map_location or "cpu", weights_only=True))
+        return read_checkpoint(path, self.extra_safe_globals, map_location=map_location or "cpu")
 
 
 def write_whole_checkpoints(trainer: Trainer) -> None:
@@ -95,15 +75,19 @@ def write_whole_checkpoints(trainer: Trainer) -> None:
         trainer.strategy.checkpoint_io = AtomicCheckpointIO(checkpoint_io.extra_safe_globals)
 
 
-@contextmanager
-def _readable(path: str | Path) -> Iterator[None]:
-    """Raise one error for what torch raises on damaged files."""
+def read_checkpoint(path: str | Path, safe_globals: Any, **options: Any) -> dict[str, Any]:
+    """Read a checkpoint of tensors, plain data and ``safe_globals``, without executing code from it.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it cannot be read.
+    """
     if not Path(path).is_file():
         msg = f"No checkpoint at {path}. Give the path of a .ckpt that `anomalib train --model MVFA` has written."
         raise FileNotFoundError(msg)
     try:
-        _compare_checksums(path)
-        yield
+        with anomalib_safe_globals(extra=safe_globals):
+            return _load(path, **{"map_location": "cpu", **options})
     except Exception as error:
         msg = (
             f"{path} could not be read as a checkpoint ({type(error).__name__}). It may be damaged, or hold Python "
@@ -112,38 +96,18 @@ def _readable(path: str | Path) -> Iterator[None]:
         raise ValueError(msg) from error
 
 
-def _compare_checksums(path: str | Path) -> None:
-    """Refuse a file with changed bytes, as torch does not."""
+def _load(path: str | Path, **options: Any) -> dict[str, Any]:
     with ZipFile(path) as archive:
-        if archive.testzip():
+        if archive.testzip():  # torch does not compare checksums
             raise BadZipFile
-
-
-def _as_checkpoint(contents: Any) -> dict[str, Any]:
-    parts = ("state_dict", "hyper_parameters")
-    if not isinstance(contents, dict) or not all(isinstance(contents.get(part), dict) for part in parts):
-        msg = f"no {' and '.join(parts)} in it"
-        raise TypeError(msg)
+    contents: dict[str, Any] = torch.load(path, weights_only=True, **options)
+    if not all(isinstance(contents[part], dict) for part in ("state_dict", "hyper_parameters")):
+        raise TypeError
     return contents
-
-
-def read_checkpoint(path: str | Path, safe_globals: Any) -> dict[str, Any]:
-    """Read a checkpoint without executing code from it; its tensors are read when they are used.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it cannot be read.
-    """
-    with _readable(path), anomalib_safe_globals(extra=safe_globals):
-        return _as_checkpoint(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
 
 
 def checkpoint_facts(checkpoint: dict[str, Any], path: str | Path = "This checkpoint") -> dict[str, Any]:
     """Return the facts in a checkpoint of MVFA.
-
-    Args:
-        checkpoint: Its contents.
-        path: For the message.
 
     Raises:
         ValueError: If it is not one of MVFA, or of a version that is not read any more.
@@ -160,15 +124,12 @@ def checkpoint_facts(checkpoint: dict[str, Any], path: str | Path = "This checkp
 
 def _check_tensors(state: dict[str, Any], model: nn.Module) -> None:
     """Check that the tensors of a checkpoint are those of a model, but for the length of the bank."""
-    expected = {name: value for name, value in model.state_dict().items() if not name.startswith(TOWER)}
-    wrong = []
-    for name in sorted(expected.keys() | state.keys()):
-        value = state.get(name)
-        if name not in expected or not isinstance(value, Tensor):
-            fits = False
-        else:
-            fits = value.shape == expected[name].shape or name.startswith(BANKS)
-        wrong += [] if fits else [name]
+    expected = {name: value.shape for name, value in model.state_dict().items() if not name.startswith(TOWER)}
+    found = {name: value.shape for name, value in state.items() if isinstance(value, Tensor)}
+    wrong = sorted(expected.keys() ^ state.keys() | expected.keys() - found.keys())
+    wrong += [
+        name for name in expected.keys() & found.keys() if expected[name] != found[name] and not name.startswith(BANKS)
+    ]
     if wrong:
         msg = (
             f"The checkpoint does not fit this model: {len(wrong)} of its tensors are missing, unknown or of another "
@@ -183,12 +144,9 @@ def is_fitting(module: "MVFA") -> bool:
 
 
 def keep_trained_state(module: "MVFA", checkpoint: dict[str, Any]) -> bool:
-    """Replace the contents of the checkpoint that a training was resumed from by the state of the trained model.
+    """Return whether a training was resumed from this checkpoint; its contents then become those of the trained model.
 
     ``anomalib train --ckpt_path`` loads the same file once more for the test that follows the training.
-
-    Returns:
-        Whether it was that checkpoint.
     """
     testing = module._trainer is not None and module.trainer.state.fn == TrainerFn.TESTING
     if not testing or module.resumed_from is None or module.trainer.ckpt_path != module.resumed_from:
@@ -231,6 +189,6 @@ def restore_state(module: "MVFA", checkpoint: dict[str, Any]) -> None:
     module.intensity = facts["intensity"]
     module.history = {name: facts[name] for name in module.history}
     network.has_masks = facts["has_masks"]
-    network.restore_class_name(facts["class_name"])
+    network.set_class_name(facts["class_name"], encode=False)
     tower = {TOWER + name: value for name, value in network.tower.state_dict().items()}
     checkpoint["state_dict"].update(tower)

@@ -49,7 +49,7 @@ def test_batch_equals_single_images(tiny, images, has_masks):
 @torch.no_grad()
 def test_early_exit_drops_blocks_and_keeps_the_levels_before(tiny, images):
     short = MVFAModel("tiny", levels=[1, 2], class_name="Brain").eval()
-    assert (len(tiny.tower.blocks), len(short.tower.blocks)) == (4, 2)
+    assert (len(tiny.tower.tower.blocks), len(short.tower.tower.blocks)) == (4, 2)
     for kind in ("seg_adapters", "det_adapters"):
         for level in range(2):
             getattr(short, kind)[level].load_state_dict(getattr(tiny, kind)[level].state_dict())
@@ -334,7 +334,7 @@ def test_presets_select_fewer_levels_and_drop_the_blocks_behind() -> None:
     middle = MVFAModel(backbone="tiny", class_name="Brain", levels="middle")
     assert half.levels == (1, 2)
     assert middle.levels == (2,)
-    assert len(half.tower.blocks) == len(middle.tower.blocks) == 2
+    assert len(half.tower.tower.blocks) == len(middle.tower.tower.blocks) == 2
 
 
 def test_unknown_preset_of_levels_is_refused() -> None:

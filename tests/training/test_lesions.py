@@ -23,6 +23,14 @@ def seeded(seed: int) -> Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def synthesizer(*kinds: str, **ranges: tuple[float, float]) -> LesionSynthesizer:
+    chosen = LesionSynthesizer(kinds or KINDS)
+    for name, value in ranges.items():
+        assert hasattr(chosen, name)
+        setattr(chosen, name, value)
+    return chosen
+
+
 def disc(height: int, width: int, radius: float) -> Tensor:
     rows, columns = torch.arange(height)[:, None] - height / 2, torch.arange(width)[None] - width / 2
     return torch.hypot(rows, columns) < radius
@@ -91,10 +99,10 @@ def test_grey_images_stay_grey(kind):
 def test_colour_images_shift_hue_only_slightly():
     image = torch.full((3, 64, 64), 0.4)
     image[0] = 0.5
-    synthesizer = LesionSynthesizer(["intensity"], contrast_range=(4, 4))
+    strong = synthesizer("intensity", contrast_range=(4, 4))
     changes = []
     for seed in SEEDS:
-        lesioned, mask = synthesizer(image, seeded(seed))
+        lesioned, mask = strong(image, seeded(seed))
         changes.append((lesioned - image)[:, mask].mean(1))
     changes = torch.stack(changes)
     spread = (changes.amax(1) - changes.amin(1)) / changes.abs().amax(1)
@@ -139,7 +147,7 @@ def test_a_black_and_white_pattern_gets_a_lesion(kind):
 def test_lesions_are_visible_at_56_pixels():
     for seed in range(40):
         image = slice_like(56, 56, seed)
-        _, mask = LesionSynthesizer(size_range=(0.01, 0.02))(image, seeded(seed))
+        _, mask = synthesizer(size_range=(0.01, 0.02))(image, seeded(seed))
         assert 9 <= mask.sum() < 200
 
 
@@ -170,7 +178,7 @@ def test_intensity_turns_where_there_is_room():
     for value, sign in ((0.02, 1), (0.98, -1)):
         image = torch.full((3, 64, 64), value)
         for seed in SEEDS:
-            lesioned, mask = LesionSynthesizer(["intensity"], contrast_range=(4, 4))(image, seeded(seed))
+            lesioned, mask = synthesizer("intensity", contrast_range=(4, 4))(image, seeded(seed))
             assert sign * (lesioned - image)[:, mask].mean() > 0.02
 
 
@@ -178,9 +186,9 @@ def test_cutpaste_brings_the_donors_structure():
     flat = torch.full((3, 96, 96), 0.5)
     stripes = 0.3 + 0.4 * (torch.arange(96) // 3 % 2).float().expand(3, 96, 96)
     for seed in SEEDS:
-        from_flat, mask = LesionSynthesizer(["cutpaste"], size_range=(0.3, 0.3))(flat, seeded(seed), flat)
+        from_flat, mask = synthesizer("cutpaste", size_range=(0.3, 0.3))(flat, seeded(seed), flat)
         smooth = from_flat[0][mask].std()
-        from_stripes, mask = LesionSynthesizer(["cutpaste"], size_range=(0.3, 0.3))(flat, seeded(seed), stripes)
+        from_stripes, mask = synthesizer("cutpaste", size_range=(0.3, 0.3))(flat, seeded(seed), stripes)
         assert from_stripes[0][mask].std() > 0.06
         assert smooth < 0.05
 
@@ -188,7 +196,7 @@ def test_cutpaste_brings_the_donors_structure():
 def test_texture_keeps_the_mean_brightness():
     image = torch.rand(1, 96, 96, generator=seeded(0)).mul(0.4).add(0.3).expand(3, -1, -1)
     for seed in SEEDS:
-        lesioned, mask = LesionSynthesizer(["texture"], size_range=(0.4, 0.4))(image, seeded(seed))
+        lesioned, mask = synthesizer("texture", size_range=(0.4, 0.4))(image, seeded(seed))
         change = (lesioned - image)[0][mask]
         assert abs(change.mean()) < 0.35 * change.abs().mean()
 
@@ -214,7 +222,9 @@ def test_size_range_sets_the_diameter_relative_to_the_body():
     for size in (0.1, 0.2, 0.4):
         diameters = []
         for seed in range(30):
-            _, mask = LesionSynthesizer(["intensity"], (size, size), softness_range=(0.05, 0.05))(image, seeded(seed))
+            _, mask = synthesizer("intensity", size_range=(size, size), softness_range=(0.05, 0.05))(
+                image, seeded(seed)
+            )
             diameters.append(2 * math.sqrt(mask.sum() / math.pi) / 200)
         assert sum(diameters) / 30 == pytest.approx(size, rel=0.2)
 
@@ -225,7 +235,7 @@ def test_contrast_range_sets_the_strength():
     def strength(contrast: float) -> float:
         total = 0.0
         for seed in SEEDS:
-            lesioned, mask = LesionSynthesizer(["intensity"], contrast_range=(contrast, contrast))(image, seeded(seed))
+            lesioned, mask = synthesizer("intensity", contrast_range=(contrast, contrast))(image, seeded(seed))
             total += float((lesioned - image).abs()[:, mask].mean())
         return total
 
@@ -284,9 +294,6 @@ def test_body_is_everything_where_no_background_is_found(image):
     [
         ({"kinds": []}, "at least one of intensity, cutpaste, texture, deformation"),
         ({"kinds": ["blob"]}, "blob"),
-        ({"size_range": (0.5, 0.1)}, "size_range"),
-        ({"contrast_range": (0.0, 0.1)}, "contrast_range"),
-        ({"softness_range": (-1.0, 0.1)}, "softness_range"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):

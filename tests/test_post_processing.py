@@ -11,8 +11,7 @@ from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.metrics import F1AdaptiveThreshold
 from torch.testing import assert_close
 
-from anomalib_mvfa.post_processing import MVFAPostProcessor
-from anomalib_mvfa.post_processing.threshold import ScoreThreshold, false_positive_threshold
+from anomalib_mvfa.post_processing import MVFAPostProcessor, ScoreThreshold, false_positive_threshold
 
 NAN = float("nan")
 
