@@ -17,7 +17,7 @@ from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
 from anomalib_mvfa.comparison.cells import Cell, load_cells
-from anomalib_mvfa.comparison.figures import picture
+from anomalib_mvfa.comparison.page import picture
 from anomalib_mvfa.comparison.report import environment
 from anomalib_mvfa.visualization import heatmap, outlines
 
@@ -143,7 +143,7 @@ def write_page(
         limits: What the results do not show.
     """
     page = environment().from_string(Path(__file__).with_name("page.html.jinja").read_text(encoding="utf-8"))
-    page.globals["picture"] = lambda image: picture(np.asarray(image))
+    page.globals["picture"] = picture
     links = {name: file.resolve() for name, file in results.items()}
     text = page.render(summaries=summaries, commands=commands, results=links, limits=limits, coloured=COLOURED)
     path.write_text(text, encoding="utf-8")
