@@ -23,7 +23,7 @@ help: ## print this help
 env: $(ENV) ## create or update the environment in .venv
 
 demo: $(ENV) ## compare, train, predict and export, offline: make demo [DATA=folder with normal/ abnormal/ masks/]
-	$(BIN)/python -m anomalib_mvfa.demo $(if $(DATA),--data "$(DATA)") $(if $(PRETRAINED),--pretrained "$(PRETRAINED)")
+	$(BIN)/python -W ignore::FutureWarning -m tools.demo $(if $(DATA),--data "$(DATA)") $(if $(PRETRAINED),--pretrained "$(PRETRAINED)")
 
 test: $(ENV) ## run every test and doctest
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile

@@ -5,7 +5,7 @@
 
 The images lie at even distances in the list of test files; none was chosen.
 
-python docs/draw_overview.py
+python -m docs.draw_overview
 """
 
 import sys
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from anomalib_mvfa.demo.page import summarise
+from tools.demo.page import summarise
 
 SIZE, MARGIN, HEADER = 112, 62, 14
 

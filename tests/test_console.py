@@ -35,7 +35,7 @@ def _run(*arguments, **environment):
         (["/bin/anomalib", "test", "--model", "WinClipAny"], True),
         (["/bin/anomalib", "train", "--model", "Padim", "--data", "FewShot"], False),
         (["/bin/other", "--model", "MVFA"], False),
-        (["-m", "anomalib_mvfa.demo"], True),
+        (["-m", "anomalib_mvfa.comparison"], True),
         (["-m", "pytest", "MVFA"], False),
         (["-c", "import torch"], False),
         ([], False),

@@ -1,7 +1,7 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Every message of the package, errors and warnings, is explained on the troubleshooting page, and no others are."""
+"""Every message of the package and its demonstration is explained on the troubleshooting page, and no others are."""
 
 import ast
 import re
@@ -70,7 +70,7 @@ def key(message: str) -> str:
 def all_messages() -> list[str]:
     """Return each message once, without single words, which are errors that the package itself handles."""
     found: dict[str, None] = {}
-    for path in sorted((ROOT / "anomalib_mvfa").rglob("*.py")):
+    for path in sorted([*(ROOT / "anomalib_mvfa").rglob("*.py"), *(ROOT / "tools" / "demo").rglob("*.py")]):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         found.update(dict.fromkeys(text for text in messages(tree) if " " in key(text) or key(text).endswith(".")))
     return list(found)

@@ -1,4 +1,4 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""How the embedded backbone was trained; not installed."""
+"""The demonstration, re-runs of the published protocols, training of the embedded backbone; not installed."""

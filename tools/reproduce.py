@@ -202,7 +202,7 @@ def results(made: Mapping[str, Comparison]) -> list[Table]:
         rows = []
         for each in comparison.sets:
             for level in ("image", "pixel"):
-                known = getattr(published.get(each), level, None)
+                known = published.get((each, level))
                 ours = _auroc(cells, each, level)
                 if known is None and all(map(math.isnan, ours)):
                     continue

@@ -5,34 +5,28 @@
 
 import json
 import logging
-import math
-import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from .statistics import ImageScores, image_metrics
+from .statistics import ImageScores
 
 __all__ = ["Cell", "Maps", "load_cells"]
 
 logger = logging.getLogger(__name__)
 
 _REMEDY = "Delete the folder and run the comparison again: this cell is then computed again."
-_TOLERANCE = 0.01  # between the AUROC in cell.json and that of scores.csv; single precision ties some scores
 
 
-@dataclass(frozen=True, eq=False)
-class Maps:
+class Maps(NamedTuple):
     """Small anomaly maps for display, in the order of the scores."""
 
     levels: NDArray[np.uint8]  # (N, h, w)
-    low: float  # map value of 0
-    high: float  # map value of 255
     masks: NDArray[np.bool_] | None  # (N, h, w), true inside lesions
 
 
@@ -77,21 +71,14 @@ class Cell:
             return None
         try:
             with np.load(path, allow_pickle=False) as archive:
-                masks = archive["masks"] > 0 if "masks" in archive else None
-                maps = Maps(archive["maps"], float(archive["low"]), float(archive["high"]), masks)
+                maps = Maps(archive["maps"], archive["masks"] > 0 if "masks" in archive else None)
         except Exception as error:  # a damaged archive raises many kinds
             msg = f"{path} is damaged. {_REMEDY}"
             raise ValueError(msg) from error
-        shape = (len(self.scores.paths), *maps.levels.shape[1:])
-        shapes = {maps.levels.shape} if masks is None else {maps.levels.shape, masks.shape}
-        if maps.levels.dtype != np.uint8 or maps.levels.ndim != 3 or shapes != {shape}:
-            msg = f"{path}: 'maps' and 'masks' are not one 8-bit picture per line of scores.csv. {_REMEDY}"
+        if any(array is not None and len(array) != len(self.scores.paths) for array in maps):
+            msg = f"{path} does not hold one picture per line of scores.csv. {_REMEDY}"
             raise ValueError(msg)
         return maps
-
-
-class _UnreadableError(Exception):
-    """A cell cannot be used; the reason names no file but its own."""
 
 
 def load_cells(folder: Path | str) -> list[Cell]:
@@ -106,98 +93,40 @@ def load_cells(folder: Path | str) -> list[Cell]:
     Raises:
         FileNotFoundError: If there are no cells.
     """
-    root = Path(folder) / "cells"
-    folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    folders = sorted(path for path in Path(folder).glob("cells/*") if path.is_dir())
     if not folders:
-        msg = f"No cells in {root}: run `anomalib benchmark` with a comparison first, or name its output folder."
+        msg = f"No cells in {folder}: run `anomalib benchmark` with a comparison first, or name its output folder."
         raise FileNotFoundError(msg)
     cells = []
     for path in folders:
+        reason = "cell.json is missing: the cell was not finished. Run the comparison again, which continues there."
         try:
-            cells.append(_load(path))
-        except _UnreadableError as error:
-            logger.warning("%s is left out: %s", path, error)
-            cells.append(Cell(path, status="unreadable", error=str(error)))
+            if (path / "cell.json").is_file():
+                reason = f"cell.json is damaged. {_REMEDY}"
+                cell = _load(path)
+                reason = f"scores.csv is missing or damaged, or names an image twice. {_REMEDY}"
+                cells.append(replace(cell, images=_read_scores(path)) if cell.status == "done" else cell)
+                continue
+        except Exception:  # damaged files raise many kinds, whose texts may name images
+            logger.debug("A damaged cell", exc_info=True)
+        logger.warning("%s is left out: %s", path, reason)
+        cells.append(Cell(path, status="unreadable", error=reason))
     return cells
 
 
-def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """Convert to numbers, without those that were not measured."""
-    return {str(name): float(value) for name, value in values.items() if value is not None}
-
-
-_KINDS: Mapping[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(("method", "set", "backbone", "status", "machine"), str),
-    **dict.fromkeys(("k_shot", "seed"), int),
-    **dict.fromkeys(("metrics", "cost"), _numbers),
-    **dict.fromkeys(("shown", "config"), dict),
-    "error": lambda value: None if value is None else str(value),
-    "threshold": lambda value: None if value is None else float(value),
-    "supports": lambda value: tuple(map(str, value)),
-}
-
-
 def _load(folder: Path) -> Cell:
-    try:
-        stored = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
-        known = {name: kind(stored[name]) for name, kind in _KINDS.items()}
-        cell = Cell(folder, **known, version=str(stored["anomalib_mvfa"]))
-    except FileNotFoundError:
-        msg = "cell.json is missing: the cell was not finished. Run the comparison again, which continues there."
-        raise _UnreadableError(msg) from None
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
-        msg = f"cell.json is damaged. {_REMEDY}"
-        raise _UnreadableError(msg) from None
-    except KeyError as error:
-        msg = f"cell.json lacks {error}. {_REMEDY}"
-        raise _UnreadableError(msg) from None
-    except (TypeError, ValueError, AttributeError):
-        msg = f"cell.json holds a value of the wrong kind. {_REMEDY}"
-        raise _UnreadableError(msg) from None
-    if cell.status not in {"done", "failed"}:
-        msg = f"cell.json has a status that is neither 'done' nor 'failed'. {_REMEDY}"
-        raise _UnreadableError(msg)
-    if cell.status == "done":
-        cell = replace(cell, images=_read_scores(folder / "scores.csv"))
-        _check(cell)
-    return cell
+    stored = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
+    stored["version"] = stored.pop("anomalib_mvfa")
+    for name in ("metrics", "cost"):  # without what was not measured
+        stored[name] = {key: float(value) for key, value in stored[name].items() if value is not None}
+    for name, kind in {"k_shot": int, "seed": int, "supports": tuple, "shown": dict, "config": dict}.items():
+        stored[name] = kind(stored[name])
+    return Cell(folder, **stored)
 
 
-def _read_scores(path: Path) -> ImageScores:
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (OSError, ValueError):
-        msg = f"scores.csv is {'damaged' if path.is_file() else 'missing'}. {_REMEDY}"
-        raise _UnreadableError(msg) from None
-    reason = None
-    if not {"path", "label", "score"} <= set(table):
-        reason = f"scores.csv lacks a column path, label or score. {_REMEDY}"
-        raise _UnreadableError(reason)
-    scores = pd.to_numeric(table.score, errors="coerce").to_numpy(dtype=np.float64)
-    labels = (table.label == "1").to_numpy()
-    wrong = np.flatnonzero(~table.label.isin(["0", "1"]) | ~np.isfinite(scores))
-    if len(wrong):
-        reason = f"scores.csv, line {wrong[0] + 2}: the label is not 0 or 1, or the score is not finite. {_REMEDY}"
-    elif table.path.duplicated().any():
-        reason = f"scores.csv names an image twice. {_REMEDY}"
-    elif labels.all() or not labels.any():
-        reason = "scores.csv has no normal or no abnormal image: give a test part with both, and run the cell again."
-    if reason:
-        raise _UnreadableError(reason)
-    return ImageScores(tuple(table.path), labels, scores, tuple(table.get("group", ())))
-
-
-def _check(cell: Cell) -> None:
-    """Check that the files of a cell agree."""
-    known = cell.metrics.get("image_AUROC", math.nan)
-    area = float(image_metrics(cell.scores.labels, cell.scores.scores)["image_AUROC"][0])
-    maps = cell.folder / "maps.npz"
-    reason = None
-    if not abs(known - area) <= _TOLERANCE:
-        reason = f"cell.json has an image AUROC of {known:.4f}, but scores.csv gives {area:.4f}. {_REMEDY}"
-    elif maps.is_file() and not zipfile.is_zipfile(maps):
-        reason = f"maps.npz is damaged. {_REMEDY}"
-    elif not maps.is_file() and any(name.startswith("pixel_") for name in cell.metrics):
-        reason = f"maps.npz is missing. {_REMEDY}"
-    if reason:
-        raise _UnreadableError(reason)
+def _read_scores(folder: Path) -> ImageScores:
+    table = pd.read_csv(folder / "scores.csv", dtype=str, keep_default_na=False)
+    labels, scores = table.label.astype(int), table.score.astype(float).to_numpy()
+    if set(labels) != {0, 1} or not np.isfinite(scores).all() or table.path.duplicated().any():
+        raise ValueError
+    return ImageScores(tuple(table.path), labels.to_numpy() == 1, scores, tuple(table.get("group", ())))

@@ -3,70 +3,142 @@
 
 """Writes the page of a comparison: one HTML file with tables, figures and images."""
 
+import base64
+import io
 import logging
-import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+from torchvision.transforms.v2.functional import to_pil_image
 
 from anomalib_mvfa.data.readers import read_image
 from anomalib_mvfa.files import replacing
+from anomalib_mvfa.visualization import outlines
 
 from .cells import Cell, Maps
-from .figures import Histogram, colour_bar, curves, forest, heatmap, histograms, outlined, picture, thumbnail
-from .report import FinishedCells, Group, Table, environment, facts, failures, points, shot
+from .report import FinishedCells, Group, Pair, environment, facts, failures, points, shot
 from .statistics import mean_pr, mean_roc, placements
 
-__all__ = ["write_page"]
+__all__ = ["heatmap", "picture", "write_page"]
 
 logger = logging.getLogger(__name__)
 
 GALLERY_ROWS = 40  # images on a page: with ten heatmaps each they stay under 2 MB
+THUMBNAIL = 160  # pixels of the longer side
+STYLE = {"text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "comparison", "font.size": 9.0}
+DASHES = ("-", "--", ":", "-.")
+NORMAL, ABNORMAL = "#2a78b5", "#c6560a"
+COLUMNS = 3  # of histograms
+
+# Plots: each returns a figure and what it shows, in words
 
 
-def _curves(comparison: FinishedCells, name: str, k_shot: int) -> tuple[str, str]:
-    groups = comparison.select(name, k_shot)
-    runs = {f"{g.label} ({g.text('image_AUROC')} %)": [c.scores for c in g.cells.values()] for g in groups}
-    roc = {label: mean_roc(own) for label, own in runs.items()}
-    precision = {label: mean_pr(own) for label, own in runs.items()}
-    share = float(groups[0].first.scores.labels.mean())
-    alt = f"ROC and precision-recall curves on {name}; image AUROC: {', '.join(runs)}."
-    return curves(roc, precision, share), alt
+def _curves(groups: Sequence[Group]) -> tuple[Figure, str]:
+    """ROC and precision-recall curves by method, side by side."""
+    figure = Figure(figsize=(8.4, 3.6 + 0.12 * len(groups)), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    names = [f"{group.label} ({group.text('image_AUROC')} %)" for group in groups]
+    for index, (name, group) in enumerate(zip(names, groups, strict=True)):
+        runs = [cell.scores for cell in group.cells.values()]
+        style: dict[str, Any] = {"color": mpl.colormaps["tab10"](index % 10), "zorder": 3 - index / 100}
+        style |= {"linestyle": DASHES[index % len(DASHES)], "linewidth": 1.4 if index else 2.2}
+        left.plot(*mean_roc(runs), label=name, **style)
+        right.plot(*mean_pr(runs), **style)
+    left.plot([0, 1], [0, 1], ":", color="grey", linewidth=1)
+    right.axhline(groups[0].first.scores.labels.mean(), linestyle=":", color="grey", linewidth=1)
+    left.set(xlabel="1 - specificity", ylabel="sensitivity")
+    right.set(xlabel="recall", ylabel="precision")
+    for axes in (left, right):
+        axes.set(xlim=(0, 1), ylim=(0, 1.01), aspect="equal")
+        axes.grid(alpha=0.3)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    return figure, f"ROC and precision-recall curves; image AUROC: {', '.join(names)}."
 
 
-def _forest(comparison: FinishedCells, name: str, k_shot: int) -> tuple[str, str] | None:
-    known = [pair for pair in comparison.pairs.get((name, k_shot), ()) if not math.isnan(pair.area.low)]
-    rows = [
-        (f"{p.first.label} - {p.second.label}", 100 * p.area.mean, 100 * p.area.low, 100 * p.area.high) for p in known
-    ]
-    alt = "; ".join(f"{pair.first.label} minus {pair.second.label}: {points(pair.area)}" for pair in known)
-    return (forest(rows), alt) if rows else None
+def _forest(pairs: Sequence[Pair]) -> tuple[Figure, str]:
+    """Differences with their intervals, one per line."""
+    figure = Figure(figsize=(8.4, 0.7 + 0.28 * len(pairs)), layout="constrained")
+    axes = figure.subplots()
+    for place, pair in enumerate(pairs):
+        axes.plot([100 * pair.area.low, 100 * pair.area.high], [place, place], color=NORMAL, linewidth=1.6)
+        axes.plot(100 * pair.area.mean, place, "o", color=NORMAL, markersize=5)
+    axes.axvline(0, color="grey", linewidth=1)
+    axes.set(xlabel="difference of image AUROC, points", ylim=(len(pairs) - 0.5, -0.5))
+    axes.set_yticks(range(len(pairs)), [pair.label for pair in pairs])
+    axes.grid(axis="x", alpha=0.3)
+    return figure, "; ".join(f"{pair.label}: {points(pair.area)}" for pair in pairs)
 
 
-def _histograms(comparison: FinishedCells, name: str, k_shot: int) -> tuple[str, str]:
-    methods = []
-    for group in comparison.select(name, k_shot):
+def _histograms(groups: Sequence[Group]) -> tuple[Figure, str]:
+    """Scores of the first seed, normal images upwards, abnormal ones downwards, as shares of each class."""
+    lines = -(-len(groups) // COLUMNS)
+    figure = Figure(figsize=(8.4, 1.7 * lines + 0.2), layout="constrained")
+    grid = figure.subplots(lines, COLUMNS, squeeze=False).ravel()
+    for axes in grid[len(groups) :]:
+        axes.set_axis_off()
+    titles = []
+    for axes, group in zip(grid, groups, strict=False):
         scores, threshold, title = group.first.scores, group.first.threshold, group.label
         normal, abnormal = scores.scores[~scores.labels], scores.scores[scores.labels]
+        low, high = np.quantile(scores.scores, [0.005, 0.995])
+        low, high = (low, high) if high > low else (low - 0.5, high + 0.5)
+        edges = np.linspace(low, high, 33)
+        for own, colour, sign in ((normal, NORMAL, 1), (abnormal, ABNORMAL, -1)):
+            axes.stairs(
+                sign * np.histogram(np.clip(own, low, high), edges)[0] / len(own), edges, fill=True, color=colour
+            )
         if threshold is not None:
+            axes.axvline(min(max(threshold, low), high), color="black", linestyle="--", linewidth=1.2)
             hits, passed = 100 * (abnormal >= threshold).mean(), 100 * (normal < threshold).mean()
             title += f"\nsensitivity {hits:.0f} %, specificity {passed:.0f} %"
-        methods.append(Histogram(title, normal, abnormal, threshold))
-    alt = f"Score histograms on {name}: " + "; ".join(method.title.replace("\n", ", ") for method in methods)
-    return histograms(methods), alt
+        axes.axhline(0, color="grey", linewidth=0.8)
+        axes.set_title(title, fontsize=8)
+        axes.set_yticks([])
+        titles.append(title.replace("\n", ", "))
+    return figure, f"Score histograms: {'; '.join(titles)}"
 
 
-def _plots(
-    comparison: FinishedCells, plot: Callable[[FinishedCells, str, int], tuple[str, str] | None]
-) -> list[dict[str, str]]:
-    """Draw one figure for each set and shot that has results."""
-    made = [(f"{name}, {shot(k_shot)}", plot(comparison, name, k_shot)) for name, k_shot in comparison.places]
-    return [{"title": title, "source": drawn[0], "alt": drawn[1]} for title, drawn in made if drawn]
+def _plots(plot: Callable[[Any], tuple[Figure, str]], rows: Mapping[tuple[str, int], Any]) -> list[dict[str, str]]:
+    """Plot the rows of each set and shot that has any."""
+    made = []
+    for (name, k_shot), own in rows.items():
+        if own:
+            buffer = io.BytesIO()
+            with mpl.rc_context(STYLE):
+                figure, alt = plot(own)
+                figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+            made.append({"title": f"{name}, {shot(k_shot)}", "source": _uri("svg+xml", buffer), "alt": alt})
+    return made
+
+
+# Pictures
+
+
+def _uri(kind: str, buffer: io.BytesIO) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def picture(image: Image.Image) -> str:
+    """Encode a picture as a data URI."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=82, optimize=True)
+    return _uri("jpeg", buffer)
+
+
+def heatmap(levels: NDArray[np.uint8], size: tuple[int, int]) -> Image.Image:
+    """Colour a map ``(h, w)`` of 8 bits, all maps alike, and resize it to width and height."""
+    coloured = (255 * mpl.colormaps["inferno"](levels)[..., :3]).round().astype(np.uint8)
+    return Image.fromarray(coloured).resize(size, Image.Resampling.BILINEAR)
 
 
 def _chosen(groups: Sequence[Group], limit: int) -> dict[str, list[str]]:
@@ -116,7 +188,8 @@ def _panels(groups: Sequence[Group], maps: Sequence[Maps | None], root: Path | N
     image = None
     try:
         if root is not None:
-            image = thumbnail((255 * read_image(root / path).permute(1, 2, 0).numpy()).round().astype(np.uint8))
+            image = to_pil_image(read_image(root / path))
+            image.thumbnail((THUMBNAIL, THUMBNAIL))
     except (OSError, ValueError, ImportError) as error:
         logger.warning("An image is not shown on the page: %s", error)
     panels: list[dict[str, Any]] = [{"name": "input", "shows": "Input"}]
@@ -125,9 +198,9 @@ def _panels(groups: Sequence[Group], maps: Sequence[Maps | None], root: Path | N
         known = ((own.masks, group.first.scores.paths) for group, own in zip(groups, maps, strict=True) if own)
         mask = next((masks[paths.index(path)] for masks, paths in known if masks is not None and path in paths), None)
         if mask is not None and mask.any():
-            drawn = picture(outlined(image, mask))
+            drawn = picture(outlines(image, torch.from_numpy(mask), None))
             panels.append({"name": "mask outline", "shows": "Outline of the mask", "source": drawn})
-    size = image.shape[:2] if image is not None else (112, 112)
+    size = image.size if image is not None else (112, 112)
     for group, own in zip(groups, maps, strict=True):
         scores, threshold = group.first.scores, group.first.threshold
         panel: dict[str, Any] = {"name": group.label, "shows": f"Heatmap of {group.label}"}
@@ -141,7 +214,7 @@ def _panels(groups: Sequence[Group], maps: Sequence[Maps | None], root: Path | N
         if threshold is not None:
             panel |= {"called": score >= threshold, "right": (score >= threshold) == scores.labels[index]}
         if own is not None:
-            panel["source"] = picture(heatmap(own.levels[index], (size[0], size[1])))
+            panel["source"] = picture(heatmap(own.levels[index], size))
     return panels
 
 
@@ -151,16 +224,6 @@ def _maps(cell: Cell) -> Maps | None:
     except ValueError as error:
         logger.warning("No pictures of this cell: %s", error)
         return None
-
-
-def _supports(comparison: FinishedCells, show_paths: bool) -> list[Table]:
-    """List the supports of all methods by set, shot and seed, or count them."""
-    used: dict[tuple[str, int, int], dict[str, None]] = {}
-    for cell in comparison.cells:
-        used.setdefault((cell.set, cell.k_shot, cell.seed), {}).update(dict.fromkeys(cell.supports))
-    rows = [(*key, ", ".join(own) if show_paths else str(len(own))) for key, own in sorted(used.items()) if own]
-    frame = pd.DataFrame(rows, columns=["set", "k", "seed", "images"])
-    return [Table("Supports of all methods", frame)] if rows else []
 
 
 def write_page(
@@ -197,16 +260,16 @@ def write_page(
         "seeds": ", ".join(map(str, sorted({cell.seed for cell in comparison.cells}))),
         "page written with": f"anomalib {version('anomalib')}, Python {platform.python_version()}",
     }
+    groups = {place: comparison.select(*place) for place in comparison.places}
     document = environment().get_template("page.html.jinja")
     text = document.render(
         **facts(comparison),
         missing=failures(comparison, show_paths),
-        forests=_plots(comparison, _forest),
-        curves=_plots(comparison, _curves),
-        histograms=_plots(comparison, _histograms),
+        forests=_plots(_forest, {place: [p for p in own if p.is_known] for place, own in comparison.pairs.items()}),
+        curves=_plots(_curves, groups),
+        histograms=_plots(_histograms, groups),
         galleries=_gallery(comparison, roots, show_paths),
-        colour_bar=colour_bar(),
-        supports=_supports(comparison, show_paths),
+        colour_bar=picture(heatmap(np.arange(256, dtype=np.uint8)[None], (256, 12))),
         command=command,
         made=made,
     )

@@ -1,12 +1,11 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Figures that others published, to stand beside what was measured here."""
+"""Results that others published, to stand beside what was measured here."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
-__all__ = ["PAPER_SETS", "PUBLISHED", "SOURCE", "Figure", "paper_set"]
+__all__ = ["PAPER_SETS", "PUBLISHED", "SOURCE", "paper_set"]
 
 SOURCE = (
     "Huang et al., Adapting Visual-Language Models for Generalizable Anomaly Detection in Medical Images, CVPR 2024, "
@@ -16,24 +15,12 @@ PAPER_SETS = ("Histopathology", "Chest", "Retina_OCT2017", "Brain", "Liver", "Re
 """The sets in the order of the paper's tables. The last three have masks."""
 
 
-class Figure(NamedTuple):
-    """Areas under the ROC curve in percent.
-
-    Attributes:
-        image: Over images.
-        pixel: Over pixels, ``None`` where none was published.
-    """
-
-    image: float
-    pixel: float | None = None
+def _row(image: tuple[float, ...], pixel: tuple[float, ...] = ()) -> dict[tuple[str, str], float]:
+    known = {(name, "image"): value for name, value in zip(PAPER_SETS, image, strict=True)}
+    return known | {(name, "pixel"): value for name, value in zip(PAPER_SETS[-len(pixel) :], pixel, strict=False)}
 
 
-def _row(image: tuple[float, ...], pixel: tuple[float, ...] = ()) -> dict[str, Figure]:
-    pixels: tuple[float | None, ...] = (None,) * (len(image) - len(pixel)) + pixel
-    return {name: Figure(i, p) for name, i, p in zip(PAPER_SETS, image, pixels, strict=True)}
-
-
-PUBLISHED: Mapping[tuple[str, int], Mapping[str, Figure]] = {
+PUBLISHED: Mapping[tuple[str, int], Mapping[tuple[str, str], float]] = {
     ("MVFA", 2): _row((82.61, 81.32, 97.98, 92.72, 81.08, 91.36)),
     ("MVFA", 4): _row((82.71, 81.95, 99.38, 92.44, 81.18, 96.18), (97.30, 99.73, 98.97)),
     ("MVFA", 8): _row((85.10, 83.89, 99.64, 92.61, 85.90, 96.57)),
@@ -44,7 +31,7 @@ PUBLISHED: Mapping[tuple[str, int], Mapping[str, Figure]] = {
     ("WinCLIP (zero-shot)", 0): _row((69.85, 70.86, 46.64, 66.49, 64.20, 42.51), (85.99, 96.20, 80.56)),
     ("APRIL-GAN (zero-shot)", 0): _row((72.36, 57.49, 92.61, 76.43, 70.57, 75.67), (91.79, 97.05, 85.23)),
 }
-"""By method and shot; the paper's tables."""
+"""AUROC in percent of the paper's tables, by method and shot, then by set and level (image or pixel)."""
 
 
 def paper_set(name: str) -> str | None:

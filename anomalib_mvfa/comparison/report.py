@@ -83,9 +83,9 @@ class Group:
     @property
     def shown(self) -> dict[str, str]:
         """What the method was shown, by the columns of a table."""
-        known = [self.first.shown.get(name) for name in ("normal", "abnormal", "masks", "remark")]
+        known = {name: self.first.shown.get(name.removesuffix(" shown")) for name in SHOWN}
         return {"method": self.label} | {
-            name: "-" if value in {None, ""} else str(value) for name, value in zip(SHOWN, known, strict=True)
+            name: "-" if value in {None, ""} else str(value) for name, value in known.items()
         }
 
     def values(self, metric: str) -> list[float]:
@@ -97,20 +97,34 @@ class Group:
         return _percent(self.values(metric))
 
 
-@dataclass(frozen=True, eq=False)
-class Pair:
+class Pair(NamedTuple):
     """Two methods on one set, by the seeds of the first."""
 
     first: Group
     second: Group
     differences: Mapping[str, Difference]
-    adjusted: float
-    family: int
+    adjusted: float  # p-value of the image AUROC by Holm's rule
+    family: int  # comparisons that it was corrected for
+
+    @property
+    def label(self) -> str:
+        """Its name in tables."""
+        return f"{self.first.label} - {self.second.label}"
 
     @property
     def area(self) -> Difference:
         """The difference in image AUROC."""
         return self.differences["image_AUROC"]
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there is a difference: the common images have both classes."""
+        return not math.isnan(self.area.mean)
+
+    @property
+    def is_significant(self) -> bool:
+        """Whether the image AUROC differs after the correction."""
+        return self.adjusted < LEVEL
 
 
 class FinishedCells:
@@ -192,12 +206,12 @@ def shot(k_shot: int) -> str:
     return f"k = {k_shot}" if k_shot else "no supports"
 
 
-def _percent(values: Sequence[float]) -> str:
+def _percent(values: Sequence[float], digits: int = 1) -> str:
     known = [100 * value for value in values if not math.isnan(value)]
     if not known:
         return "-"
     mean, spread = mean_and_spread(known)
-    return f"{mean:.1f}" if math.isnan(spread) else f"{mean:.1f} ± {spread:.1f}"
+    return f"{mean:.{digits}f}" if math.isnan(spread) else f"{mean:.{digits}f} ± {spread:.{digits}f}"
 
 
 def _p_value(value: float) -> str:
@@ -217,50 +231,25 @@ def _units(group: Group) -> str:
     return f"{int((~scores.labels).sum())} normal and {int(scores.labels.sum())} abnormal test images{patients}"
 
 
-def _summary(comparison: FinishedCells) -> list[str]:
-    """State for each set and shot what was found: like with like first, then what labels add, then trivial scores."""
-    sentences = []
+def _findings(comparison: FinishedCells) -> list[dict[str, Any]]:
+    """Choose what to state of each set and shot: like with like first, then what labels add, then trivial scores."""
+    findings = []
     for (name, k_shot), pairs in comparison.pairs.items():
         first = pairs[0].first
-        seeds = f"mean of {len(first.cells)} draws of supports" if len(first.cells) > 1 else "one run"
-        said = [f"{name}, {shot(k_shot)}, {seeds}, {_units(first)}."]
         by_name = {(pair.first.method, pair.second.method): pair for pair in pairs}
-        own = [pair for pair in pairs if pair.first is first]
-        rest = sorted(
-            (pair for pair in own if pair.second.method in TRIVIAL), key=lambda p: np.nan_to_num(p.area.mean, nan=9)
-        )[:1]
+        said = []
         if like := by_name.get((NORMAL_ONLY, "WinCLIP")):
-            said.append(f"Of methods that are shown the same normal images, {_verdict(like)}")
-        else:
-            rest = [pair for pair in pairs if pair.second.method.startswith("WinCLIP")][:1] + rest
+            said.append(("Of methods that are shown the same normal images,", like))
         if labels := by_name.get((first.method, NORMAL_ONLY)):
-            shown = first.first.shown
-            extra = f"{shown.get('abnormal')} abnormal images and {shown.get('masks')} masks"
-            said.append(f"Given {extra} as well, {_verdict(labels)}")
-        said += [_verdict(pair) for pair in rest or ([] if like or labels else pairs[:1])]
-        sentences.append(" ".join([said[0], *(sentence[0].upper() + sentence[1:] for sentence in said[1:])]))
-    return sentences or ["No two methods could be compared on the same images."]
-
-
-def _verdict(pair: Pair) -> str:
-    area = pair.area
-    ours, theirs = (f"{group.label} ({group.text('image_AUROC')} %)" for group in (pair.first, pair.second))
-    if math.isnan(area.mean):
-        return f"{ours} and {theirs} cannot be compared: their common test images lack a class."
-    numbers = f"{100 * area.mean:+.1f} points, 95 % interval {100 * area.low:+.1f} to {100 * area.high:+.1f}, "
-    many = f" after Holm's correction for {pair.family} comparisons" if pair.family > 1 else ""
-    p_value = _p_value(pair.adjusted)
-    numbers += f"p {p_value if p_value.startswith('<') else '= ' + p_value}{many}"
-    if not pair.first.first.scores.groups:
-        numbers += "; no patients are known, images are taken as independent"
-    if not pair.adjusted < LEVEL:
-        return f"the image AUROC of {ours} does not differ significantly from that of {theirs} ({numbers})."
-    direction = "higher" if area.mean > 0 else "lower"
-    agreeing = area.ahead if area.mean > 0 else area.seeds - area.ahead
-    said = f"the image AUROC of {ours} is significantly {direction} than that of {theirs} ({numbers})"
-    if agreeing < area.seeds:
-        said += f", but only with {agreeing} of {area.seeds} draws: other supports may reverse it"
-    return said + "."
+            extra = f"{first.first.shown.get('abnormal')} abnormal images and {first.first.shown.get('masks')} masks"
+            said.append((f"Given {extra} as well,", labels))
+        rest = [] if like else [pair for pair in pairs if pair.second.method.startswith("WinCLIP")][:1]
+        trivial = [pair for pair in pairs if pair.first is first and pair.second.method in TRIVIAL]
+        rest += sorted(trivial, key=lambda pair: np.nan_to_num(pair.area.mean, nan=9))[:1]
+        said += [("", pair) for pair in rest or ([] if said else pairs[:1])]
+        seeds = f"mean of {len(first.cells)} draws of supports" if len(first.cells) > 1 else "one run"
+        findings.append({"title": f"{name}, {shot(k_shot)}, {seeds}, {_units(first)}.", "verdicts": said})
+    return findings
 
 
 # Tables
@@ -281,19 +270,16 @@ def _paper_tables(comparison: FinishedCells) -> list[Table]:
         for method in dict.fromkeys([*(method for method, _ in groups), *sorted(failed), *published]):
             own = {name: groups[method, name] for name in sets if (method, name) in groups}
             if own:
-                texts = {(n, level): own[n].text(f"{level}_AUROC") for n, level in columns if n in own}
-                means = {(n, level): float(np.mean(own[n].values(f"{level}_AUROC"))) for n, level in texts}
-                head = {name: text for name, text in next(iter(own.values())).shown.items() if name != "remark"}
-                rows.append(head | _paper_row(columns, texts, means, 1))
+                values = {(n, level): own[n].values(f"{level}_AUROC") for n, level in columns if n in own}
+                rows.append(next(iter(own.values())).shown | _paper_row(columns, values, 1))
             elif method in failed:
                 rows.append({"method": method, SHOWN[0]: "failed, see Missing"})
             if method in published:
                 grey.add(len(rows))
-                known = {(n, w): getattr(published[method].get(paper_set(n) or ""), w, None) for n, w in columns}
-                means = {column: value / 100 for column, value in known.items() if value is not None}
-                texts = {column: f"{100 * value:.2f}" for column, value in means.items()}
-                rows.append({"method": f"{method}, published"} | _paper_row(columns, texts, means, 2))
-        header = ["method", *SHOWN[:3], *_paper_row(columns, {}, {}, 1)]
+                known = {(n, w): published[method].get((paper_set(n) or "", w), math.nan) for n, w in columns}
+                values = {column: [value / 100] for column, value in known.items()}
+                rows.append({"method": f"{method}, published"} | _paper_row(columns, values, 2))
+        header = ["method", *SHOWN[:3], *_paper_row(columns, {}, 1)]
         kind = f"Few-shot, k = {k_shot}" if k_shot else "Without supports"
         note = "; in italics: published, not measured here" if grey else ""
         frame = pd.DataFrame(rows, columns=header).fillna("-")
@@ -304,15 +290,13 @@ def _paper_tables(comparison: FinishedCells) -> list[Table]:
 Column = tuple[str, str]  # set, and image or pixel
 
 
-def _paper_row(
-    columns: Sequence[Column], texts: Mapping[Column, str], means: Mapping[Column, float], digits: int
-) -> dict[str, str]:
-    """Return the cells of a row, and with several sets their means, missing where a set is."""
-    row = {f"{name}, {level}": texts.get((name, level), "-") for name, level in columns}
+def _paper_row(columns: Sequence[Column], values: Mapping[Column, Sequence[float]], digits: int) -> dict[str, str]:
+    """Format the values of a row, and with several sets their means, missing where a set is."""
+    row = {f"{name}, {level}": _percent(values.get((name, level), ()), digits) for name, level in columns}
     if len({name for name, _ in columns}) > 1:
         for level in dict.fromkeys(level for _, level in columns):
-            mean = float(np.mean([means.get(column, math.nan) for column in columns if column[1] == level]))
-            row[f"mean, {level}"] = "-" if math.isnan(mean) else f"{100 * mean:.{digits}f}"
+            means = [np.mean(values.get(column, [math.nan])) for column in columns if column[1] == level]
+            row[f"mean, {level}"] = _percent([float(np.mean(means))], digits)
     return row
 
 
@@ -341,7 +325,7 @@ def _pair_tables(comparison: FinishedCells) -> list[Table]:
     for (name, k_shot), pairs in comparison.pairs.items():
         rows = [
             {
-                "methods": f"{pair.first.label} - {pair.second.label}",
+                "methods": pair.label,
                 "AUROC": points(pair.area),
                 "p": _p_value(pair.area.p_value),
                 "Holm's p": _p_value(pair.adjusted),
@@ -392,7 +376,7 @@ def _markdown(value: Any) -> Any:
 
 
 def environment(markdown: bool = False) -> jinja2.Environment:
-    return jinja2.Environment(
+    made = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__, "templates"),
         autoescape=not markdown,  # noqa: S701 - Markdown has an escape of its own
         finalize=_markdown if markdown else None,
@@ -400,12 +384,14 @@ def environment(markdown: bool = False) -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    made.filters["p_value"] = _p_value
+    return made
 
 
 def facts(comparison: FinishedCells) -> dict[str, Any]:
     """Return what both templates show."""
     return {
-        "summary": _summary(comparison),
+        "findings": _findings(comparison),
         "demonstration": "tiny" in comparison.backbones,
         "paper": _paper_tables(comparison),
         "source": SOURCE if any(map(paper_set, comparison.sets)) else "",

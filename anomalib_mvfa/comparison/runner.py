@@ -16,7 +16,7 @@ import platform
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from anomalib.data import AnomalibDataModule, AnomalibDataset, ImageItem, get_datamodule
+from anomalib.data import AnomalibDataModule, ImageItem, get_datamodule
 from lightning import seed_everything
 from lightning.pytorch.trainer.states import TrainerFn
 from numpy.typing import NDArray
@@ -40,7 +40,7 @@ from anomalib_mvfa.files import replacing
 from anomalib_mvfa.metrics import PixelFigures
 
 from .cells import load_cells
-from .methods import BUILT_IN, PEER_KEYS, Ready, Trainer, sees_supports
+from .methods import BUILT_IN, PEER_KEYS, Ready, sees_supports, train
 from .page import write_page
 from .report import write_tables
 from .statistics import image_metrics
@@ -105,6 +105,11 @@ class Comparison:
         if self.draws:
             object.__setattr__(self, "seeds", tuple(range(len(self.draws))))
 
+    @property
+    def tower(self) -> dict[str, Any]:
+        """The arguments that name the backbone."""
+        return {name: getattr(self, name) for name in ("backbone", "pretrained", "image_size")}
+
     def _fault(self) -> str:
         empty = [name for name in ("sets", "methods", "k_shot", "seeds") if not getattr(self, name)]
         msg = ""
@@ -166,8 +171,8 @@ class Spec:
     set: str
     k_shot: int
     seed: int
-    arguments: dict[str, Any] = field(hash=False)
-    source: dict[str, Any] = field(hash=False)
+    arguments: dict[str, Any]
+    source: dict[str, Any]
 
     @property
     def folder(self) -> Path:
@@ -179,8 +184,8 @@ class Spec:
     @property
     def config(self) -> dict[str, Any]:
         """Everything that its result depends on, as plain data."""
-        chosen = ("backbone", "pretrained", "image_size", "epochs", "accelerator", "support_list", "pixel_metrics")
-        facts = {name: getattr(self.comparison, name) for name in (*chosen, "group_by")}
+        chosen = ("epochs", "accelerator", "support_list", "pixel_metrics", "group_by")
+        facts = self.comparison.tower | {name: getattr(self.comparison, name) for name in chosen}
         facts |= {"arguments": self.arguments, "source": self.source}
         facts["draw"] = self.comparison.draws[self.seed] if self.comparison.draws else None
         facts["largest_k_shot"] = max(self.comparison.k_shot) if self.k_shot else None  # decides which images remain
@@ -208,7 +213,7 @@ def run_comparison(comparison: Comparison) -> list[Path]:
         Folders of the cells that failed; the reason is in ``cell.json``.
     """
     pending = [spec for spec in comparison.cells() if not spec.is_done]
-    episodes = _Episodes()
+    episodes: dict[tuple[str, int, int, str], FewShot] = {}
     failed = []
     for spec in track(pending, description=f"Comparison, {len(pending)} cells"):
         spec.folder.mkdir(parents=True, exist_ok=True)
@@ -242,74 +247,63 @@ def write_report(comparison: Comparison, command: str | None = None) -> Path:
     return output / "index.html"
 
 
-class _Episodes:
-    """The supports and test images of the set and seed that are being computed."""
+def _episode(spec: Spec, made: dict[tuple[str, int, int, str], FewShot]) -> FewShot:
+    """Return the supports of a cell, set up, with the test part of the largest number of supports.
 
-    def __init__(self) -> None:
-        self._key: tuple[str, int] | None = None
-        self._made: dict[tuple[int, str], FewShot] = {}
-
-    def get(self, spec: Spec) -> FewShot:
-        """Return an episode, set up, whose test part is that of the largest number of supports."""
-        if self._key != (spec.set, spec.seed):
-            self._key, self._made = (spec.set, spec.seed), {}
-        largest = max(spec.comparison.k_shot)
-        key = (spec.k_shot or largest, "synthetic" if spec.method == "MVFA (normal only)" else "auto")
-        for wanted in ((largest, "auto"), key):
-            self._made[wanted] = self._made.get(wanted) or self._make(spec, *wanted)
-        return self._made[key]
-
-    def _make(self, spec: Spec, k_shot: int, abnormal_source: str) -> FewShot:
-        listed = spec.comparison.support_list
-        if listed:
-            listed = listed.format(set=spec.set, draw=spec.comparison.draws[spec.seed])
-        source = get_datamodule(dict(spec.source))
-        episode = FewShot(
-            source,
-            k_shot=k_shot,
-            abnormal_source=abnormal_source,
-            seed=spec.seed,
-            group_by=spec.comparison.group_by,
-            support_list=listed,
-        )
-        episode.prepare_data()
-        episode.setup(TrainerFn.FITTING)  # the trainer then leaves it as it is
-        if (found := int((episode.train_data.samples.label_index == 0).sum())) != k_shot:
-            msg = f"The support list of {spec.set} names {found} normal images, but comparison.k_shot is {k_shot}."
-            raise ValueError(msg)
-        if self._made:
-            shared = next(iter(self._made.values())).test_data.samples.image_path
-            kept = episode.test_data.samples.image_path.isin(shared)
-            if kept.sum() != len(shared):
-                msg = f"The test images of {spec.set} differ between numbers of supports."
-                raise RuntimeError(msg)
-            episode.test_data = episode.test_data.subsample(kept.to_numpy().nonzero()[0].tolist())
-        return episode
+    ``made`` keeps the episodes of the set and seed that are being computed.
+    """
+    largest = max(spec.comparison.k_shot)
+    widest = (spec.set, spec.seed, largest, "auto")
+    key = (*widest[:2], spec.k_shot or largest, "synthetic" if spec.method == "MVFA (normal only)" else "auto")
+    if widest not in made:
+        made.clear()
+        made[widest] = _make_episode(spec, largest, "auto")
+    if key not in made:
+        made[key] = episode = _make_episode(spec, *key[2:])
+        kept = episode.test_data.samples.image_path.isin(made[widest].test_data.samples.image_path)
+        episode.test_data = episode.test_data.subsample(kept.to_numpy().nonzero()[0].tolist())
+    return made[key]
 
 
-def _run(spec: Spec, episodes: _Episodes) -> dict[str, Any]:
+def _make_episode(spec: Spec, k_shot: int, abnormal_source: str) -> FewShot:
+    listed = spec.comparison.support_list
+    if listed:
+        listed = listed.format(set=spec.set, draw=spec.comparison.draws[spec.seed])
+    episode = FewShot(
+        get_datamodule(dict(spec.source)),
+        k_shot=k_shot,
+        abnormal_source=abnormal_source,
+        seed=spec.seed,
+        group_by=spec.comparison.group_by,
+        support_list=listed,
+    )
+    episode.prepare_data()
+    episode.setup(TrainerFn.FITTING)  # the trainer then leaves it as it is
+    if (found := int((episode.train_data.samples.label_index == 0).sum())) != k_shot:
+        msg = f"The support list of {spec.set} names {found} normal images, but comparison.k_shot is {k_shot}."
+        raise ValueError(msg)
+    return episode
+
+
+def _run(spec: Spec, episodes: dict[tuple[str, int, int, str], FewShot]) -> dict[str, Any]:
     """Train and test one cell, write scores and maps, and return what belongs into its record."""
-    comparison = spec.comparison
-    chosen = {name: getattr(comparison, name) for name in ("backbone", "pretrained", "image_size")}
-    image_size = resolve_backbone(**chosen).image_size
-    data = episodes.get(spec)
-    trainer = Trainer(chosen, image_size, comparison.epochs, comparison.accelerator)
+    image_size = resolve_backbone(**spec.comparison.tower).image_size
+    data = _episode(spec, episodes)
     seed_everything(spec.seed, verbose=False)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     began = time.monotonic()
-    ready = trainer.train(spec.method, spec.arguments, data, spec.set, spec.k_shot)
+    ready = train(spec, data, image_size)
     seconds = time.monotonic() - began
     peak = torch.cuda.max_memory_allocated() / MEGABYTE if torch.cuda.is_available() else None
     metrics, predict_ms = _Test(spec, ready, data, image_size).run()
     tensors = {tensor.data_ptr(): tensor for tensor in [*ready.network.parameters(), *ready.network.buffers()]}
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    costs = {"train_seconds": seconds, "train_peak_mb": peak, "predict_ms": predict_ms, "size_mb": size / MEGABYTE}
+    size = sum(tensor.nbytes for tensor in tensors.values()) / MEGABYTE
     return {
         "metrics": metrics,
-        "cost": costs,
+        "cost": {"train_seconds": seconds, "train_peak_mb": peak, "predict_ms": predict_ms, "size_mb": size},
         "threshold": ready.threshold,
-        "shown": asdict(ready.shown),
+        "shown": ready.shown,
         "supports": [_relative(path, data.source) for path in ready.supports],
     }
 
@@ -334,11 +328,10 @@ class _Test:
 
     def __init__(self, spec: Spec, ready: Ready, data: FewShot, image_size: tuple[int, int]) -> None:
         self.spec, self.ready, self.datamodule, self.image_size = spec, ready, data, image_size
+        self.size = tuple(min(PICTURE_SIZE, side) for side in image_size)
         self.whole = data._source_parts()[2]  # with the supports and their copies, read as all parts are
-        tested = data.test_data if sees_supports(spec.method, spec.arguments) else self.whole
-        self.data: AnomalibDataset = copy.copy(tested)
+        self.data = copy.copy(data.test_data if sees_supports(spec.method, spec.arguments) else self.whole)
         self.data.augmentations = None  # images and masks as they were read
-        self.has_masks = tested.samples.attrs["task"] == "segmentation"
         self.pixels = _Pixels()
         self.small: list[NDArray[np.float32]] = []
         self.masks: list[NDArray[np.uint8]] = []
@@ -357,67 +350,64 @@ class _Test:
             began = time.perf_counter()
             with torch.inference_mode():
                 output = self.ready.network(inputs)
-                score = torch.as_tensor(output.pred_score).flatten().float().cpu()
+                scores.append(torch.as_tensor(output.pred_score).flatten().double().cpu().numpy())
             times.append((time.perf_counter() - began) * 1000 / len(items))
-            scores.append(score)
             labels += [bool(item.gt_label) for item in items]
             if output.anomaly_map is not None:
                 maps = output.anomaly_map.float().cpu()
-                self._add_maps(maps.reshape(len(items), 1, *maps.shape[-2:]), items)
-        return self._finish(torch.cat(scores), np.array(labels)), float(np.median(times[1:] or times))
+                for one, item in zip(maps.reshape(len(items), 1, *maps.shape[-2:]), items, strict=True):
+                    self._add_map(one, item)
+        self._write_scores(np.concatenate(scores), np.array(labels))
+        metrics = image_metrics(np.array(labels), np.concatenate(scores))
+        found = {name: float(value[0]) for name, value in metrics.items()} | self._finish_maps()
+        return found, float(np.median(times[1:] or times))
 
-    def _add_maps(self, maps: Tensor, items: Sequence[ImageItem]) -> None:
-        size = tuple(min(PICTURE_SIZE, side) for side in self.image_size)
-        for one, item in zip(maps, items, strict=True):
-            self.small.append(functional.interpolate(one[None], size, mode="area")[0, 0].numpy())
-            if not self.has_masks:
-                continue
-            mask = torch.as_tensor(item.gt_mask).as_subclass(Tensor).bool().squeeze()
-            if self.spec.comparison.pixel_metrics == "network":
-                mask = functional.interpolate(mask[None, None].float(), self.image_size, mode="nearest-exact")[0, 0] > 0
-            at_mask = functional.interpolate(one[None], mask.shape, mode="bilinear")[0]
-            self.pixels.update(at_mask, mask[None])
-            self.masks.append(functional.adaptive_max_pool2d(mask[None].float(), size)[0].numpy().astype(np.uint8))
-            if mask.any():
-                self.lesions.append((one, mask))
+    def _add_map(self, one: Tensor, item: ImageItem) -> None:
+        """Keep a map ``(1, h, w)`` in small, and count its pixels at the size of the mask."""
+        self.small.append(functional.interpolate(one[None], self.size, mode="area")[0, 0].numpy())
+        if item.gt_mask is None:
+            return
+        mask = torch.as_tensor(item.gt_mask).as_subclass(Tensor).bool().squeeze()
+        if self.spec.comparison.pixel_metrics == "network":
+            mask = functional.interpolate(mask[None, None].float(), self.image_size, mode="nearest-exact")[0, 0] > 0
+        self.pixels.update(functional.interpolate(one[None], mask.shape, mode="bilinear")[0], mask[None])
+        small = functional.adaptive_max_pool2d(mask[None].float(), self.size)[0]
+        self.masks.append(small.numpy().astype(np.uint8))
+        if mask.any():
+            self.lesions.append((one, mask))
 
-    def _finish(self, scores: Tensor, labels: NDArray[np.bool_]) -> dict[str, float]:
+    def _write_scores(self, scores: NDArray[np.float64], labels: NDArray[np.bool_]) -> None:
         msg = ""
-        if not bool(scores.isfinite().all()):
-            msg = f"{int((~scores.isfinite()).sum())} of {len(scores)} image scores are not finite numbers."
+        if not np.isfinite(scores).all():
+            msg = f"{int((~np.isfinite(scores)).sum())} of {len(scores)} image scores are not finite numbers."
         if labels.all() or not labels.any():
             msg = "The test images are all normal or all abnormal: nothing can be compared on them."
         if msg:
             raise ValueError(msg)
-        values = scores.double().numpy()
         paths = [_relative(path, self.datamodule.source) for path in self.data.samples.image_path]
-        table = pd.DataFrame({"path": paths, "label": labels.astype(int), "score": values})
+        table = pd.DataFrame({"path": paths, "label": labels.astype(int), "score": scores})
         if "group" in self.data.samples:  # numbered, for names of groups may be those of patients; alone where unknown
-            known = self.whole.samples.group.dropna().unique()
-            numbers = {name: str(number) for number, name in enumerate(sorted(known, key=str))}
+            known = sorted(self.whole.samples.group.dropna().unique(), key=str)
+            numbers = {name: str(number) for number, name in enumerate(known)}
             groups = zip(self.data.samples.group, paths, strict=True)
             table["group"] = [numbers.get(name, path) for name, path in groups]
         table.to_csv(self.spec.folder / "scores.csv", index=False)
-        metrics = {name: float(value[0]) for name, value in image_metrics(labels, values).items()}
-        if self.small:
-            self._write_maps(self.spec.folder / "maps.npz")
-        if self.lesions:
-            metrics |= self.pixels.compute()
-            threshold = self.pixels.best_threshold()
-            each = []
-            for one, mask in self.lesions:
-                called = functional.interpolate(one[None], mask.shape, mode="bilinear")[0, 0] >= threshold
-                each.append(float(2 * (called & mask).sum() / (called.sum() + mask.sum())))
-            metrics |= {"pixel_Dice_mean": float(np.mean(each)), "pixel_Dice_sd": float(np.std(each))}
-        return metrics
 
-    def _write_maps(self, path: Path) -> None:
-        """Write the maps ``(N, h, w)`` in eight bits on one scale, with their masks."""
-        maps = np.stack(self.small)
-        low, high = np.quantile(maps[:: max(1, len(maps) // 2000)], QUANTILES)
-        levels = np.clip((maps - low) / max(high - low, 1e-12) * 255, 0, 255).round().astype(np.uint8)
-        truth: dict[str, Any] = {"masks": np.stack(self.masks)} if self.masks else {}
-        np.savez_compressed(path, maps=levels, low=low, high=high, **truth)
+    def _finish_maps(self) -> dict[str, float]:
+        """Write the maps ``(N, h, w)`` in eight bits on one scale, with their masks, and return the pixel metrics."""
+        if self.small:
+            maps = np.stack(self.small)
+            low, high = np.quantile(maps[:: max(1, len(maps) // 2000)], QUANTILES)
+            levels = np.clip((maps - low) / max(high - low, 1e-12) * 255, 0, 255).round().astype(np.uint8)
+            truth: dict[str, Any] = {"masks": np.stack(self.masks)} if self.masks else {}
+            np.savez_compressed(self.spec.folder / "maps.npz", maps=levels, low=low, high=high, **truth)
+        if not self.lesions:
+            return {}
+        threshold, each = self.pixels.best_threshold(), []
+        for one, mask in self.lesions:
+            called = functional.interpolate(one[None], mask.shape, mode="bilinear")[0, 0] >= threshold
+            each.append(float(2 * (called & mask).sum() / (called.sum() + mask.sum())))
+        return self.pixels.compute() | {"pixel_Dice_mean": float(np.mean(each)), "pixel_Dice_sd": float(np.std(each))}
 
 
 def _machine() -> str:

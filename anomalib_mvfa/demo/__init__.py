@@ -1,4 +1,4 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Generated images and the offline demonstration."""
+"""Generated images."""

@@ -170,16 +170,16 @@ def test_what_methods_are_shown_is_recorded_and_true(config, monkeypatch):
         "methods": dict.fromkeys(("MVFA", "MVFA (normal only)", "WinCLIP", "WinCLIP (zero-shot)")),
     }
     trained = {}
-    fit = methods.Trainer._fit
+    fit = methods._fit
 
-    def spy(trainer, model, options, **data):
+    def spy(spec, model, options, **data):
         supports = data["datamodule"].train_data
         trained[type(model).__name__, supports.num_abnormal, getattr(model, "k_shot", None)] = {
             item.image_path for item in (supports[index] for index in range(len(supports)))
         }
-        return fit(trainer, model, options, **data)
+        return fit(spec, model, options, **data)
 
-    monkeypatch.setattr(methods.Trainer, "_fit", spy)
+    monkeypatch.setattr(methods, "_fit", spy)
     assert run_comparison(Comparison.from_config(config)) == []
     done = cells(config)
     shown = {record["method"]: record["shown"] for record in done.values()}
@@ -199,10 +199,8 @@ def test_what_methods_are_shown_is_recorded_and_true(config, monkeypatch):
 def test_images_pass_the_pre_processor_of_their_method_once(config, monkeypatch):
     config |= {"k_shot": [2], "methods": {"WinCLIP (zero-shot)": {}, "distance to mean normal": {"blur": 2.0}}}
     ready = {}
-    train = methods.Trainer.train
-    monkeypatch.setattr(
-        methods.Trainer, "train", lambda self, method, *a: ready.setdefault(method, train(self, method, *a))
-    )
+    train = runner.train
+    monkeypatch.setattr(runner, "train", lambda spec, *a: ready.setdefault(spec.method, train(spec, *a)))
     assert run_comparison(Comparison.from_config(config)) == []
     root = Path(config["sets"]["disks"]["init_args"]["root"])
     for method, cell in (
@@ -376,8 +374,8 @@ def test_a_model_of_anomalib_learns_from_normal_images_with_weights_from_a_file(
     peer |= {"weights": str(tmp_path / "resnet18.safetensors"), "trained_on": trained_on}
     config |= {"methods": {"near": peer}, "k_shot": [2]}
     ready = []
-    train = methods.Trainer.train
-    monkeypatch.setattr(methods.Trainer, "train", lambda *a: ready.append(train(*a)) or ready[-1])
+    train = runner.train
+    monkeypatch.setattr(runner, "train", lambda *a: ready.append(train(*a)) or ready[-1])
     assert run_comparison(Comparison.from_config(config)) == []
     (record,) = cells(config).values()
     weight = ready[0].network.feature_extractor.feature_extractor.conv1.weight
@@ -394,8 +392,8 @@ def test_random_weights_are_said_and_crops_are_taken_out(config, monkeypatch):
     peer = {"class_path": "Patchcore", "init_args": {"backbone": "resnet18"}, "weights": "random"}
     config |= {"methods": {"near": peer}, "k_shot": [2]}
     ready = []
-    train = methods.Trainer.train
-    monkeypatch.setattr(methods.Trainer, "train", lambda *a: ready.append(train(*a)) or ready[-1])
+    train = runner.train
+    monkeypatch.setattr(runner, "train", lambda *a: ready.append(train(*a)) or ready[-1])
     pre_processor = PreProcessor(transform=Compose([Resize((80, 80)), CenterCrop(64)]))
     monkeypatch.setattr(Patchcore, "configure_pre_processor", lambda *a, **k: pre_processor)
     assert run_comparison(Comparison.from_config(config)) == []

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from anomalib_mvfa.comparison.cells import Cell
 from anomalib_mvfa.comparison.statistics import ImageScores
-from anomalib_mvfa.demo import __main__ as demo
-from anomalib_mvfa.demo.page import summarise, write_page
+from tools.demo import __main__ as demo
+from tools.demo.page import StepError, summarise, write_page
 
 NORMAL, ABNORMAL = 4, 6
 PATHS = tuple(f"test/{'good' if i < NORMAL else 'Ungood'}/{i:02d}.png" for i in range(NORMAL + ABNORMAL))
@@ -52,7 +52,7 @@ def cells(tmp_path, monkeypatch):
         _cell(tmp_path, "WinCLIP", 0, bad, image_AUROC=0.5, pixel_AUROC=0.5),
         _cell(tmp_path, "mean brightness", 0, bad, threshold=None, image_AUROC=0.55),
     ]
-    monkeypatch.setattr("anomalib_mvfa.demo.page.load_cells", lambda _folder: made)
+    monkeypatch.setattr("tools.demo.page.load_cells", lambda _folder: made)
     return made
 
 
@@ -80,7 +80,7 @@ def test_examples_lie_at_even_distances_and_carry_both_methods(cells, tmp_path):
 
 def test_a_failed_cell_is_reported_with_its_reason(cells, tmp_path, monkeypatch):
     failed = Cell(tmp_path / "broken", status="failed", error="no memory")
-    monkeypatch.setattr("anomalib_mvfa.demo.page.load_cells", lambda _folder: [*cells, failed])
+    monkeypatch.setattr("tools.demo.page.load_cells", lambda _folder: [*cells, failed])
     with pytest.raises(ValueError, match="broken failed: no memory"):
         summarise(tmp_path)
 
@@ -132,6 +132,6 @@ def test_a_command_that_fails_ends_the_demonstration_with_the_end_of_the_log(tmp
     console = Console(file=(tmp_path / "out.txt").open("w"), width=200)
     run = demo.Demonstration(tmp_path, {}, {}, None, console=console)
     run.log.write_text("")
-    with pytest.raises(demo.StepError, match=r"demo\.log(.|\n)*nonsense"):
+    with pytest.raises(StepError, match=r"demo\.log(.|\n)*nonsense"):
         run.run("A step", [["nonsense"]])
     assert "$ anomalib nonsense" in (tmp_path / "out.txt").read_text()

@@ -6,7 +6,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +17,11 @@ from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
 from anomalib_mvfa.comparison.cells import Cell, load_cells
-from anomalib_mvfa.comparison.figures import picture
+from anomalib_mvfa.comparison.page import picture
 from anomalib_mvfa.comparison.report import environment
 from anomalib_mvfa.visualization import heatmap, outlines
 
-__all__ = ["Example", "Summary", "summarise", "write_page"]
+__all__ = ["Example", "StepError", "Summary", "summarise", "write_page"]
 
 METHODS = {
     "MVFA": "MVFA, 4-shot",
@@ -39,6 +38,10 @@ COLOURED = 0.99
 """Share of the pixels of normal images that a heatmap leaves below its threshold, for every method alike."""
 PIXELS = 224
 """Side of a picture."""
+
+
+class StepError(ValueError):
+    """A step of the demonstration failed."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +66,13 @@ def summarise(folder: Path) -> Summary:
     """Read the comparison of one set from its output folder.
 
     Raises:
-        ValueError: If a cell failed.
+        StepError: If a cell failed.
     """
     cells = load_cells(folder)
     failed = [cell for cell in cells if cell.status != "done"]
     if failed:
         msg = f"{failed[0].folder.name} failed: {failed[0].error}"
-        raise ValueError(msg)
+        raise StepError(msg)
     groups = {title: [cell for cell in cells if cell.method == method] for method, title in METHODS.items()}
     rows = [(title, *_metrics(group)) for title, group in groups.items() if group]
     pictured = {method: next(cell for cell in cells if cell.method == method) for method in PICTURED}
@@ -139,8 +142,8 @@ def write_page(
         results: Files by what they hold.
         limits: What the results do not show.
     """
-    page = environment().from_string(files(__package__).joinpath("page.html.jinja").read_text(encoding="utf-8"))
-    page.globals["picture"] = lambda image: picture(np.asarray(image))
+    page = environment().from_string(Path(__file__).with_name("page.html.jinja").read_text(encoding="utf-8"))
+    page.globals["picture"] = picture
     links = {name: file.resolve() for name, file in results.items()}
     text = page.render(summaries=summaries, commands=commands, results=links, limits=limits, coloured=COLOURED)
     path.write_text(text, encoding="utf-8")

@@ -1,0 +1,4 @@
+# Copyright (C) 2026 The anomalib-mvfa authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""The offline demonstration that ``make demo`` runs."""
