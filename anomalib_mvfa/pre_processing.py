@@ -128,17 +128,16 @@ def check_intensity(trained: str | None, given: str | None) -> None:
 
     ``None`` is no rule, of images that show grey levels already.
     """
-    if given is None or trained in {None, given}:
-        if given is None and trained not in {None, "auto"}:
-            logger.warning(
-                "The model was trained on images read with the intensity rule '%s', which these images were not: "
-                "they must show the same grey levels already. --data MedicalFolder applies the rule.",
-                trained,
-            )
-        return
-    msg = (
-        f"The model was trained on images read with the intensity rule '{trained}', but these are read with '{given}'. "
-        f"Set the datamodule's intensity to '{trained}' (for prediction it may be left out), or train with the other "
-        "rule."
-    )
-    raise ValueError(msg)
+    if given is None and trained not in {None, "auto"}:
+        logger.warning(
+            "The model was trained on images read with the intensity rule '%s', which these images were not: they must "
+            "show the same grey levels already. --data MedicalFolder applies the rule.",
+            trained,
+        )
+    elif given is not None and trained not in {None, given}:
+        msg = (
+            f"The model was trained on images read with the intensity rule '{trained}', but these are read with "
+            f"'{given}'. Set the datamodule's intensity to '{trained}' (for prediction it may be left out), or train "
+            "with the other rule."
+        )
+        raise ValueError(msg)

@@ -9,7 +9,7 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from anomalib.data import ImageItem, PredictDataset
 from anomalib.utils.path import generate_output_filename
@@ -29,9 +29,6 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 from anomalib_mvfa.files import replacing
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["MVFAVisualizer", "heatmap", "loaded_dataset", "outlines", "results_dir"]
 
