@@ -230,6 +230,8 @@ class Settings:
         start: Weights to start from instead of the structured start.
         freeze_text: Whether the text tower stays as it starts: that of exported weights, whose texts are close.
         bfloat16: Whether a processor computes in bfloat16, as a GPU does.
+        keep_start: Share of the start in what is exported, with ``start``. Weights between those before and after a
+            fine-tuning keep more of what the former can do on other images (Wortsman et al. 2022, arXiv 2109.01903).
     """
 
     steps: int = 4000
@@ -242,6 +244,7 @@ class Settings:
     start: Path | None = None
     freeze_text: bool = False
     bfloat16: bool = False
+    keep_start: float = 0.0
 
     @property
     def window_steps(self) -> int:
@@ -463,17 +466,25 @@ def bring_texts_together(clip: CLIP, similarity: float = STATE_SIMILARITY) -> No
     clip.ln_final.bias += low * common
 
 
-def export(clip: CLIP, path: Path) -> Path:
+def export(clip: CLIP, path: Path, start: Path | None = None, keep_start: float = 0.0) -> Path:
     """Write the weights in half precision, as the package carries them, with `bring_texts_together`.
 
     Args:
         clip: Model of `CONFIG`; it is left as it is.
         path: File to write.
+        start: Weights to blend in.
+        keep_start: Their share.
 
     Returns:
         The path.
     """
     clip = deepcopy(clip)
+    if start is not None and keep_start:
+        own = clip.state_dict()
+        blended = {
+            name: torch.lerp(own[name], value.to(own[name]), keep_start) for name, value in load_file(start).items()
+        }
+        clip.load_state_dict({**own, **blended})
     bring_texts_together(clip)
     state = {name: value.detach().half().cpu().contiguous() for name, value in clip.state_dict().items()}
     state = {name: value for name, value in state.items() if name != "attn_mask"}
@@ -562,7 +573,7 @@ def train(
         with replacing(checkpoint) as partial:
             torch.save(state, partial)
         (output / "history.json").write_text(json.dumps(history, indent=1), encoding="utf-8")
-        export(averaged.module.clip, output / "tiny.safetensors")
+        export(averaged.module.clip, output / "tiny.safetensors", settings.start, settings.keep_start)
         progress.console.print(" ".join(f"{k} {v:.4g}" for k, v in history[-1].items()))
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -616,6 +627,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--learning_rate", type=float, default=default.learning_rate)
     parser.add_argument("--final", type=float, default=default.final, help="share of the steps on whole images")
     parser.add_argument("--start", type=Path, help="weights to start from, such as the embedded ones")
+    parser.add_argument("--keep_start", type=float, default=default.keep_start, help="its share in what is exported")
     parser.add_argument("--freeze_text", action="store_true", help="leave the text tower as it starts")
     parser.add_argument("--bfloat16", action="store_true", help="on a processor that is faster so")
     parser.add_argument("--seed", type=int, default=default.seed)

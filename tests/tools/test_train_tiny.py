@@ -223,3 +223,12 @@ def test_training_starts_from_given_weights(tmp_path):
     export(trained.clip, tmp_path / "start.safetensors")
     started = TinyTraining(Settings(steps=4, batch=8, views=2, start=tmp_path / "start.safetensors"))
     torch.testing.assert_close(started.clip.visual.proj, trained.clip.visual.proj, atol=2e-3, rtol=0)
+
+
+def test_export_blends_the_start_in(tmp_path):
+    clips = [TinyTraining(Settings(seed=seed)).clip for seed in (0, 1)]
+    start, own = (export(clip, tmp_path / f"{seed}.safetensors") for seed, clip in enumerate(clips))
+    blended = load_file(export(clips[1], tmp_path / "blended.safetensors", start, 0.25))["visual.proj"]
+    expected = 0.25 * load_file(start)["visual.proj"] + 0.75 * load_file(own)["visual.proj"]
+    torch.testing.assert_close(blended, expected, atol=2e-3, rtol=2e-3)
+    assert not torch.allclose(blended, load_file(own)["visual.proj"], atol=2e-3)
