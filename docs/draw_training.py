@@ -22,8 +22,10 @@ def main() -> None:
     names = {"probe_auroc": "patches, linear probe", "patch_auroc_5": "patches against text", "image_auroc": "images"}
     for key, label in names.items():
         left.plot(steps, [entry[key] for entry in history], label=label)
-    left.plot(steps, [entry["modality_accuracy"] for entry in history], label="modality named rightly (share)", ls=":")
-    left.set(xlabel="step", ylabel="AUROC on 192 held-out drawings", ylim=(0, 1))
+    left.plot(
+        steps, [entry["modality_accuracy"] for entry in history], label="modality predicted correctly (share)", ls=":"
+    )
+    left.set(xlabel="step", ylabel="AUROC on 192 held-out images", ylim=(0, 1))
     left.legend(frameon=False, fontsize=8)
     for key in ("patch", "probe", "image", "caption"):
         known = [(entry["step"], entry[key]) for entry in history if key in entry]

@@ -12,7 +12,9 @@ result is used with ``--model.backbone runs/tiny/tiny.json --model.pretrained ru
 What it learns: whole images match their captions (modality, state, kind, size and place of the lesion), and patches
 match sentences for the normal or the abnormal state, after every block, by linear heads that are thrown away. The
 sentences of the two states are nearly the same at first, so that their match teaches the patches little; a linear
-probe a block, which needs no text, asks the same of them, and of the image through their mean.
+probe a block, which needs no text, asks the same of them. A second head a block learns the state of the whole image
+in the form in which MVFA's detection adapters read it: as the mean over the patches of the probability of the
+abnormal state.
 
 What is meant to make it learn on a processor:
 
@@ -41,6 +43,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import binary_auroc
 
@@ -54,6 +57,10 @@ __all__ = ["Settings", "TinyTraining", "export", "initialise_structured", "main"
 CAPTION_STRIDE = 3
 """Every third view is compared with captions: the text tower costs as much as the image tower."""
 STATE_SIMILARITY = 0.98
+MIXED_KEEP = 0.8
+"""What MVFA keeps of the tokens between the levels: half of the steps train with it."""
+AVERAGE_DECAY = 0.998
+"""Decay of the running average of the weights, which is what is exported."""
 HELD_OUT_SEED = 10**9
 HELD_OUT = 192
 
@@ -183,13 +190,14 @@ def initialise_text(clip: CLIP, seed: int = 0) -> None:
                 weight[: 2 * weight.shape[1]] *= 0.3  # even attention
 
 
-def block_tokens(visual: VisionTransformer, images: Tensor, positions: Tensor) -> list[Tensor]:
+def block_tokens(visual: VisionTransformer, images: Tensor, positions: Tensor, keep: float = 1.0) -> list[Tensor]:
     """Run the tower over windows of images.
 
     Args:
         visual: The tower.
         images: ``(B, 3, n, n)`` in [0, 1].
         positions: ``(B, P)``, the place of each patch in the tower's grid.
+        keep: Factor on the tokens between the blocks, as MVFA applies it beside its adapters.
 
     Returns:
         Tokens ``(B, 1 + P, D)`` after each block, the class token first.
@@ -203,6 +211,7 @@ def block_tokens(visual: VisionTransformer, images: Tensor, positions: Tensor) -
         # open_clip up to 2.24 attends over (L, B, D), later releases over (B, L, D).
         tokens = block(tokens) if block.attn.batch_first else block(tokens.transpose(0, 1)).transpose(0, 1)
         outputs.append(tokens)
+        tokens = keep * tokens
     return outputs
 
 
@@ -219,6 +228,10 @@ class Settings:
         learning_rate: Step size of AdamW.
         seed: Seed of everything.
         start: Weights to start from instead of the structured start.
+        freeze_text: Whether the text tower stays as it starts: that of exported weights, whose texts are close.
+        bfloat16: Whether a processor computes in bfloat16, as a GPU does.
+        keep_start: Share of the start in what is exported, with ``start``. Weights between those before and after a
+            fine-tuning keep more of what the former can do on other images (Wortsman et al. 2022, arXiv 2109.01903).
     """
 
     steps: int = 4000
@@ -229,6 +242,9 @@ class Settings:
     learning_rate: float = 1e-3
     seed: int = 0
     start: Path | None = None
+    freeze_text: bool = False
+    bfloat16: bool = False
+    keep_start: float = 0.0
 
     @property
     def window_steps(self) -> int:
@@ -256,7 +272,9 @@ class TinyTraining(nn.Module):
         if settings.start is not None:
             weights = {name: value.float() for name, value in load_file(settings.start).items()}
             self.clip.load_state_dict({**self.clip.state_dict(), **weights})
-        nn.init.constant_(self.clip.logit_scale, math.log(20))
+        nn.init.constant_(self.clip.logit_scale, math.log(100 if settings.freeze_text else 20))
+        self.clip.requires_grad_(requires_grad=not settings.freeze_text)
+        self.clip.visual.requires_grad_(requires_grad=True)
         self.clip.token_embedding.requires_grad_(requires_grad=False)
         vision = CONFIG["vision_cfg"]
         # Of the form of MVFA's adapters: what they can read is what is asked of the tokens.
@@ -267,10 +285,8 @@ class TinyTraining(nn.Module):
         self.probes = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(vision["width"]), nn.Linear(vision["width"], 1)) for _ in range(vision["layers"])
         )
-        # As MVFA's detection adapters: the image is read from all patches, apart from the lesion's outline.
-        self.image_probes = deepcopy(self.probes)
-        # Slope and offset from the logarithm of the mean probability of the patches to the image's logit.
-        self.image_line = nn.Parameter(torch.tensor([1.0, 3.0]))
+        # As MVFA's detection adapters: each patch says whether the image is abnormal, wherever the lesion is.
+        self.image_heads = deepcopy(self.heads)
         self.tokenizer = SimpleTokenizer(context_length=CONFIG["text_cfg"]["context_length"])
 
     def encode(self, sentences: Sequence[str]) -> Tensor:
@@ -298,31 +314,33 @@ class TinyTraining(nn.Module):
         features = self.encode(chosen).unflatten(0, (len(present), 2, sentences)).mean(2)
         return functional.normalize(features, dim=-1).transpose(1, 2)[index]
 
-    def patch_logits(self, batch: Batch, states: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
+    def patch_logits(
+        self, batch: Batch, states: Tensor, keep: float = 1.0
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
         """Compare patches with the two states.
 
         Args:
             batch: Views.
             states: ``(B, E, 2)``.
+            keep: As for `block_tokens`.
 
         Returns:
-            Logits ``(B, P, 2)`` after each block by the heads, then by CLIP's own projection; logits ``(B, P)`` after
-            each block by the probes; logits ``(B,)`` of the images by those after each block; image embeddings
-            ``(B, E)`` of unit length.
+            Logits ``(B, P)`` of the abnormal state after each block by the heads, then by CLIP's own projection;
+            logits ``(B, P)`` after each block by the probes; logits ``(B, P)`` of the image's state as each patch shows
+            it, after each block; image embeddings ``(B, E)`` of unit length.
         """
         visual = self.clip.visual
-        outputs = block_tokens(visual, batch.images, batch.positions)
+        outputs = block_tokens(visual, batch.images, batch.positions, keep)
         final = visual.ln_post(outputs[-1]) @ visual.proj
-        hidden = [head(tokens) for head, tokens in zip(self.heads, outputs, strict=True)]
-        scale = self.clip.logit_scale.exp()
-        logits = [scale * functional.normalize(level[:, 1:], dim=-1) @ states for level in [*hidden, final]]
+        axis = self.clip.logit_scale.exp() * (states[..., 1] - states[..., 0])[..., None]  # (B, E, 1)
+
+        def margin(hidden: Tensor) -> Tensor:
+            return (functional.normalize(hidden[:, 1:], dim=-1) @ axis)[..., 0]  # (B, P)
+
+        logits = [margin(head(tokens)) for head, tokens in zip(self.heads, outputs, strict=True)]
         probed = [probe(tokens[:, 1:])[..., 0] for probe, tokens in zip(self.probes, outputs, strict=True)]
-        slope, offset = self.image_line
-        pooled = [
-            probe(tokens[:, 1:])[..., 0].float().sigmoid().mean(1).clamp_min(1e-6).log() * slope + offset
-            for probe, tokens in zip(self.image_probes, outputs, strict=True)
-        ]
-        return logits, probed, pooled, functional.normalize(final[:, 0], dim=-1)
+        whole = [margin(head(tokens)) for head, tokens in zip(self.image_heads, outputs, strict=True)]
+        return [*logits, margin(final)], probed, whole, functional.normalize(final[:, 0], dim=-1)
 
     def forward(self, batch: Batch, rng: np.random.Generator) -> dict[str, Tensor]:
         """Compute the terms of the loss.
@@ -332,13 +350,15 @@ class TinyTraining(nn.Module):
             rng: Chooses sentences.
 
         Returns:
-            ``patch``, ``probe`` and ``image``, each the mean over the blocks, and ``caption``.
+            ``patch``, ``probe`` and ``image``, each the mean over the blocks, and ``caption``. Half of the calls, by
+            ``rng``, multiply the tokens between the blocks by `MIXED_KEEP`.
         """
-        logits, probed, pooled, images = self.patch_logits(batch, self.states(batch.modalities, rng))
-        patch = torch.stack([patch_loss(level[..., 1] - level[..., 0], batch.targets) for level in logits]).mean()
+        keep = MIXED_KEEP if rng.uniform() < 0.5 else 1.0
+        logits, probed, whole, images = self.patch_logits(batch, self.states(batch.modalities, rng), keep)
+        patch = torch.stack([patch_loss(level, batch.targets) for level in logits]).mean()
         probe = torch.stack([patch_loss(level, batch.targets) for level in probed]).mean()
         abnormal = (batch.targets.sum(1) > 0.25).float()
-        image = torch.stack([functional.binary_cross_entropy_with_logits(level, abnormal) for level in pooled]).mean()
+        image = torch.stack([image_loss(level, abnormal) for level in whole]).mean()
         captions = batch.captions[::CAPTION_STRIDE]
         unique = sorted(set(captions))
         own = torch.tensor([unique.index(caption) for caption in captions], device=images.device)
@@ -349,7 +369,7 @@ class TinyTraining(nn.Module):
         return {"patch": patch, "probe": probe, "image": image, "caption": caption / 2}
 
 
-LOSS_WEIGHTS = {"patch": 0.5, "probe": 1.0, "image": 0.5, "caption": 0.3}
+LOSS_WEIGHTS = {"patch": 0.5, "probe": 1.0, "image": 1.5, "caption": 0.1}
 
 
 def patch_loss(margin: Tensor, targets: Tensor) -> Tensor:
@@ -366,6 +386,19 @@ def patch_loss(margin: Tensor, targets: Tensor) -> Tensor:
     return entropy + 0.5 * dice
 
 
+def image_loss(margin: Tensor, abnormal: Tensor) -> Tensor:
+    """Cross-entropy of the mean probability of the patches, as MVFA scores an image, and of each patch by itself.
+
+    Args:
+        margin: ``(B, P)``, logit of the abnormal state of the image.
+        abnormal: ``(B,)`` in {0, 1}.
+    """
+    margin = margin.float()
+    mean = margin.sigmoid().mean(1).clamp(1e-4, 1 - 1e-4)
+    each = functional.binary_cross_entropy_with_logits(margin, abnormal[:, None].expand_as(margin))
+    return (functional.binary_cross_entropy(mean, abnormal) + each) / 2
+
+
 # The run
 
 
@@ -378,18 +411,20 @@ def evaluate(training: TinyTraining, batch: Batch) -> dict[str, float]:
         batch: Whole images.
 
     Returns:
-        AUROC of patches by each block's head, by CLIP's own projection and by the last probe; of images by the last
-        probe of images; and the accuracy of the modality.
+        AUROC of patches by each block's head, by CLIP's own projection and by the last probe; of images by each block
+        and by their sum; and the accuracy of the modality.
     """
     training.eval()
     rng = np.random.default_rng(0)
-    logits, probed, pooled, images = training.patch_logits(batch, training.states(batch.modalities, rng, sentences=12))
+    states = training.states(batch.modalities, rng, sentences=12)
+    margins, probed, whole, images = training.patch_logits(batch, states, MIXED_KEEP)
     truth = batch.targets > 0.5
-    margins = [level[..., 1] - level[..., 0] for level in logits]
+    scores = [level.sigmoid().mean(1) for level in whole]
     names = training.encode([f"a {NAMES[modality][0]}" for modality in SUBJECTS])
     result = {f"patch_auroc_{index}": float(binary_auroc(m, truth.long())) for index, m in enumerate(margins, start=1)}
     result["probe_auroc"] = float(binary_auroc(probed[-1], truth.long()))
-    result["image_auroc"] = float(binary_auroc(pooled[-1], truth.any(1).long()))
+    result |= {f"image_auroc_{i}": float(binary_auroc(s, truth.any(1).long())) for i, s in enumerate(scores, start=1)}
+    result["image_auroc"] = float(binary_auroc(torch.stack(scores).sum(0), truth.any(1).long()))
     result["modality_accuracy"] = float(((images @ names.T).argmax(1) == batch.modalities).float().mean())
     training.train()
     return result
@@ -431,17 +466,25 @@ def bring_texts_together(clip: CLIP, similarity: float = STATE_SIMILARITY) -> No
     clip.ln_final.bias += low * common
 
 
-def export(clip: CLIP, path: Path) -> Path:
+def export(clip: CLIP, path: Path, start: Path | None = None, keep_start: float = 0.0) -> Path:
     """Write the weights in half precision, as the package carries them, with `bring_texts_together`.
 
     Args:
         clip: Model of `CONFIG`; it is left as it is.
         path: File to write.
+        start: Weights to blend in.
+        keep_start: Their share.
 
     Returns:
         The path.
     """
     clip = deepcopy(clip)
+    if start is not None and keep_start:
+        own = clip.state_dict()
+        blended = {
+            name: torch.lerp(own[name], value.to(own[name]), keep_start) for name, value in load_file(start).items()
+        }
+        clip.load_state_dict({**own, **blended})
     bring_texts_together(clip)
     state = {name: value.detach().half().cpu().contiguous() for name, value in clip.state_dict().items()}
     state = {name: value for name, value in state.items() if name != "attn_mask"}
@@ -502,6 +545,7 @@ def train(
         lr=settings.learning_rate,
         betas=(0.9, 0.98),
     )
+    averaged = AveragedModel(training, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY))
     step, seen = 0, 0
     history: list[dict[str, float]] = []
     means: dict[str, float] = {}
@@ -509,15 +553,17 @@ def train(
     if checkpoint.is_file():
         saved: dict[str, Any] = torch.load(checkpoint, map_location=device, weights_only=True)
         training.load_state_dict(saved["training"])
+        averaged.load_state_dict(saved["averaged"])
         optimizer.load_state_dict(saved["optimizer"])
         step, seen, history, means = (saved[name] for name in ("step", "seen", "history", "means"))
     held_out = collate([ViewDataset(HELD_OUT_SEED, 1)[index] for index in range(HELD_OUT)])
     held_out = _to(held_out, device)
 
     def save() -> None:
-        history.append({"step": step, "seen": seen, **means, **evaluate(training, held_out)})
+        history.append({"step": step, "seen": seen, **means, **evaluate(averaged.module, held_out)})
         state = {
             "training": training.state_dict(),
+            "averaged": averaged.state_dict(),
             "optimizer": optimizer.state_dict(),
             "step": step,
             "seen": seen,
@@ -527,7 +573,7 @@ def train(
         with replacing(checkpoint) as partial:
             torch.save(state, partial)
         (output / "history.json").write_text(json.dumps(history, indent=1), encoding="utf-8")
-        export(training.clip, output / "tiny.safetensors")
+        export(averaged.module.clip, output / "tiny.safetensors", settings.start, settings.keep_start)
         progress.console.print(" ".join(f"{k} {v:.4g}" for k, v in history[-1].items()))
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -539,7 +585,7 @@ def train(
             seen = count
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * settings.rate(step)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or settings.bfloat16):
                 terms = training(_to(cpu_batch, device), np.random.default_rng((settings.seed, step)))
             loss = torch.stack([weight * terms[name] for name, weight in LOSS_WEIGHTS.items()]).sum()
             optimizer.zero_grad()
@@ -548,6 +594,7 @@ def train(
             optimizer.step()
             with torch.no_grad():
                 training.clip.logit_scale.clamp_(max=math.log(100))
+            averaged.update_parameters(training)
             step += 1
             for name, value in terms.items():
                 means[name] = 0.98 * means.get(name, float(value.detach())) + 0.02 * float(value.detach())
@@ -580,6 +627,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--learning_rate", type=float, default=default.learning_rate)
     parser.add_argument("--final", type=float, default=default.final, help="share of the steps on whole images")
     parser.add_argument("--start", type=Path, help="weights to start from, such as the embedded ones")
+    parser.add_argument("--keep_start", type=float, default=default.keep_start, help="its share in what is exported")
+    parser.add_argument("--freeze_text", action="store_true", help="leave the text tower as it starts")
+    parser.add_argument("--bfloat16", action="store_true", help="on a processor that is faster so")
     parser.add_argument("--seed", type=int, default=default.seed)
     parser.add_argument("--workers", type=int, default=1, help="processes that generate images")
     parser.add_argument("--save_every", type=int, default=200, help="steps between checkpoints")

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from anomalib_mvfa.backbones.tiny import TINY_CONFIG
+from anomalib_mvfa.demo.drawing import grain, noise
 from anomalib_mvfa.demo.phantoms import MODALITIES, TYPICAL, draw_phantom
 from anomalib_mvfa.training.lesions import LesionSynthesizer
 
@@ -44,11 +45,13 @@ NAMES: dict[str, tuple[str, ...]] = {
 SUBJECTS = tuple(NAMES)
 """The modalities, and textures that show nothing in particular."""
 KINDS = {"bright": "bright", "dark": "dark", "ring": "ring-shaped", "texture": "textural", "displaced": "displacing"}
-SHARES = (0.2, 0.12, 0.12, 0.12, 0.08, 0.11, 0.25)
+SHARES = (0.21, 0.13, 0.13, 0.13, 0.1, 0.18, 0.12)
 """Share of each of `SUBJECTS`."""
-ONE_SCANNER_SHARE = 0.5
-"""How many phantoms have the clear lesions of a set from one scanner; half of these the modality's typical one."""
-ABNORMAL_SHARE = 0.6
+ONE_SCANNER_SHARE = 0.8
+"""How many phantoms have the clear lesions of a set from one scanner; two of three have the modality's typical one."""
+UNMOVED_SHARE, UNEXPOSED_SHARE = 0.3, 0.3
+"""How many views keep the phantom's pose, and how many its grey values."""
+ABNORMAL_SHARE = 0.55
 SYNTHETIC_SHARE = 0.4
 """How many of the normal phantoms receive a synthetic lesion."""
 LESION_WINDOW_SHARE = 0.7
@@ -100,7 +103,7 @@ class ViewDataset(Dataset[list[View]]):
         else:
             name = MODALITIES[modality]
             scanner = int(rng.integers(2**31)) if rng.uniform() < ONE_SCANNER_SHARE else None
-            lesion = TYPICAL[name] if scanner is not None and rng.uniform() < 0.5 else "random"
+            lesion = TYPICAL[name] if scanner is not None and rng.uniform() < 0.67 else "random"
             phantom = draw_phantom(name, SIZE, lesion if abnormal else None, rng, scanner)
             image, variant = phantom.image.astype(np.float32) / 255, phantom.variant
             mask, kind = phantom.mask, KINDS.get(phantom.lesion or "", "")
@@ -120,13 +123,17 @@ class ViewDataset(Dataset[list[View]]):
         kind: str,
         rng: np.random.Generator,
     ) -> View:
-        image, weight = _move(image, mask.astype(np.float32), rng)
+        weight: Field = mask.astype(np.float32)
+        if rng.uniform() > UNMOVED_SHARE:
+            image, weight = _move(image, weight, rng)
         row, column = self._origin(weight, rng)
         rows = slice(row * PATCH, (row + self.window) * PATCH)
         columns = slice(column * PATCH, (column + self.window) * PATCH)
         seen = np.zeros_like(mask)
         seen[rows, columns] = weight[rows, columns] > 0.5
-        pixels = _expose(np.ascontiguousarray(image[rows, columns]), rng)
+        pixels = np.ascontiguousarray(image[rows, columns])
+        if rng.uniform() > UNEXPOSED_SHARE:
+            pixels = _expose(pixels, rng)
         target = weight[rows, columns].reshape(self.window, PATCH, self.window, PATCH).mean((1, 3)).ravel()
         return View(
             torch.from_numpy(pixels).permute(2, 0, 1).contiguous(),
@@ -155,7 +162,7 @@ def _move(
 ) -> tuple[Field, Field]:
     """Turn, stretch, shift and mirror an image and its mask alike."""
     angle = rng.uniform(-np.pi, np.pi) if rng.uniform() < 0.2 else rng.uniform(-0.3, 0.3)
-    scale = float(np.exp(rng.uniform(-0.25, 0.25)))
+    scale = float(np.exp(rng.uniform(-0.7 if rng.uniform() < 0.4 else -0.25, 0.25)))  # many real lesions are large
     stretch = float(np.exp(rng.uniform(-0.15, 0.15)))
     cos, sin = float(np.cos(angle)), float(np.sin(angle))
     mirror = rng.choice((-1, 1))
@@ -191,14 +198,26 @@ def _expose(image: Field, rng: np.random.Generator) -> Field:
         image = 1 - image
     if rng.uniform() < 0.7:
         image = image * rng.uniform(0.5, 1.4) + rng.uniform(-0.1, 0.15)
-    if rng.uniform() < 0.4:
-        noise = rng.standard_normal((*image.shape[:2], 1), dtype=np.float32)
-        image = image + noise * rng.uniform(0, 0.05)
+    image = _add_noise(image, rng)
     image = np.clip(image, 0, 1).astype(np.float32)
     if rng.uniform() < 0.15:
         quality = [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(25, 90))]
         encoded = cv2.imencode(".jpg", (image * 255).astype(np.uint8), quality)[1]
         image = np.asarray(cv2.imdecode(encoded, cv2.IMREAD_COLOR), dtype=np.float32) / 255
+    return image
+
+
+def _add_noise(image: Field, rng: np.random.Generator) -> Field:
+    """Add speckle, a gain that changes over the image, and pixel noise, each to some images."""
+    if rng.uniform() < 0.15:  # speckle
+        across, along = rng.uniform(0.3, 1.5, 2)
+        envelope = np.hypot(*(grain(rng, image.shape[0], across, along) for _ in range(2)))
+        image = image * np.power(0.8 * envelope, rng.uniform(0.2, 0.8))[..., None]
+    if rng.uniform() < 0.15:  # a gain that changes over the image
+        image = image * np.exp(0.25 * noise(rng, image.shape[0], 3))[..., None]
+    if rng.uniform() < 0.4:
+        pixel_noise = rng.standard_normal((*image.shape[:2], 1), dtype=np.float32)
+        image = image + pixel_noise * rng.uniform(0, 0.05)
     return image
 
 

@@ -14,7 +14,7 @@ from anomalib_mvfa.backbones.loading import load_clip, resolve_backbone
 from anomalib_mvfa.demo.phantoms import draw_phantom
 from anomalib_mvfa.model import MVFAModel
 from tools.textures import draw_texture
-from tools.train_tiny import Settings, TinyTraining, block_tokens, export, main, train
+from tools.train_tiny import MIXED_KEEP, Settings, TinyTraining, block_tokens, export, image_loss, main, train
 from tools.views import CONFIG, GRID, PATCH, SUBJECTS, ViewDataset, collate
 
 CPU = torch.device("cpu")
@@ -69,6 +69,24 @@ def test_tokens_do_not_depend_on_the_order_of_axes_in_the_attention(training):
 
 
 @torch.no_grad()
+def test_tokens_between_blocks_are_kept_as_mvfa_keeps_them(training, tmp_path):
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(CONFIG))
+    model = MVFAModel(
+        str(path), pretrained=str(export(training.clip, tmp_path / "tiny.safetensors")), class_name="Brain"
+    )
+    for adapter in (*model.seg_adapters, *model.det_adapters):
+        adapter.fc1[0].weight.copy_(torch.eye(CONFIG["embed_dim"]))
+        adapter.fc2[0].weight.zero_()
+    training.clip.visual.load_state_dict({k: v.half() for k, v in training.clip.visual.state_dict().items()})
+    images = torch.rand(2, 3, GRID * PATCH, GRID * PATCH)
+    positions = torch.arange(GRID * GRID).expand(2, -1)
+    outputs = block_tokens(training.clip.visual, images, positions, MIXED_KEEP)
+    for tokens, hidden in zip(outputs, model.hidden_tokens(images).detection, strict=True):
+        torch.testing.assert_close(torch.nn.functional.leaky_relu(tokens), hidden, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
 def test_heads_start_by_looking_at_the_four_neighbours_in_a_blank_image(training):
     visual = training.clip.visual
     patches = visual.positional_embedding[1:][None]
@@ -119,6 +137,30 @@ def test_the_patch_loss_falls(training):
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.75 * losses[0]
+
+
+def test_the_image_loss_counts_the_mean_over_the_patches_and_every_patch():
+    sure, split = torch.full((1, 4), 3.0), torch.tensor([[30.0, 30.0, -30.0, -30.0]])
+    abnormal = torch.ones(1)
+    assert float(image_loss(sure, abnormal)) == pytest.approx(np.log1p(np.exp(-3)), rel=1e-4)
+    assert float(image_loss(split, abnormal)) == pytest.approx((np.log(2) + 15) / 2, rel=1e-4)
+    assert image_loss(sure, 1 - abnormal) > 3
+
+
+def test_a_frozen_text_tower_keeps_its_weights_and_the_average_is_exported(tmp_path, monkeypatch):
+    monkeypatch.setattr("tools.train_tiny.HELD_OUT", 6)
+    start = export(TinyTraining(SHORT).clip, tmp_path / "start.safetensors")
+    settings = Settings(steps=4, batch=8, views=2, learning_rate=0.3, start=start, freeze_text=True)
+    before, after = load_file(start), load_file(train(settings, tmp_path / "run", CPU, workers=0))
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    for name, value in after.items():
+        if not name.startswith(("visual.", "logit_scale", "ln_final.bias")):
+            assert torch.equal(value, before[name]), name
+    last, average = (saved[part] for part in ("training", "averaged"))
+    exported = after["visual.proj"].float()
+    torch.testing.assert_close(exported, average["module.clip.visual.proj"], atol=2e-3, rtol=2e-3)
+    assert not torch.allclose(exported, last["clip.visual.proj"], atol=5e-4, rtol=5e-4)
+    assert not torch.equal(after["visual.proj"], before["visual.proj"])
 
 
 def test_the_command_writes_weights_that_mvfa_loads(tmp_path, capsys, monkeypatch):
@@ -181,3 +223,12 @@ def test_training_starts_from_given_weights(tmp_path):
     export(trained.clip, tmp_path / "start.safetensors")
     started = TinyTraining(Settings(steps=4, batch=8, views=2, start=tmp_path / "start.safetensors"))
     torch.testing.assert_close(started.clip.visual.proj, trained.clip.visual.proj, atol=2e-3, rtol=0)
+
+
+def test_export_blends_the_start_in(tmp_path):
+    clips = [TinyTraining(Settings(seed=seed)).clip for seed in (0, 1)]
+    start, own = (export(clip, tmp_path / f"{seed}.safetensors") for seed, clip in enumerate(clips))
+    blended = load_file(export(clips[1], tmp_path / "blended.safetensors", start, 0.25))["visual.proj"]
+    expected = 0.25 * load_file(start)["visual.proj"] + 0.75 * load_file(own)["visual.proj"]
+    torch.testing.assert_close(blended, expected, atol=2e-3, rtol=2e-3)
+    assert not torch.allclose(blended, load_file(own)["visual.proj"], atol=2e-3)
