@@ -16,8 +16,6 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from anomalib_mvfa.processes import interleave
-
 nibabel = pytest.importorskip("nibabel")
 SCRIPT = Path(__file__).with_name("two_processes.py")
 
@@ -129,8 +127,3 @@ def test_nothing_is_left_of_the_second_process(outputs):
     assert [path.name for path in sorted((outputs[2] / "MVFA" / "disks").iterdir())] == ["latest", "v0"]
     assert (outputs[2] / "MVFA" / "disks" / "latest").resolve().name == "v0"
     assert not list(outputs[2].rglob("partial-*"))
-
-
-def test_rows_are_brought_back_into_their_order():
-    assert list(interleave([[0, 3, 6], [1, 4], [2, 5]])) == list(range(7))
-    assert list(interleave([[], []])) == []

@@ -4,6 +4,7 @@
 """Tables of predictions, of images and of groups such as patients."""
 
 import logging
+from itertools import zip_longest
 from typing import Any
 
 import pandas as pd
@@ -13,7 +14,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision, binary_f1_score
 
 from anomalib_mvfa.files import replacing
-from anomalib_mvfa.processes import gather_objects, interleave
+from anomalib_mvfa.processes import gather_objects
 from anomalib_mvfa.visualization import image_paths, loaded_dataset, results_dir
 
 __all__ = ["PredictionTable"]
@@ -128,7 +129,8 @@ class PredictionTable(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the tables, with the rows of all processes, and log where the results are."""
         folder, groups = results_dir(trainer), self._by_group()
-        self._rows = list(interleave(gather_objects(self._rows)))
+        turns = zip_longest(*gather_objects(self._rows))  # images were distributed in turn
+        self._rows = [row for turn in turns for row in turn if row is not None]
         if trainer.is_global_zero:
             if len(groups):
                 other = "true_label" if trainer.predicting else "unreadable_images"

@@ -185,15 +185,6 @@ class FewShot(SplitDataModule):
         own = getattr(self.source, "class_name", None)
         return own or (prompt_name(self.category) if self.category else None)
 
-    def episodes(self, count: int) -> list["FewShot"]:
-        """Return several draws from the same splits: seeds count up, or with a support list the draws of the file."""
-        names = ("source", "k_shot", "support_list", "abnormal_source", "group_by", "shuffle", "train_batch_size")
-        options = {name: getattr(self, name) for name in names}
-        places = [(self.seed or 0, self.draw + number) for number in range(count)]
-        if self.support_list is None:
-            places = [((self.seed or 0) + number, self.draw) for number in range(count)]
-        return [FewShot(**options, seed=seed, draw=draw) for seed, draw in places]
-
     @property
     def intensity(self) -> str | None:
         """Intensity rule of the source, as text; ``None`` if it has none."""

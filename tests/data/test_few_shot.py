@@ -334,27 +334,6 @@ def test_abnormal_supports_from_a_validation_part_that_is_the_test_part_are_said
     assert not set(supports(data, 1)) & paths(data.test_data)
 
 
-def test_episodes_share_the_source_and_differ_in_their_supports(make_folder):
-    source = make_folder(12, 12)
-    episodes = FewShot(source, k_shot=3, seed=5, train_batch_size=2).episodes(4)
-    assert [data.seed for data in episodes] == [5, 6, 7, 8]
-    for data in episodes:
-        data.setup()
-        assert data.source is source
-        assert (data.k_shot, data.train_batch_size) == (3, 2)
-    assert len({tuple(sorted(supports(data, 0) + supports(data, 1))) for data in episodes}) == 4
-    assert supports(episodes[1], 0) == supports(few_shot(source, k_shot=3, seed=6), 0)
-
-
-def test_episodes_of_a_support_list_are_its_draws(make_folder, tmp_path):
-    path = tmp_path / "list.txt"
-    path.write_text("n-0: 00.png\na-0: 02.png\nn-1: 05.png\na-1: 07.png\n")
-    episodes = FewShot(make_folder(12, 12), support_list=path).episodes(2)
-    for data, names in zip(episodes, (["00.png"], ["05.png"]), strict=True):
-        data.setup()
-        assert [Path(name).name for name in supports(data, 0)] == names
-
-
 def test_supports_for_the_bank_are_versions_of_normal_and_unchanged_abnormal(make_folder):
     data = few_shot(make_folder(12, 12), k_shot=2)
     support = data.support

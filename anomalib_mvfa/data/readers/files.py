@@ -71,16 +71,12 @@ class ImageRef:
     @property
     def name(self) -> str:
         """Relative path without its suffix, and the index, to name outputs by (``case/volume_slice012``)."""
-        relative = self._relative
+        path, root = (Path(os.path.abspath(part)) for part in (self.path, self.root or self.path.parent))  # noqa: PTH100 - links stay
+        # A file outside the root goes by its name alone, which never leads out of a folder.
+        relative = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
         suffix = next((suffix for suffix in IMAGE_SUFFIXES if relative.lower().endswith(suffix)), "")
         stem = relative[: len(relative) - len(suffix)]
         return stem if self.frame is None else f"{stem}_slice{self.frame:03d}"
-
-    @property
-    def _relative(self) -> str:
-        """Path below the root, or the file name alone for a file outside it: a name never leads out of a folder."""
-        path, root = (Path(os.path.abspath(part)) for part in (self.path, self.root or self.path.parent))  # noqa: PTH100 - links stay
-        return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
 
     def check_size(self, count: int) -> None:
         """Refuse a file with more pixels over all frames, or voxels, than ``max_pixels``, before they are decoded."""
