@@ -21,7 +21,7 @@ from anomalib_mvfa.files import replacing
 
 from .cells import Cell
 from .published import PAPER_SETS, PUBLISHED, SOURCE, paper_set
-from .statistics import IMAGE_METRICS, Difference, differences, holm, intervals, mean_and_spread
+from .statistics import IMAGE_METRICS, Difference, differences, holm, intervals
 
 __all__ = ["FinishedCells", "write_tables"]
 
@@ -208,10 +208,8 @@ def shot(k_shot: int) -> str:
 
 def _percent(values: Sequence[float], digits: int = 1) -> str:
     known = [100 * value for value in values if not math.isnan(value)]
-    if not known:
-        return "-"
-    mean, spread = mean_and_spread(known)
-    return f"{mean:.{digits}f}" if math.isnan(spread) else f"{mean:.{digits}f} ± {spread:.{digits}f}"
+    spread = f" ± {np.std(known, ddof=1):.{digits}f}" if len(known) > 1 else ""
+    return f"{np.mean(known):.{digits}f}{spread}" if known else "-"
 
 
 def _p_value(value: float) -> str:

@@ -233,17 +233,14 @@ def run_comparison(comparison: Comparison) -> list[Path]:
     return failed
 
 
-def write_report(comparison: Comparison, command: str | None = None) -> Path:
-    """Write ``results.csv``, ``results.md`` and ``index.html`` of the cells that exist, and return the page.
-
-    ``command`` is shown there: how the comparison was run.
-    """
+def write_report(comparison: Comparison) -> Path:
+    """Write ``results.csv``, ``results.md`` and ``index.html`` of the cells that exist, and return the page."""
     output = Path(comparison.output)
     made = {name: get_datamodule(dict(source)) for name, source in comparison.sets.items()}
     roots = {name: Path(getattr(source, "root")) for name, source in made.items() if hasattr(source, "root")}  # noqa: B009
     cells = load_cells(output)
     write_tables(cells, output)
-    write_page(cells, output / "index.html", data_root=roots, command=command)
+    write_page(cells, output / "index.html", data_root=roots)
     return output / "index.html"
 
 

@@ -63,17 +63,6 @@ class ImageScores:
         return ImageScores(tuple(paths), self.labels[kept], self.scores[kept], groups)
 
 
-def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean and the standard deviation of a sample; NaN for the latter if there is only one value.
-
-    Example:
-        >>> mean_and_spread([1.0, 2.0, 3.0])
-        (2.0, 1.0)
-    """
-    spread = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
-    return float(np.mean(values)), spread
-
-
 def image_metrics(
     labels: NDArray[np.bool_], scores: Array, weights: NDArray[np.integer[Any]] | None = None
 ) -> dict[str, Array]:
@@ -249,7 +238,8 @@ class Resampled:
         return Resampled(self.value - other.value, self.draws - other.draws, tuple(a - b for a, b in pairs))
 
 
-def bootstrap(runs: Sequence[ImageScores], draws: int = DRAWS, seed: int = 0) -> dict[str, Resampled]:
+@lru_cache(maxsize=64)
+def bootstrap(runs: tuple[ImageScores, ...], draws: int = DRAWS, seed: int = 0) -> dict[str, Resampled]:
     """Resample whole groups and compute the mean of each metric over the runs.
 
     Groups of normal images, groups of abnormal images and groups with both are resampled apart, as many of each as
@@ -259,11 +249,6 @@ def bootstrap(runs: Sequence[ImageScores], draws: int = DRAWS, seed: int = 0) ->
     Returns:
         One entry for each of `IMAGE_METRICS`.
     """
-    return _resampled(tuple(runs), draws, seed)
-
-
-@lru_cache(maxsize=64)
-def _resampled(runs: tuple[ImageScores, ...], draws: int, seed: int) -> dict[str, Resampled]:
     ill = pd.concat([pd.Series(run.labels, run.units) for run in runs]).groupby(level=0).mean()  # by group, sorted
     strata = [np.flatnonzero(own) for own in (ill == 0, ill == 1, ill.between(0, 1, inclusive="neither")) if own.any()]
     columns = [ill.index.get_indexer(pd.Index(run.units)) for run in runs]
@@ -329,7 +314,7 @@ def bca_interval(sample: Resampled, level: float = LEVEL) -> tuple[float, float]
 
 def intervals(runs: Sequence[ImageScores]) -> dict[str, tuple[float, float]]:
     """Compute the 95 % intervals of all metrics of one method, over patients or images."""
-    samples = bootstrap(runs)
+    samples = bootstrap(tuple(runs))
     return {name: bca_interval(samples[name]) for name in IMAGE_METRICS} | {"image_AUROC": area(runs).interval()}
 
 
@@ -363,7 +348,7 @@ def differences(first: Sequence[ImageScores], second: Sequence[ImageScores]) -> 
     first, second = [a for a, _ in pairs], [b for _, b in pairs]
     each = [(image_metrics(a.labels, a.scores), image_metrics(b.labels, b.scores)) for a, b in pairs]
     images = len({path for run in first for path in run.paths})
-    ours, theirs = bootstrap(first), bootstrap(second)
+    ours, theirs = bootstrap(tuple(first)), bootstrap(tuple(second))
     areas = area_difference(first, second)
     result = {}
     for name in IMAGE_METRICS:

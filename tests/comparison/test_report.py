@@ -130,16 +130,18 @@ def test_a_broken_cell_is_reported_and_the_rest_is_used(comparison, spoil, reaso
     assert "| MVFA |" in text
 
 
-def test_maps_that_do_not_fit_leave_the_figures(comparison, tmp_path):
+def test_maps_that_do_not_fit_leave_the_figures(comparison, tmp_path, caplog):
     folder = comparison(SOME, seeds=1)
     cell = cell_of(folder, "WinCLIP")
     np.savez(cell / "maps.npz", maps=np.zeros((3, 4, 4), np.uint8), low=0.0, high=1.0)
-    with pytest.raises(ValueError, match=r"maps\.npz.*one picture per line"):
-        next(c for c in load_cells(folder) if c.folder == cell).read_maps()
+    broken = next(c for c in load_cells(folder) if c.folder == cell)
+    assert broken.read_maps() is None
+    assert f"{cell / 'maps.npz'} is damaged, or does not hold one map per line" in caplog.text
     assert "Heatmap of MVFA" in render(folder, tmp_path)
+    caplog.clear()
     (cell / "maps.npz").write_bytes(b"PK")
-    with pytest.raises(ValueError, match=r"maps\.npz is damaged"):
-        next(c for c in load_cells(folder) if c.folder == cell).read_maps()
+    assert broken.read_maps() is None
+    assert f"{cell / 'maps.npz'} is damaged" in caplog.text
 
 
 def test_a_folder_without_cells_is_refused(tmp_path):
@@ -339,7 +341,7 @@ def test_everything_on_the_page_can_be_read_aloud(comparison, tmp_path):
     tags = Page(render(comparison(SOME), tmp_path)).tags
     assert all(attributes.get("alt") for tag, attributes in tags if tag == "img")
     assert all(attributes.get("scope") in {"col", "row"} for tag, attributes in tags if tag == "th")
-    assert sum(attributes.get("class") == "plot" for tag, attributes in tags) == 2 + 2 + 1
+    assert sum(attributes.get("class") == "plot" for tag, attributes in tags) == 2 + 2
     assert ("html", {"lang": "en"}) in tags
 
 
@@ -367,9 +369,9 @@ def test_file_names_do_not_reach_the_page_unless_asked_for(comparison, tmp_path)
 
 def test_names_are_escaped(comparison, tmp_path):
     folder = comparison(SOME, seeds=1, name="<script>alert(1)</script>")
-    text = render(folder, tmp_path, command="anomalib benchmark --config <x>")
+    text = render(folder, tmp_path)
     assert "<script" not in text
-    assert "--config &lt;x&gt;" in text
+    assert "&lt;script&gt;alert(1)" in text
 
 
 def test_each_method_shows_its_best_and_worst_image(comparison, tmp_path):
