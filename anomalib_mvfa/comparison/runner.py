@@ -314,7 +314,7 @@ class _Pixels(PixelFigures):
     """Pixel metrics that also know at which threshold the Dice of all pixels is greatest."""
 
     def best_threshold(self) -> float:
-        scores, counts = np.unique(np.concatenate(list(self._abnormal)), return_counts=True)
+        scores, counts = np.unique(np.asarray(self._abnormal), return_counts=True)
         hits = counts[::-1].cumsum()[::-1]
         alarms = self._normal_above(scores)[2]
         return float(scores[np.argmax(2 * hits / (hits + alarms + hits[0]))])
