@@ -26,8 +26,7 @@ from lightning.pytorch import Callback
 
 from anomalib_mvfa import MVFA
 from anomalib_mvfa.comparison.cells import Cell, load_cells
-from anomalib_mvfa.comparison.published import PAPER_SETS, PUBLISHED
-from anomalib_mvfa.comparison.report import Table, environment
+from anomalib_mvfa.comparison.report import PAPER_SETS, PUBLISHED, Table, environment
 from anomalib_mvfa.comparison.runner import Comparison, run_comparison
 from anomalib_mvfa.data import FewShot
 from anomalib_mvfa.files import replacing

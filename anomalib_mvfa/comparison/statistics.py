@@ -328,7 +328,6 @@ class Difference:
     p_value: float  # two-sided, of the AUROC; NaN for the other metrics, or where it cannot be computed
     ahead: int  # seeds with which the first method is strictly better
     seeds: int
-    images: int  # different test images
 
 
 def differences(first: Sequence[ImageScores], second: Sequence[ImageScores]) -> dict[str, Difference]:
@@ -347,7 +346,6 @@ def differences(first: Sequence[ImageScores], second: Sequence[ImageScores]) -> 
     pairs = [_on_common_images(a, b) for a, b in zip(first, second, strict=True)]
     first, second = [a for a, _ in pairs], [b for _, b in pairs]
     each = [(image_metrics(a.labels, a.scores), image_metrics(b.labels, b.scores)) for a, b in pairs]
-    images = len({path for run in first for path in run.paths})
     ours, theirs = bootstrap(tuple(first)), bootstrap(tuple(second))
     areas = area_difference(first, second)
     result = {}
@@ -357,7 +355,7 @@ def differences(first: Sequence[ImageScores], second: Sequence[ImageScores]) -> 
         if name == "image_AUROC":
             (low, high), p_value = areas.difference_interval(), areas.p_value()
         ahead = int((by_seed > 0).sum())
-        result[name] = Difference(float(by_seed.mean()), low, high, p_value, ahead, len(by_seed), images)
+        result[name] = Difference(float(by_seed.mean()), low, high, p_value, ahead, len(by_seed))
     return result
 
 

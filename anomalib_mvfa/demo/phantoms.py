@@ -22,7 +22,7 @@ From a shell, a data set in the layout of BMAD::
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,6 +169,13 @@ def _grow(
     return channels, mask
 
 
+def _check_names(names: Iterable[str | None], known: Sequence[str | None]) -> None:
+    for name in names:
+        if name not in known:
+            msg = f"Unknown name {name!r}: choose among {', '.join(map(str, known))}."
+            raise ValueError(msg)
+
+
 def draw_phantom(
     modality: str,
     size: int = 112,
@@ -190,12 +197,8 @@ def draw_phantom(
     Raises:
         ValueError: If the modality, the lesion or the size is not one of the above.
     """
-    if modality not in _ANATOMY:
-        msg = f"Unknown modality {modality!r}: choose one of {', '.join(MODALITIES)}."
-        raise ValueError(msg)
-    if lesion not in {None, "random", *LESIONS}:
-        msg = f"Unknown lesion {lesion!r}: choose None, 'random' or one of {', '.join(LESIONS)}."
-        raise ValueError(msg)
+    _check_names((modality,), MODALITIES)
+    _check_names((lesion,), (None, "random", *LESIONS))
     if size < 32:
         msg = f"Phantoms of {size} pixels show nothing: choose a size of 32 or more."
         raise ValueError(msg)
@@ -246,10 +249,8 @@ def write_phantoms(
         ValueError: If a modality or a split is unknown.
     """
     counts = {**DEFAULT_COUNTS, **(counts or {})}
-    for name, known in {**dict.fromkeys(modalities, MODALITIES), **dict.fromkeys(counts, SPLITS)}.items():
-        if name not in known:
-            msg = f"Unknown name {name!r}: choose among {', '.join(known)}."
-            raise ValueError(msg)
+    _check_names(modalities, MODALITIES)
+    _check_names(counts, SPLITS)
     jobs = [
         (modality, split, abnormal, index)
         for modality in modalities

@@ -16,8 +16,7 @@ import pytest
 from anomalib_mvfa.comparison import load_cells, write_page, write_tables
 from anomalib_mvfa.comparison.__main__ import main
 from anomalib_mvfa.comparison.page import heatmap
-from anomalib_mvfa.comparison.published import PUBLISHED
-from anomalib_mvfa.comparison.report import FinishedCells
+from anomalib_mvfa.comparison.report import PUBLISHED, FinishedCells
 from anomalib_mvfa.comparison.statistics import area, differences, holm, image_metrics, intervals
 
 SOME = ("MVFA", "WinCLIP", "mean brightness")
