@@ -174,9 +174,7 @@ class WinClipAny(WinClip, AnomalibModule):  # type: ignore[misc]  # directly, or
         ensemble = _ensemble(prompts)
         grid = [side // config.patch_size for side in config.image_size]
         if not scales or not 0 < min(scales) <= max(scales) <= min(grid):
-            msg = (
-                f"scales must be side lengths of windows within the grid of {grid[0]} x {grid[1]}, got {tuple(scales)}."
-            )
+            msg = f"scales must be side lengths of windows within the grid of {grid[0]} x {grid[1]}, got {scales}."
             raise ValueError(msg)
         if k_shot < 0:
             msg = f"k_shot is a number of images, 0 for zero-shot, got {k_shot}."

@@ -6,9 +6,7 @@
 import base64
 import io
 import logging
-import platform
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +204,7 @@ def _panels(groups: Sequence[Group], maps: Sequence[Maps | None], root: Path | N
 def write_page(
     cells: Sequence[Cell],
     path: Path | str,
-    data_root: Path | str | Mapping[str, Path | str] | None = None,
+    data_root: Mapping[str, Path] | None = None,
     *,
     show_paths: bool = False,
 ) -> None:
@@ -215,8 +213,8 @@ def write_page(
     Args:
         cells: The cells of a comparison.
         path: The file to write.
-        data_root: Folder that the paths of the cells are relative to, or one such folder by the name of the set.
-            Without it heatmaps are shown alone.
+        data_root: The folder by the name of the set that the paths of its cells are relative to. Without it heatmaps
+            are shown alone.
         show_paths: Show the paths of images and the errors of failed cells. File names may identify patients, so that
             images are numbered by default.
 
@@ -224,29 +222,19 @@ def write_page(
         ValueError: If two cells are of the same method, set, shot and seed.
     """
     comparison = FinishedCells(cells)
-    if isinstance(data_root, Mapping):
-        roots = {name: Path(root) for name, root in data_root.items()}
-    else:
-        roots = dict.fromkeys(comparison.sets, Path(data_root)) if data_root is not None else {}
     made = {
         "anomalib-mvfa": ", ".join(sorted({cell.version for cell in comparison.cells})),
         "backbone": ", ".join(comparison.backbones),
         "machine": "; ".join(sorted({cell.machine for cell in comparison.cells})),
         "seeds": ", ".join(map(str, sorted({cell.seed for cell in comparison.cells}))),
-        "page written with": f"anomalib {version('anomalib')}, Python {platform.python_version()}",
     }
-    text = (
-        environment()
-        .get_template("page.html.jinja")
-        .render(
-            **facts(comparison),
-            missing=failures(comparison, show_paths),
-            curves=_plots(_curves, comparison),
-            histograms=_plots(_histograms, comparison),
-            galleries=_gallery(comparison, roots, show_paths),
-            colour_bar=picture(heatmap(np.arange(256, dtype=np.uint8)[None], (256, 12))),
-            made=made,
-        )
-    )
+    content = {
+        "missing": failures(comparison, show_paths),
+        "curves": _plots(_curves, comparison),
+        "histograms": _plots(_histograms, comparison),
+        "galleries": _gallery(comparison, data_root or {}, show_paths),
+        "colour_bar": picture(heatmap(np.arange(256, dtype=np.uint8)[None], (256, 12))),
+    }
+    text = environment().get_template("page.html.jinja").render(**facts(comparison), **content, made=made)
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")

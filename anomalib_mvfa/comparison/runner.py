@@ -236,8 +236,8 @@ def run_comparison(comparison: Comparison) -> list[Path]:
 def write_report(comparison: Comparison) -> Path:
     """Write ``results.csv``, ``results.md`` and ``index.html`` of the cells that exist, and return the page."""
     output = Path(comparison.output)
-    made = {name: get_datamodule(dict(source)) for name, source in comparison.sets.items()}
-    roots = {name: Path(getattr(source, "root")) for name, source in made.items() if hasattr(source, "root")}  # noqa: B009
+    made = {name: getattr(get_datamodule(dict(source)), "root", None) for name, source in comparison.sets.items()}
+    roots = {name: Path(root) for name, root in made.items() if root is not None}
     cells = load_cells(output)
     write_tables(cells, output)
     write_page(cells, output / "index.html", data_root=roots)

@@ -17,7 +17,7 @@ otherwise the image itself.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -372,18 +372,18 @@ def _on_common_images(first: ImageScores, second: ImageScores) -> tuple[ImageSco
     return first, second
 
 
-def holm(p_values: Mapping[Any, float]) -> dict[Any, float]:
+def holm(p_values: Sequence[float]) -> Array:
     """Adjust the p-values of one family by Holm's step-down rule; NaN stays NaN and does not count.
 
     Example:
-        >>> {name: round(float(p), 2) for name, p in holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": math.nan}).items()}
-        {'a': 0.03, 'b': 0.06, 'c': 0.06, 'd': nan}
+        >>> holm([0.01, 0.04, 0.03, math.nan])
+        array([0.03, 0.06, 0.06,  nan])
     """
-    known = [key for key, value in p_values.items() if not math.isnan(value)]
-    if not known:
-        return dict(p_values)
-    adjusted = multipletests([p_values[key] for key in known], method="holm")[1]
-    return dict(p_values) | {key: float(value) for key, value in zip(known, adjusted, strict=True)}
+    adjusted = np.array(p_values, dtype=np.float64)
+    known = ~np.isnan(adjusted)
+    if known.any():
+        adjusted[known] = multipletests(adjusted[known], method="holm")[1]
+    return adjusted
 
 
 def mean_roc(runs: Sequence[ImageScores], points: int = 201) -> tuple[Array, Array]:

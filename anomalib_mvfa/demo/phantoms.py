@@ -37,7 +37,8 @@ from .drawing import Field, Mask, Scanner, Scene, as_field, blur, bump, grid, mi
 
 __all__ = ["LESIONS", "MODALITIES", "SET_NAMES", "TYPICAL", "Phantom", "draw_phantom", "write_phantoms"]
 
-MODALITIES: tuple[str, ...] = ("brain_mri", "chest_xray", "liver_ct", "retinal_oct", "histology", "breast_ultrasound")
+_DRAW = {draw.__name__: draw for draw in (brain_mri, chest_xray, liver_ct, retinal_oct, histology, breast_ultrasound)}
+MODALITIES = tuple(_DRAW)
 LESIONS: tuple[str, ...] = ("bright", "dark", "ring", "texture", "displaced")
 TYPICAL: dict[str, str] = dict(zip(MODALITIES, ("bright", "bright", "dark", "dark", "dark", "dark"), strict=True))
 """The lesion of each set from one scanner: tumour on FLAIR, opacity, metastasis, fluid, dense nuclei, mass."""
@@ -48,6 +49,7 @@ SET_NAMES = dict(
 )
 DEFAULT_COUNTS = {"train": 32, "valid": 16, "test": 40}
 SPLITS = tuple(DEFAULT_COUNTS)
+Outline = tuple[Field, float, tuple[float, float]]  # of a lesion: 0 at its centre, 1 on the outline; half-width; centre
 
 
 @dataclass(frozen=True)
@@ -59,16 +61,6 @@ class Phantom:
     modality: str
     variant: str  # how the image was made, for captions: "T2-weighted", "portal venous phase"
     lesion: str | None = None  # one of `LESIONS`, None in a normal image
-
-
-_ANATOMY = dict(
-    zip(MODALITIES, (brain_mri, chest_xray, liver_ct, retinal_oct, histology, breast_ultrasound), strict=True)
-)
-
-# Lesions
-
-
-Outline = tuple[Field, float, tuple[float, float]]  # 0 at the centre and 1 on the outline; half the width; centre
 
 
 def _outline(rng: np.random.Generator, scene: Scene, kind: str) -> Outline:
@@ -204,7 +196,7 @@ def draw_phantom(
         raise ValueError(msg)
     rng = np.random.default_rng() if rng is None else rng
     anatomy, disease, acquisition = (np.random.default_rng(int(s)) for s in rng.integers(2**62, size=3))
-    scene = _ANATOMY[modality](anatomy, size, Scanner(anatomy, scanner))
+    scene = _DRAW[modality](anatomy, size, Scanner(anatomy, scanner))
     channels: Sequence[Field] = scene.channels
     mask: npt.NDArray[np.bool_] = np.zeros((size, size), dtype=np.bool_)
     if lesion is not None:
