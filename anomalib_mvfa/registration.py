@@ -10,7 +10,6 @@ pipeline look for attributes of these two modules.
 import functools
 import logging
 import sys
-from importlib.metadata import version
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -62,7 +61,7 @@ def extend_benchmark(pipeline: Any) -> None:
 
         comparison = Comparison.from_config(config["comparison"])
         failed = run_comparison(comparison)
-        page = write_report(comparison, command=f"anomalib benchmark, anomalib-mvfa {version('anomalib-mvfa')}")
+        page = write_report(comparison)
         logger.info("Tables and page: %s", page.resolve())
         if failed:
             names = "\n".join(f"  {folder / 'cell.json'}" for folder in failed)

@@ -69,7 +69,7 @@ def main() -> None:
             covered, rejected = np.zeros(3), 0
             for _ in range(options.repetitions):
                 first, second = simulate(rng, *setting, grouped)
-                sample = bootstrap([first], draws=options.draws)["image_AUROC"]
+                sample = bootstrap((first,), draws=options.draws)["image_AUROC"]
                 percentile = np.quantile(sample.draws, [0.025, 0.975])
                 for index, (low, high) in enumerate((area([first]).interval(), bca_interval(sample), percentile)):
                     covered[index] += low <= true <= high

@@ -68,7 +68,7 @@ def main() -> None:
     stamp.write_text(tower, encoding="utf-8")
     grid = comparison(options)
     failed = run_comparison(grid)
-    print(f"{len(failed)} cells failed. Page: {write_report(grid, f'python -m benchmarks.results {options.data}')}")
+    print(f"{len(failed)} cells failed. Page: {write_report(grid)}")
     tables = (options.output / "results.md").read_text(encoding="utf-8").partition("\n")[2]
     tables = re.sub(r"^## ", "### ", tables, flags=re.MULTILINE).strip()
     begin, end = "<!-- benchmarks.results -->", "<!-- end of benchmarks.results -->"

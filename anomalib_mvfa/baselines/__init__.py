@@ -3,10 +3,10 @@
 
 """Baselines: WinCLIP on any backbone, and trivial scores."""
 
-from .trivial import DistanceToMean, ImageVariance, MeanBrightness
+from .trivial import DistanceToMean, GreyLevels
 from .win_clip import WinClipAny
 
 MODELS = ("WinClipAny",)
 """Names that are registered with anomalib."""
 
-__all__ = ["MODELS", "DistanceToMean", "ImageVariance", "MeanBrightness", "WinClipAny"]
+__all__ = ["MODELS", "DistanceToMean", "GreyLevels", "WinClipAny"]

@@ -7,35 +7,27 @@ from anomalib.data import InferenceBatch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional
 
-__all__ = ["DistanceToMean", "ImageVariance", "MeanBrightness"]
+__all__ = ["DistanceToMean", "GreyLevels"]
 
 
-class MeanBrightness(nn.Module):
-    """Scores an image by its mean grey level.
-
-    Example:
-        >>> import torch
-        >>> MeanBrightness()(torch.full((1, 3, 8, 8), 0.25)).pred_score
-        tensor([0.2500])
-    """
-
-    def forward(self, images: Tensor) -> InferenceBatch:
-        """Score images ``(B, 3, H, W)`` in [0, 1]; there is no map."""
-        return InferenceBatch(pred_score=images.mean(dim=(1, 2, 3)))
-
-
-class ImageVariance(nn.Module):
-    """Scores an image by the variance of its values.
+class GreyLevels(nn.Module):
+    """Scores an image by the mean of its values, or by their variance.
 
     Example:
         >>> import torch
-        >>> ImageVariance()(torch.full((1, 3, 8, 8), 0.25)).pred_score
-        tensor([0.])
+        >>> images = torch.full((1, 3, 8, 8), 0.25)
+        >>> GreyLevels()(images).pred_score, GreyLevels(variance=True)(images).pred_score
+        (tensor([0.2500]), tensor([0.]))
     """
+
+    def __init__(self, variance: bool = False) -> None:
+        super().__init__()
+        self.variance = variance
 
     def forward(self, images: Tensor) -> InferenceBatch:
         """Score images ``(B, 3, H, W)`` in [0, 1]; there is no map."""
-        return InferenceBatch(pred_score=images.var(dim=(1, 2, 3), correction=0))
+        axes = (1, 2, 3)
+        return InferenceBatch(pred_score=images.var(axes, correction=0) if self.variance else images.mean(axes))
 
 
 class DistanceToMean(nn.Module):

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import Compose, Normalize
 
 from anomalib_mvfa.backbones.loading import BackboneConfig, load_clip, resolve_backbone
-from anomalib_mvfa.backbones.towers import ImageTower, image_tower
+from anomalib_mvfa.backbones.towers import image_tower
 from anomalib_mvfa.metrics import MVFAEvaluator
 from anomalib_mvfa.model.prompts import class_prompts, prompt_name
 from anomalib_mvfa.pre_processing import EightBitResize, ExportableResize
@@ -68,16 +68,11 @@ class WinClipAnyModel(WinClipModel):
         self.apply_transform = False
         self.k_shot = 0
         self.clip, self.tokenizer = load_clip(config)
-        self.grid_size = self.tower.grid_size
+        self.grid_size = image_tower(self.clip.visual).grid_size
         self.register_buffer_list("masks", self._generate_masks(), persistent=False)
         self.register_buffer("_text_embeddings", torch.empty(0))
         self.register_buffer_list("_visual_embeddings", [torch.empty(0) for _ in self.scales])
         self.register_buffer("_patch_embeddings", torch.empty(0))
-
-    @property
-    def tower(self) -> ImageTower:
-        """The image tower behind the interface that all kinds of tower share."""
-        return image_tower(self.clip.visual)
 
     def encode_image(self, batch: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
         """Encode images, windows and patches.
@@ -91,7 +86,7 @@ class WinClipAnyModel(WinClipModel):
             Embeddings of the images ``(B, E)``, of the windows ``(B, W, E)`` for each scale, and the last tokens of the
             patches ``(B, P, D)``.
         """
-        tower = self.tower
+        tower = image_tower(self.clip.visual)
         tokens = tower.embed(batch)
         prefix, patches = tokens[:, : tower.prefix], tokens[:, tower.prefix :]
 
@@ -179,9 +174,7 @@ class WinClipAny(WinClip, AnomalibModule):  # type: ignore[misc]  # directly, or
         ensemble = _ensemble(prompts)
         grid = [side // config.patch_size for side in config.image_size]
         if not scales or not 0 < min(scales) <= max(scales) <= min(grid):
-            msg = (
-                f"scales must be side lengths of windows within the grid of {grid[0]} x {grid[1]}, got {tuple(scales)}."
-            )
+            msg = f"scales must be side lengths of windows within the grid of {grid[0]} x {grid[1]}, got {scales}."
             raise ValueError(msg)
         if k_shot < 0:
             msg = f"k_shot is a number of images, 0 for zero-shot, got {k_shot}."

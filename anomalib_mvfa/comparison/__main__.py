@@ -23,7 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options: Any = parser.parse_args(arguments)
     cells = load_cells(options.folder)
     write_tables(cells, options.folder)
-    write_page(cells, options.folder / "index.html", options.data_root, show_paths=options.show_paths)
+    roots = {cell.set: options.data_root for cell in cells} if options.data_root else None
+    write_page(cells, options.folder / "index.html", roots, show_paths=options.show_paths)
 
 
 if __name__ == "__main__":

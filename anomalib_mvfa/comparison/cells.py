@@ -21,6 +21,7 @@ __all__ = ["Cell", "Maps", "load_cells"]
 logger = logging.getLogger(__name__)
 
 _REMEDY = "Delete the folder and run the comparison again: this cell is then computed again."
+_NO_SCORES = ImageScores((), np.zeros(0, dtype=np.bool_), np.zeros(0))
 
 
 class Maps(NamedTuple):
@@ -50,35 +51,22 @@ class Cell:
     machine: str = ""
     version: str = ""  # of this package
     config: Mapping[str, Any] = field(default_factory=dict)
-    images: ImageScores | None = None
-
-    @property
-    def scores(self) -> ImageScores:
-        """Labels and scores of the test images of a cell that is done."""
-        if self.images is None:
-            msg = f"{self.folder} has no scores: the cell is {self.status}."
-            raise ValueError(msg)
-        return self.images
+    scores: ImageScores = _NO_SCORES  # of a cell that is done
 
     def read_maps(self) -> Maps | None:
-        """Read the maps from disk, ``None`` if the method computes none.
-
-        Raises:
-            ValueError: If the file is damaged or does not fit the scores.
-        """
+        """Read the maps from disk, ``None`` if the method computes none, or if they are damaged, which is logged."""
         path = self.folder / "maps.npz"
-        if not path.is_file():
-            return None
         try:
             with np.load(path, allow_pickle=False) as archive:
                 maps = Maps(archive["maps"], archive["masks"] > 0 if "masks" in archive else None)
-        except Exception as error:  # a damaged archive raises many kinds
-            msg = f"{path} is damaged. {_REMEDY}"
-            raise ValueError(msg) from error
-        if any(array is not None and len(array) != len(self.scores.paths) for array in maps):
-            msg = f"{path} does not hold one picture per line of scores.csv. {_REMEDY}"
-            raise ValueError(msg)
-        return maps
+            if all(array is None or len(array) == len(self.scores.paths) for array in maps):
+                return maps
+        except FileNotFoundError:
+            return None
+        except Exception:  # a damaged archive raises many kinds
+            logger.debug("Damaged maps", exc_info=True)
+        logger.warning("%s is damaged, or does not hold one map per line of scores.csv. %s", path, _REMEDY)
+        return None
 
 
 def load_cells(folder: Path | str) -> list[Cell]:
@@ -105,7 +93,7 @@ def load_cells(folder: Path | str) -> list[Cell]:
                 reason = f"cell.json is damaged. {_REMEDY}"
                 cell = _load(path)
                 reason = f"scores.csv is missing or damaged, or names an image twice. {_REMEDY}"
-                cells.append(replace(cell, images=_read_scores(path)) if cell.status == "done" else cell)
+                cells.append(replace(cell, scores=_read_scores(path)) if cell.status == "done" else cell)
                 continue
         except Exception:  # damaged files raise many kinds, whose texts may name images
             logger.debug("A damaged cell", exc_info=True)

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 
 from anomalib_mvfa import MVFA
-from anomalib_mvfa.baselines import DistanceToMean, ImageVariance, MeanBrightness, WinClipAny
+from anomalib_mvfa.baselines import DistanceToMean, GreyLevels, WinClipAny
 from anomalib_mvfa.data import FewShot, LeaveOneOut
 from anomalib_mvfa.data.few_shot import SupportDataset
 from anomalib_mvfa.pre_processing import EightBitResize
@@ -85,7 +85,7 @@ def train(spec: "Spec", data: FewShot, image_size: tuple[int, int]) -> Ready:
 
 def _trivial(spec: "Spec", own: dict[str, Any], data: FewShot, resize: EightBitResize) -> Trained:
     if spec.method != "distance to mean normal":
-        return MeanBrightness() if spec.method == "mean brightness" else ImageVariance(), NOTHING, None, ()
+        return GreyLevels(variance=spec.method == "image variance"), NOTHING, None, ()
     normal = _normal(data, "supports")
     normal.augmentations = resize
     images = torch.stack([torch.as_tensor(normal[index].image) for index in range(len(normal))])

@@ -6,9 +6,7 @@
 import base64
 import io
 import logging
-import platform
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from anomalib_mvfa.files import replacing
 from anomalib_mvfa.visualization import outlines
 
 from .cells import Cell, Maps
-from .report import FinishedCells, Group, Pair, environment, facts, failures, points, shot
+from .report import FinishedCells, Group, environment, facts, failures, shot
 from .statistics import mean_pr, mean_roc, placements
 
 __all__ = ["heatmap", "picture", "write_page"]
@@ -65,20 +63,6 @@ def _curves(groups: Sequence[Group]) -> tuple[Figure, str]:
     return figure, f"ROC and precision-recall curves; image AUROC: {', '.join(names)}."
 
 
-def _forest(pairs: Sequence[Pair]) -> tuple[Figure, str]:
-    """Differences with their intervals, one per line."""
-    figure = Figure(figsize=(8.4, 0.7 + 0.28 * len(pairs)), layout="constrained")
-    axes = figure.subplots()
-    for place, pair in enumerate(pairs):
-        axes.plot([100 * pair.area.low, 100 * pair.area.high], [place, place], color=NORMAL, linewidth=1.6)
-        axes.plot(100 * pair.area.mean, place, "o", color=NORMAL, markersize=5)
-    axes.axvline(0, color="grey", linewidth=1)
-    axes.set(xlabel="difference of image AUROC, points", ylim=(len(pairs) - 0.5, -0.5))
-    axes.set_yticks(range(len(pairs)), [pair.label for pair in pairs])
-    axes.grid(axis="x", alpha=0.3)
-    return figure, "; ".join(f"{pair.label}: {points(pair.area)}" for pair in pairs)
-
-
 def _histograms(groups: Sequence[Group]) -> tuple[Figure, str]:
     """Scores of the first seed, normal images upwards, abnormal ones downwards, as shares of each class."""
     lines = -(-len(groups) // COLUMNS)
@@ -108,16 +92,15 @@ def _histograms(groups: Sequence[Group]) -> tuple[Figure, str]:
     return figure, f"Score histograms: {'; '.join(titles)}"
 
 
-def _plots(plot: Callable[[Any], tuple[Figure, str]], rows: Mapping[tuple[str, int], Any]) -> list[dict[str, str]]:
-    """Plot the rows of each set and shot that has any."""
+def _plots(plot: Callable[[Sequence[Group]], tuple[Figure, str]], comparison: FinishedCells) -> list[dict[str, str]]:
+    """Plot the methods of each set and shot."""
     made = []
-    for (name, k_shot), own in rows.items():
-        if own:
-            buffer = io.BytesIO()
-            with mpl.rc_context(STYLE):
-                figure, alt = plot(own)
-                figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-            made.append({"title": f"{name}, {shot(k_shot)}", "source": _uri("svg+xml", buffer), "alt": alt})
+    for name, k_shot in comparison.places:
+        buffer = io.BytesIO()
+        with mpl.rc_context(STYLE):
+            figure, alt = plot(comparison.select(name, k_shot))
+            figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        made.append({"title": f"{name}, {shot(k_shot)}", "source": _uri("svg+xml", buffer), "alt": alt})
     return made
 
 
@@ -166,7 +149,7 @@ def _gallery(comparison: FinishedCells, roots: Mapping[str, Path], show_paths: b
         shots = [k for k in comparison.shots if comparison.select(name, k)]
         k_shot = 4 if 4 in shots else max(shots)
         groups = comparison.select(name, k_shot, zero_too=True)
-        maps = [_maps(group.first) for group in groups]
+        maps = [group.first.read_maps() for group in groups]
         chosen = _chosen(groups, max(4, GALLERY_ROWS // len(comparison.sets)))
         runs = [group.first.scores for group in groups]
         abnormal = pd.concat([pd.Series(run.labels, run.paths) for run in runs]).groupby(level=0).first()
@@ -218,60 +201,40 @@ def _panels(groups: Sequence[Group], maps: Sequence[Maps | None], root: Path | N
     return panels
 
 
-def _maps(cell: Cell) -> Maps | None:
-    try:
-        return cell.read_maps()
-    except ValueError as error:
-        logger.warning("No pictures of this cell: %s", error)
-        return None
-
-
 def write_page(
     cells: Sequence[Cell],
     path: Path | str,
-    data_root: Path | str | Mapping[str, Path | str] | None = None,
+    data_root: Mapping[str, Path] | None = None,
     *,
     show_paths: bool = False,
-    command: str | None = None,
 ) -> None:
     """Write the page: one HTML file that needs no other file, no script and no network.
 
     Args:
         cells: The cells of a comparison.
         path: The file to write.
-        data_root: Folder that the paths of the cells are relative to, or one such folder by the name of the set.
-            Without it heatmaps are shown alone.
+        data_root: The folder by the name of the set that the paths of its cells are relative to. Without it heatmaps
+            are shown alone.
         show_paths: Show the paths of images and the errors of failed cells. File names may identify patients, so that
             images are numbered by default.
-        command: How the comparison was run.
 
     Raises:
         ValueError: If two cells are of the same method, set, shot and seed.
     """
     comparison = FinishedCells(cells)
-    if isinstance(data_root, Mapping):
-        roots = {name: Path(root) for name, root in data_root.items()}
-    else:
-        roots = dict.fromkeys(comparison.sets, Path(data_root)) if data_root is not None else {}
     made = {
         "anomalib-mvfa": ", ".join(sorted({cell.version for cell in comparison.cells})),
         "backbone": ", ".join(comparison.backbones),
         "machine": "; ".join(sorted({cell.machine for cell in comparison.cells})),
         "seeds": ", ".join(map(str, sorted({cell.seed for cell in comparison.cells}))),
-        "page written with": f"anomalib {version('anomalib')}, Python {platform.python_version()}",
     }
-    groups = {place: comparison.select(*place) for place in comparison.places}
-    document = environment().get_template("page.html.jinja")
-    text = document.render(
-        **facts(comparison),
-        missing=failures(comparison, show_paths),
-        forests=_plots(_forest, {place: [p for p in own if p.is_known] for place, own in comparison.pairs.items()}),
-        curves=_plots(_curves, groups),
-        histograms=_plots(_histograms, groups),
-        galleries=_gallery(comparison, roots, show_paths),
-        colour_bar=picture(heatmap(np.arange(256, dtype=np.uint8)[None], (256, 12))),
-        command=command,
-        made=made,
-    )
+    content = {
+        "missing": failures(comparison, show_paths),
+        "curves": _plots(_curves, comparison),
+        "histograms": _plots(_histograms, comparison),
+        "galleries": _gallery(comparison, data_root or {}, show_paths),
+        "colour_bar": picture(heatmap(np.arange(256, dtype=np.uint8)[None], (256, 12))),
+    }
+    text = environment().get_template("page.html.jinja").render(**facts(comparison), **content, made=made)
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")

@@ -233,17 +233,14 @@ def run_comparison(comparison: Comparison) -> list[Path]:
     return failed
 
 
-def write_report(comparison: Comparison, command: str | None = None) -> Path:
-    """Write ``results.csv``, ``results.md`` and ``index.html`` of the cells that exist, and return the page.
-
-    ``command`` is shown there: how the comparison was run.
-    """
+def write_report(comparison: Comparison) -> Path:
+    """Write ``results.csv``, ``results.md`` and ``index.html`` of the cells that exist, and return the page."""
     output = Path(comparison.output)
-    made = {name: get_datamodule(dict(source)) for name, source in comparison.sets.items()}
-    roots = {name: Path(getattr(source, "root")) for name, source in made.items() if hasattr(source, "root")}  # noqa: B009
+    made = {name: getattr(get_datamodule(dict(source)), "root", None) for name, source in comparison.sets.items()}
+    roots = {name: Path(root) for name, root in made.items() if root is not None}
     cells = load_cells(output)
     write_tables(cells, output)
-    write_page(cells, output / "index.html", data_root=roots, command=command)
+    write_page(cells, output / "index.html", data_root=roots)
     return output / "index.html"
 
 
@@ -317,7 +314,7 @@ class _Pixels(PixelFigures):
     """Pixel metrics that also know at which threshold the Dice of all pixels is greatest."""
 
     def best_threshold(self) -> float:
-        scores, counts = np.unique(np.array(self._abnormal), return_counts=True)
+        scores, counts = np.unique(np.asarray(self._abnormal), return_counts=True)
         hits = counts[::-1].cumsum()[::-1]
         alarms = self._normal_above(scores)[2]
         return float(scores[np.argmax(2 * hits / (hits + alarms + hits[0]))])

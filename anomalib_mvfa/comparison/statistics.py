@@ -17,7 +17,7 @@ otherwise the image itself.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -61,17 +61,6 @@ class ImageScores:
         kept = pd.Index(self.paths).get_indexer(pd.Index(paths))
         groups = tuple(self.groups[index] for index in kept) if self.groups else ()
         return ImageScores(tuple(paths), self.labels[kept], self.scores[kept], groups)
-
-
-def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean and the standard deviation of a sample; NaN for the latter if there is only one value.
-
-    Example:
-        >>> mean_and_spread([1.0, 2.0, 3.0])
-        (2.0, 1.0)
-    """
-    spread = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
-    return float(np.mean(values)), spread
 
 
 def image_metrics(
@@ -249,7 +238,8 @@ class Resampled:
         return Resampled(self.value - other.value, self.draws - other.draws, tuple(a - b for a, b in pairs))
 
 
-def bootstrap(runs: Sequence[ImageScores], draws: int = DRAWS, seed: int = 0) -> dict[str, Resampled]:
+@lru_cache(maxsize=64)
+def bootstrap(runs: tuple[ImageScores, ...], draws: int = DRAWS, seed: int = 0) -> dict[str, Resampled]:
     """Resample whole groups and compute the mean of each metric over the runs.
 
     Groups of normal images, groups of abnormal images and groups with both are resampled apart, as many of each as
@@ -259,11 +249,6 @@ def bootstrap(runs: Sequence[ImageScores], draws: int = DRAWS, seed: int = 0) ->
     Returns:
         One entry for each of `IMAGE_METRICS`.
     """
-    return _resampled(tuple(runs), draws, seed)
-
-
-@lru_cache(maxsize=64)
-def _resampled(runs: tuple[ImageScores, ...], draws: int, seed: int) -> dict[str, Resampled]:
     ill = pd.concat([pd.Series(run.labels, run.units) for run in runs]).groupby(level=0).mean()  # by group, sorted
     strata = [np.flatnonzero(own) for own in (ill == 0, ill == 1, ill.between(0, 1, inclusive="neither")) if own.any()]
     columns = [ill.index.get_indexer(pd.Index(run.units)) for run in runs]
@@ -329,7 +314,7 @@ def bca_interval(sample: Resampled, level: float = LEVEL) -> tuple[float, float]
 
 def intervals(runs: Sequence[ImageScores]) -> dict[str, tuple[float, float]]:
     """Compute the 95 % intervals of all metrics of one method, over patients or images."""
-    samples = bootstrap(runs)
+    samples = bootstrap(tuple(runs))
     return {name: bca_interval(samples[name]) for name in IMAGE_METRICS} | {"image_AUROC": area(runs).interval()}
 
 
@@ -343,7 +328,6 @@ class Difference:
     p_value: float  # two-sided, of the AUROC; NaN for the other metrics, or where it cannot be computed
     ahead: int  # seeds with which the first method is strictly better
     seeds: int
-    images: int  # different test images
 
 
 def differences(first: Sequence[ImageScores], second: Sequence[ImageScores]) -> dict[str, Difference]:
@@ -362,8 +346,7 @@ def differences(first: Sequence[ImageScores], second: Sequence[ImageScores]) -> 
     pairs = [_on_common_images(a, b) for a, b in zip(first, second, strict=True)]
     first, second = [a for a, _ in pairs], [b for _, b in pairs]
     each = [(image_metrics(a.labels, a.scores), image_metrics(b.labels, b.scores)) for a, b in pairs]
-    images = len({path for run in first for path in run.paths})
-    ours, theirs = bootstrap(first), bootstrap(second)
+    ours, theirs = bootstrap(tuple(first)), bootstrap(tuple(second))
     areas = area_difference(first, second)
     result = {}
     for name in IMAGE_METRICS:
@@ -372,7 +355,7 @@ def differences(first: Sequence[ImageScores], second: Sequence[ImageScores]) -> 
         if name == "image_AUROC":
             (low, high), p_value = areas.difference_interval(), areas.p_value()
         ahead = int((by_seed > 0).sum())
-        result[name] = Difference(float(by_seed.mean()), low, high, p_value, ahead, len(by_seed), images)
+        result[name] = Difference(float(by_seed.mean()), low, high, p_value, ahead, len(by_seed))
     return result
 
 
@@ -389,18 +372,18 @@ def _on_common_images(first: ImageScores, second: ImageScores) -> tuple[ImageSco
     return first, second
 
 
-def holm(p_values: Mapping[Any, float]) -> dict[Any, float]:
+def holm(p_values: Sequence[float]) -> Array:
     """Adjust the p-values of one family by Holm's step-down rule; NaN stays NaN and does not count.
 
     Example:
-        >>> {name: round(float(p), 2) for name, p in holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": math.nan}).items()}
-        {'a': 0.03, 'b': 0.06, 'c': 0.06, 'd': nan}
+        >>> holm([0.01, 0.04, 0.03, math.nan])
+        array([0.03, 0.06, 0.06,  nan])
     """
-    known = [key for key, value in p_values.items() if not math.isnan(value)]
-    if not known:
-        return dict(p_values)
-    adjusted = multipletests([p_values[key] for key in known], method="holm")[1]
-    return dict(p_values) | {key: float(value) for key, value in zip(known, adjusted, strict=True)}
+    adjusted = np.array(p_values, dtype=np.float64)
+    known = ~np.isnan(adjusted)
+    if known.any():
+        adjusted[known] = multipletests(adjusted[known], method="holm")[1]
+    return adjusted
 
 
 def mean_roc(runs: Sequence[ImageScores], points: int = 201) -> tuple[Array, Array]:

@@ -22,7 +22,7 @@ From a shell, a data set in the layout of BMAD::
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,13 +32,13 @@ import numpy.typing as npt
 from PIL import Image
 from rich.progress import track
 
+from .anatomy import brain_mri, breast_ultrasound, chest_xray, histology, liver_ct, retinal_oct
 from .drawing import Field, Mask, Scanner, Scene, as_field, blur, bump, grid, mix, noise, step
-from .organs import brain_mri, chest_xray, liver_ct
-from .tissues import breast_ultrasound, histology, retinal_oct
 
 __all__ = ["LESIONS", "MODALITIES", "SET_NAMES", "TYPICAL", "Phantom", "draw_phantom", "write_phantoms"]
 
-MODALITIES: tuple[str, ...] = ("brain_mri", "chest_xray", "liver_ct", "retinal_oct", "histology", "breast_ultrasound")
+_DRAW = {draw.__name__: draw for draw in (brain_mri, chest_xray, liver_ct, retinal_oct, histology, breast_ultrasound)}
+MODALITIES = tuple(_DRAW)
 LESIONS: tuple[str, ...] = ("bright", "dark", "ring", "texture", "displaced")
 TYPICAL: dict[str, str] = dict(zip(MODALITIES, ("bright", "bright", "dark", "dark", "dark", "dark"), strict=True))
 """The lesion of each set from one scanner: tumour on FLAIR, opacity, metastasis, fluid, dense nuclei, mass."""
@@ -49,6 +49,7 @@ SET_NAMES = dict(
 )
 DEFAULT_COUNTS = {"train": 32, "valid": 16, "test": 40}
 SPLITS = tuple(DEFAULT_COUNTS)
+Outline = tuple[Field, float, tuple[float, float]]  # of a lesion: 0 at its centre, 1 on the outline; half-width; centre
 
 
 @dataclass(frozen=True)
@@ -62,23 +63,7 @@ class Phantom:
     lesion: str | None = None  # one of `LESIONS`, None in a normal image
 
 
-_ANATOMY = dict(
-    zip(MODALITIES, (brain_mri, chest_xray, liver_ct, retinal_oct, histology, breast_ultrasound), strict=True)
-)
-
-# Lesions
-
-
-@dataclass(frozen=True)
-class _Outline:
-    """A lesion's shape: `reach` is 0 at the centre and 1 on the outline, `radius` its half-width."""
-
-    reach: Field
-    radius: float
-    centre: tuple[float, float]
-
-
-def _outline(rng: np.random.Generator, scene: Scene, kind: str) -> _Outline:
+def _outline(rng: np.random.Generator, scene: Scene, kind: str) -> Outline:
     """Choose place, size and shape so that the lesion fits into the organ."""
     size = scene.organ.shape[0]
     x, y = grid(size)
@@ -104,27 +89,28 @@ def _outline(rng: np.random.Generator, scene: Scene, kind: str) -> _Outline:
     cos, sin = float(np.cos(turn)), float(np.sin(turn))
     reach = np.hypot(cos * dx + sin * dy, (cos * dy - sin * dx) * aspect) / radius
     rough = np.clip(noise(rng, size, min(2.5 / radius, size / 3)), -1.5, 1.5)
-    return _Outline(as_field(reach + roughness * rough), radius, centre)
+    return as_field(reach + roughness * rough), radius, centre
 
 
-def _displace(rng: np.random.Generator, scene: Scene, outline: _Outline) -> tuple[list[Field], Mask]:
+def _displace(rng: np.random.Generator, scene: Scene, outline: Outline) -> tuple[list[Field], Mask]:
     """Push the tissue away from the lesion's centre, or shift it sideways."""
     size = scene.organ.shape[0]
     x, y = grid(size)
-    reach = np.clip(outline.reach, 1e-3, 1)
-    dx, dy = x - outline.centre[0], y - outline.centre[1]
+    outer, radius, centre = outline
+    reach = np.clip(outer, 1e-3, 1)
+    dx, dy = x - centre[0], y - centre[1]
     core, factor, slide = np.zeros_like(x), np.ones_like(x), np.zeros_like(x)
     if rng.uniform() < 0.7:
         hollow = rng.uniform(0.35, 0.55)
         factor = np.maximum(reach - hollow, 0) / (1 - hollow) / reach
         core = step(hollow - reach, 0.15)
     else:
-        slide = np.square(1 - np.square(reach)) * (rng.uniform(0.35, 0.55) * outline.radius)
+        slide = np.square(1 - np.square(reach)) * (rng.uniform(0.35, 0.55) * radius)
     turn = rng.uniform(0, 2 * np.pi)
-    source_x = outline.centre[0] + factor * dx + float(np.cos(turn)) * slide
-    source_y = outline.centre[1] + factor * dy + float(np.sin(turn)) * slide
+    source_x = centre[0] + factor * dx + float(np.cos(turn)) * slide
+    source_y = centre[1] + factor * dy + float(np.sin(turn)) * slide
     shift = np.hypot(source_x - x, source_y - y)
-    moved = (outline.reach < 1) & ((shift > 0.02) | (core > 0.5))
+    moved = (outer < 1) & ((shift > 0.02) | (core > 0.5))
     columns, rows = as_field((source_x + 1) * (size / 2) - 0.5), as_field((source_y + 1) * (size / 2) - 0.5)
     channels = []
     change = np.zeros_like(x)
@@ -133,7 +119,7 @@ def _displace(rng: np.random.Generator, scene: Scene, outline: _Outline) -> tupl
         warped = as_field(cv2.remap(channel, columns, rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT))
         level = float(np.mean(channel[moved & scene.organ])) + tone * tint
         warped = mix(warped, level, core)
-        warped = as_field(np.where(outline.reach < 1, warped, channel))
+        warped = as_field(np.where(outer < 1, warped, channel))
         change = change + np.abs(warped - channel)
         channels.append(warped)
     visible = moved & (blur(as_field(change), 0.02 * size) > 0.02)
@@ -141,18 +127,18 @@ def _displace(rng: np.random.Generator, scene: Scene, outline: _Outline) -> tupl
 
 
 def _grow(
-    rng: np.random.Generator, scene: Scene, outline: _Outline, kind: str, contrasts: tuple[float, float]
+    rng: np.random.Generator, scene: Scene, outline: Outline, kind: str, contrasts: tuple[float, float]
 ) -> tuple[list[Field], Mask]:
     """Replace the tissue inside the outline by lesion; the mask ends where half of it is replaced."""
     size = scene.organ.shape[0]
-    reach = outline.reach
+    reach, radius, _ = outline
     cover = step(1 - reach, rng.uniform(0.6, 0.9) if kind != "ring" and rng.uniform() < 0.3 else rng.uniform(0.1, 0.4))
     cover = cover * scene.organ
     mask = cover > 0.5
     contrast = float(np.exp(rng.uniform(*np.log(contrasts))))
     sign = {"bright": 1.0, "dark": -1.0}.get(kind, float(rng.choice((-1.0, 1.0))))
     fine = noise(rng, size, rng.uniform(14, 40))
-    coarse = noise(rng, size, rng.uniform(0.8, 2.0) / outline.radius * 2)
+    coarse = noise(rng, size, rng.uniform(0.8, 2.0) / radius * 2)
     mottle = rng.uniform(0, 0.3) * coarse
     rim = bump(reach - rng.uniform(0.74, 0.84), rng.uniform(0.10, 0.16))
     keep = rng.uniform(*scene.keep)
@@ -173,6 +159,13 @@ def _grow(
         lesion = np.maximum(inner + keep * (channel - level), 0)
         channels.append(as_field(mix(channel, lesion, cover)))
     return channels, mask
+
+
+def _check_names(names: Iterable[str | None], known: Sequence[str | None]) -> None:
+    for name in names:
+        if name not in known:
+            msg = f"Unknown name {name!r}: choose among {', '.join(map(str, known))}."
+            raise ValueError(msg)
 
 
 def draw_phantom(
@@ -196,18 +189,14 @@ def draw_phantom(
     Raises:
         ValueError: If the modality, the lesion or the size is not one of the above.
     """
-    if modality not in _ANATOMY:
-        msg = f"Unknown modality {modality!r}: choose one of {', '.join(MODALITIES)}."
-        raise ValueError(msg)
-    if lesion not in {None, "random", *LESIONS}:
-        msg = f"Unknown lesion {lesion!r}: choose None, 'random' or one of {', '.join(LESIONS)}."
-        raise ValueError(msg)
+    _check_names((modality,), MODALITIES)
+    _check_names((lesion,), (None, "random", *LESIONS))
     if size < 32:
         msg = f"Phantoms of {size} pixels show nothing: choose a size of 32 or more."
         raise ValueError(msg)
     rng = np.random.default_rng() if rng is None else rng
     anatomy, disease, acquisition = (np.random.default_rng(int(s)) for s in rng.integers(2**62, size=3))
-    scene = _ANATOMY[modality](anatomy, size, Scanner(anatomy, scanner))
+    scene = _DRAW[modality](anatomy, size, Scanner(anatomy, scanner))
     channels: Sequence[Field] = scene.channels
     mask: npt.NDArray[np.bool_] = np.zeros((size, size), dtype=np.bool_)
     if lesion is not None:
@@ -231,7 +220,6 @@ def write_phantoms(
     counts: Mapping[str, int] | None = None,
     size: int = 112,
     seed: int = 0,
-    lesions: Sequence[str] | None = None,
     mixed: bool = False,
 ) -> Path:
     """Write data sets in the layout of BMAD, one folder a modality (``BrainMRI``, ``ChestXray``, ...).
@@ -246,20 +234,15 @@ def write_phantoms(
         counts: Images of each class in ``train``, ``valid`` and ``test``; a missing split gets 32, 16 or 40.
         size: Width and height in pixels.
         seed: Not negative.
-        lesions: Some of `LESIONS`; they take turns. Defaults to the one that is typical of the modality, or with
-            `mixed` to all of them.
-        mixed: Whether each image has another protocol and fainter lesions, which is much harder, instead of one scanner
-            a set.
+        mixed: Whether each image has another protocol and fainter lesions of all kinds in turn, which is much harder,
+            instead of one scanner a set with the lesion that is typical of the modality.
 
     Raises:
-        ValueError: If a modality, a split or a lesion is unknown.
+        ValueError: If a modality or a split is unknown.
     """
     counts = {**DEFAULT_COUNTS, **(counts or {})}
-    named = {**dict.fromkeys(modalities, MODALITIES), **dict.fromkeys(counts, SPLITS)}
-    for name, known in {**named, **dict.fromkeys(lesions or (), LESIONS)}.items():
-        if name not in known:
-            msg = f"Unknown name {name!r}: choose among {', '.join(known)}."
-            raise ValueError(msg)
+    _check_names(modalities, MODALITIES)
+    _check_names(counts, SPLITS)
     jobs = [
         (modality, split, abnormal, index)
         for modality in modalities
@@ -270,7 +253,7 @@ def write_phantoms(
     root = Path(root)
     for modality, split, abnormal, index in track(jobs, "Generating images", disable=not sys.stdout.isatty()):
         key = (seed, MODALITIES.index(modality), SPLITS.index(split), int(abnormal), index)
-        kinds = lesions or (LESIONS if mixed else (TYPICAL[modality],))
+        kinds = LESIONS if mixed else (TYPICAL[modality],)
         lesion = kinds[index % len(kinds)] if abnormal else None
         phantom = draw_phantom(modality, size, lesion, np.random.default_rng(key), None if mixed else seed)
         folder = root / SET_NAMES[modality] / split / ("Ungood" if abnormal else "good")
@@ -291,8 +274,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write generated medical images in the layout of BMAD.")
     parser.add_argument("--root", type=Path, required=True, help="folder that receives the sets")
     parser.add_argument("--modalities", nargs="+", choices=MODALITIES, default=MODALITIES, help="default: all")
-    parser.add_argument("--lesions", nargs="+", choices=LESIONS, help="kinds in turn; default: typical of the modality")
-    parser.add_argument("--mixed", action="store_true", help="another protocol for each image, fainter lesions")
+    parser.add_argument(
+        "--mixed", action="store_true", help="another protocol for each image, fainter lesions of all kinds"
+    )
     parser.add_argument("--size", type=int, default=112, help="pixels (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     for split, count in DEFAULT_COUNTS.items():

@@ -5,7 +5,7 @@
 
 import torch
 
-from anomalib_mvfa.baselines import DistanceToMean, ImageVariance, MeanBrightness
+from anomalib_mvfa.baselines import DistanceToMean, GreyLevels
 
 
 def test_brightness_and_variance_see_only_themselves():
@@ -13,9 +13,9 @@ def test_brightness_and_variance_see_only_themselves():
     stripes = flat.clone()
     stripes[..., ::2] += 0.1
     stripes[..., 1::2] -= 0.1
-    torch.testing.assert_close(MeanBrightness()(stripes).pred_score, torch.tensor([0.2, 0.6]))
-    torch.testing.assert_close(ImageVariance()(stripes).pred_score, torch.tensor([0.01, 0.01]))
-    torch.testing.assert_close(ImageVariance()(flat).pred_score, torch.zeros(2))
+    torch.testing.assert_close(GreyLevels()(stripes).pred_score, torch.tensor([0.2, 0.6]))
+    torch.testing.assert_close(GreyLevels(variance=True)(stripes).pred_score, torch.tensor([0.01, 0.01]))
+    torch.testing.assert_close(GreyLevels(variance=True)(flat).pred_score, torch.zeros(2))
 
 
 def test_distance_finds_what_no_normal_image_has():

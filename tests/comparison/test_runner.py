@@ -84,7 +84,7 @@ def test_methods_share_supports_and_test_images(config):
     assert done["disks-MVFA-k1-seed0"]["threshold"] is not None
     assert "pixel_AUROC" not in done["disks-mean-brightness-k0-seed0"]["metrics"]
 
-    page = write_report(Comparison.from_config(config), command="anomalib benchmark").read_text(encoding="utf-8")
+    page = write_report(Comparison.from_config(config)).read_text(encoding="utf-8")
     assert all(f"{record['method']}</th>" in page for record in done.values())
     assert page.count("data:image/jpeg") > 20
     assert "image not found" not in page

@@ -36,7 +36,7 @@ def _cell(
         metrics=metrics,
         threshold=threshold,
         config={"source": {"init_args": {"root": str(root)}}},
-        images=ImageScores(PATHS, LABELS, scores),
+        scores=ImageScores(PATHS, LABELS, scores),
     )
 
 
