@@ -102,8 +102,7 @@ def compress(
     def image(index: int) -> np.ndarray[Any, Any]:
         return np.asarray(resize(torch.as_tensor(data[index].image).as_subclass(Tensor)).unsqueeze(0))
 
-    number = min(len(data), CALIBRATION_IMAGES)
-    chosen = [position * len(data) // number for position in range(number)]  # evenly over the images
+    chosen = _spread(len(data))
     calibration = nncf.Dataset(chosen, image)
     options = {"model_type": nncf.ModelType.TRANSFORMER, "ignored_scope": scope, "subset_size": len(chosen)}
     logger.info("Calibrating with %d images.", len(chosen))
@@ -119,6 +118,12 @@ def compress(
 
     validation = nncf.Dataset(list(range(len(data))))
     return nncf.quantize_with_accuracy_control(graph, calibration, validation, measure, max_drop=max_drop, **options)
+
+
+def _spread(count: int) -> list[int]:
+    """Choose images to calibrate with, evenly over all of them."""
+    number = min(count, CALIBRATION_IMAGES)
+    return [position * count // number for position in range(number)]
 
 
 def _calibration_data(datamodule: AnomalibDataModule | None, kind: CompressionType) -> Any:
