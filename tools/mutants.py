@@ -48,7 +48,10 @@ AREAS: dict[str, tuple[list[str], list[str]]] = {
     "checks": (["data/checks.py"], ["data/test_checks.py", "data/test_medical_folder.py", "data/test_few_shot.py"]),
 }
 # Tests that take longer than all others of their area together, and find what the others find.
-SLOW = ["tests/model/test_state.py::test_each_step_of_any_sequence_gives_what_a_fresh_object_gives"]
+SLOW = (
+    "tests/model/test_state.py::test_each_step_of_any_sequence_gives_what_a_fresh_object_gives",
+    "tests/baselines/test_win_clip.py::test_equals_anomalibs_with_its_own_backbone_and_weights",
+)
 COPIED = ("anomalib_mvfa", "anomalib_mvfa_autoload.py", "tests", "tools", "configs", "pyproject.toml")
 CAUGHT = {"killed", "timeout", "segfault", "suspicious"}
 LOGGING = {"debug", "info", "warning", "warn", "error", "exception", "_warn_once"}
