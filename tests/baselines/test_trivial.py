@@ -19,9 +19,10 @@ def test_brightness_and_variance_see_only_themselves():
 
 
 def test_distance_finds_what_no_normal_image_has():
-    normal = torch.stack([torch.full((3, 64, 64), 0.2), torch.full((3, 64, 64), 0.4)])
-    images = torch.full((2, 3, 64, 64), 0.3)
-    images[1, :, 40:50, 10:20] = 1.0
+    ramp = torch.linspace(0, 0.3, 64)
+    normal = ramp + torch.stack([torch.full((3, 64, 64), 0.1), torch.full((3, 64, 64), 0.3)])
+    images = (ramp + 0.2).repeat(2, 3, 64, 1)
+    images[1, :, 40:50, 10:20] += 0.7
     output = DistanceToMean(normal, blur=2.0)(images)
     torch.testing.assert_close(output.pred_score, torch.tensor([0.0, 0.7 * 100 / 64**2]))
     assert output.anomaly_map.shape == (2, 64, 64)

@@ -170,6 +170,12 @@ def test_references_are_the_normal_supports_pre_processed(make_folder, small_bac
     assert normal.min() < 0  # normalised
 
 
+def test_prompts_and_references_are_saved_and_the_windows_are_not(small_backbone):
+    model = WinClipAny(small_backbone, "random").model
+    saved = {name for name in model.state_dict() if not name.startswith("clip.")}
+    assert saved == {"_text_embeddings", "_patch_embeddings", "_visual_embeddings_0", "_visual_embeddings_1"}
+
+
 def test_more_references_than_supports_are_refused(make_folder, small_backbone, tmp_path):
     data = FewShot(make_folder(normal=8, abnormal=8), k_shot=2)
     engine = Engine(default_root_dir=tmp_path, enable_progress_bar=False, accelerator="cpu", logger=False)
@@ -198,6 +204,7 @@ def test_zero_shot_asks_the_datamodule_for_nothing_but_the_name(make_folder, sma
     engine.test(model, datamodule=data, verbose=False)
     assert model.model.class_name == "retinal OCT"
     assert model.model.k_shot == 0
+    assert model.model.reference_images is None
 
 
 def test_references_validation_and_test_images_are_resized_in_one_way(make_folder, small_backbone, tmp_path):
