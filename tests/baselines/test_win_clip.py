@@ -173,7 +173,7 @@ def test_references_are_the_normal_supports_pre_processed(make_folder, small_bac
 def test_prompts_and_references_are_saved_and_the_windows_are_not(small_backbone):
     model = WinClipAny(small_backbone, "random").model
     saved = {name for name in model.state_dict() if not name.startswith("clip.")}
-    assert saved == {"_text_embeddings", "_patch_embeddings", "_visual_embeddings_0", "_visual_embeddings_1"}
+    assert saved == {"_text_embeddings", "_patch_embeddings", "__visual_embeddings_0", "__visual_embeddings_1"}
 
 
 def test_more_references_than_supports_are_refused(make_folder, small_backbone, tmp_path):
