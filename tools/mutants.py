@@ -45,7 +45,7 @@ AREAS: dict[str, tuple[list[str], list[str]]] = {
     "thresholds": (["post_processing/*"], ["post_processing"]),
     "readers": (["data/readers/*"], ["data/test_readers.py", "data/test_reader_rules.py"]),
     "splits": ([f"data/{name}.py" for name in SPLITS], [f"data/test_{name}.py" for name in SPLITS]),
-    "checks": (["data/checks.py"], ["data/test_checks.py", "data/test_medical_folder.py", "data/test_few_shot.py"]),
+    "checks": (["data/checks.py"], ["data/test_checks.py", "data/test_few_shot.py"]),
 }
 # Tests that take longer than all others of their area together, and find what the others find.
 SLOW = (
