@@ -32,7 +32,7 @@ from mutmut.utils.file_utils import change_cwd, walk_mutatable_files
 from mutmut.utils.format_utils import get_mutant_name
 from scipy.stats import binomtest
 
-FITS = ("model/test_arguments.py", "model/test_lightning_model.py")
+MODEL = ("torch_model", "golden", "prompts", "lightning_model")
 SPLITS = ("few_shot", "support_lists", "leave_one_out", "bmad")
 AREAS: dict[str, tuple[list[str], list[str]]] = {
     # files that get faults, tests that have to catch them
@@ -40,18 +40,18 @@ AREAS: dict[str, tuple[list[str], list[str]]] = {
     "report": (["comparison/report.py", "comparison/cells.py"], ["comparison/test_report.py"]),
     "runner": (["comparison/runner.py", "comparison/methods.py"], ["comparison/test_runner.py"]),
     "baselines": (["baselines/*"], ["baselines", "backbones/test_towers.py"]),
-    "model": (["model/*"], ["model"]),
-    "calibration": (["training/calibration.py"], ["training/test_calibration.py", *FITS]),
+    "model": (
+        ["model/*"],
+        [f"model/test_{name}.py" for name in ("torch_model", "golden", "prompts", "lightning_model")],
+    ),
+    "calibration": (["training/calibration.py"], ["training/test_calibration.py", "model/test_arguments.py"]),
     "thresholds": (["post_processing/*"], ["post_processing"]),
     "readers": (["data/readers/*"], ["data/test_readers.py", "data/test_reader_rules.py"]),
     "splits": ([f"data/{name}.py" for name in SPLITS], [f"data/test_{name}.py" for name in SPLITS]),
     "checks": (["data/checks.py"], ["data/test_checks.py", "data/test_few_shot.py"]),
 }
-# Tests that take longer than all others of their area together, and find what the others find.
-SLOW = (
-    "tests/model/test_state.py::test_each_step_of_any_sequence_gives_what_a_fresh_object_gives",
-    "tests/baselines/test_win_clip.py::test_equals_anomalibs_with_its_own_backbone_and_weights",
-)
+# Takes longer than all others of its area together, and finds what the others find.
+SLOW = "tests/baselines/test_win_clip.py::test_equals_anomalibs_with_its_own_backbone_and_weights"
 COPIED = ("anomalib_mvfa", "anomalib_mvfa_autoload.py", "tests", "tools", "configs", "pyproject.toml")
 CAUGHT = {"killed", "timeout", "segfault", "suspicious"}
 LOGGING = {"debug", "info", "warning", "warn", "error", "exception", "_warn_once"}
