@@ -42,8 +42,8 @@ reproduce: $(ENV) ## run the published protocols: make reproduce DATA=DIR LISTS=
 	@test -n "$(DATA)" -a -n "$(LISTS)" || { echo "usage: make reproduce DATA=DIR LISTS=DIR [WEIGHTS=DIR]" >&2; exit 2; }
 	$(BIN)/python -m tools.reproduce --data $(DATA) --lists $(LISTS) $(if $(WEIGHTS),--weights $(WEIGHTS)) $(ARGS)
 
-mutants: $(ENV) ## look for faults that the tests do not catch, hours: make mutants [AREA=statistics]
-	$(BIN)/python -m tools.mutants $(AREA)
+mutants: $(ENV) ## look for faults that the tests do not catch, hours: make mutants [AREA=statistics] [SAMPLE=120]
+	$(BIN)/python -m tools.mutants $(AREA) $(if $(SAMPLE),--sample $(SAMPLE))
 
 docs: $(ENV_DOCS) ## build the documentation in docs/_build/html
 	$(BIN)/python -m sphinx -W --keep-going docs docs/_build/html

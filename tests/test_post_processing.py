@@ -26,11 +26,11 @@ def batch(scores, labels, maps=None, masks=None):
     )
 
 
-def validated(post_processor, *batches):
+def validated(post, *batches):
     for each in batches:
-        post_processor.on_validation_batch_end(None, None, each)
-    post_processor.on_validation_epoch_end(None, None)
-    return post_processor
+        post.on_validation_batch_end(None, None, each)
+    post.on_validation_epoch_end(None, None)
+    return post
 
 
 @pytest.mark.parametrize(
@@ -45,6 +45,8 @@ def validated(post_processor, *batches):
         (5, 0.01, 5),  # less than five scores can show
         (1, 0.01, 1),
         (1, 0.99, 1),
+        (2, 0.7, 1),
+        (9, 0.95, 1),
     ],
 )
 def test_fpr_threshold_is_the_known_rank(count, target, expected):
@@ -69,6 +71,17 @@ def test_f1_threshold_is_anomalibs():
     theirs.update(batch(scores.tolist(), labels.tolist()))
     ours = validated(MVFAPostProcessor("f1"), batch(scores.tolist(), labels.tolist()))
     assert float(ours.image_threshold) == pytest.approx(float(theirs.compute()))
+    assert float(validated(MVFAPostProcessor("f1"), batch([1, 5], [0, 1])).image_threshold) == 5  # one of each suffices
+
+
+def test_f1_threshold_of_pixels_is_anomalibs():
+    generator = torch.Generator().manual_seed(2)
+    maps = torch.randn(4, 2, 2, generator=generator)
+    masks = (torch.randn(4, 2, 2, generator=generator) + maps > 1) & (torch.arange(4) > 1)[:, None, None]
+    theirs = F1AdaptiveThreshold(fields=["anomaly_map", "gt_mask"])
+    theirs.update(batch([1, 2, 8, 9], [0, 0, 1, 1], maps, masks))
+    ours = validated(MVFAPostProcessor("f1"), batch([1, 2, 8, 9], [0, 0, 1, 1], maps, masks))
+    assert float(ours.pixel_threshold) == pytest.approx(float(theirs.compute()))
 
 
 def test_memory_is_bounded_and_the_sample_is_fair():
@@ -80,6 +93,17 @@ def test_memory_is_bounded_and_the_sample_is_fair():
         assert sum(map(len, metric.preds)) <= 2500
     assert float(metric.compute()) == pytest.approx(36, abs=1.5)
     assert len(metric.normal) == 1000
+
+
+def test_the_sample_is_the_same_in_every_run():
+    def threshold(seed):
+        torch.manual_seed(seed)
+        metric = ScoreThreshold("fpr", 0.1, limit=10)
+        for start in range(0, 100, 20):
+            metric.update(torch.arange(start, start + 20), torch.zeros(20))
+        return float(metric.compute())
+
+    assert threshold(0) == threshold(1)
 
 
 def test_all_scores_count_up_to_the_limit():
@@ -125,7 +149,7 @@ def test_without_abnormal_images_fpr_takes_over_and_says_so(caplog):
 
 def test_rate_that_the_images_cannot_show_is_warned_of(caplog):
     with caplog.at_level(logging.WARNING, logger="anomalib_mvfa"):
-        validated(MVFAPostProcessor("fpr", 0.25), batch([1, 2, 3], [0, 0, 0]))
+        validated(MVFAPostProcessor("fpr", 0.25), batch([1, 2, 3], [0, 0, 0], torch.arange(12).reshape(3, 2, 2)))
         assert caplog.text == ""
         post = validated(MVFAPostProcessor("fpr", 0.24), batch([1, 2, 3], [0, 0, 0]))
     assert "1 / 4 = 0.25" in caplog.text
@@ -153,25 +177,59 @@ def test_validation_that_shows_nothing_leaves_threshold_and_reference():
 
 def test_without_any_normal_image_there_is_no_threshold_and_a_warning(caplog):
     with caplog.at_level(logging.WARNING, logger="anomalib_mvfa"):
-        post = validated(MVFAPostProcessor("f1"), batch([1, 2], [1, 1]))
+        post = MVFAPostProcessor("f1")
+        post.on_validation_start(None, None)
+        validated(post, batch([1, 2], [1, 1]))
     assert bool(post.image_threshold.isnan())
     assert "no labels" in caplog.text
 
 
 def support():
-    maps = torch.tensor([1.0, 2.0, 3.0, 9.0])[:, None, None].expand(4, 2, 2)
-    return InferenceBatch(pred_score=torch.tensor([1.0, 2.0, 3.0, 9.0]), anomaly_map=maps), torch.arange(4) == 3
+    scores = torch.tensor([1.0, 2.0, 3.0, 9.0])
+    maps = 10 * scores[:, None, None].expand(4, 2, 2)
+    return InferenceBatch(pred_score=scores, anomaly_map=maps), torch.arange(4) == 3
 
 
-def test_supports_stand_in_for_normal_images_and_widen_the_range(caplog):
-    post = MVFAPostProcessor("fpr", 0.5)
+@pytest.mark.parametrize("rule", ["fpr", "f1"])
+def test_supports_stand_in_for_normal_images_and_widen_the_range(rule, caplog):
+    post = MVFAPostProcessor(rule, 0.5)
     post.set_support(*support())
     with caplog.at_level(logging.WARNING, logger="anomalib_mvfa"):
         validated(post)
     assert "3 normal supports" in caplog.text
-    assert float(post.image_threshold) == 2
-    assert float(post.pixel_threshold) == 2
+    assert float(post.image_threshold) == 2  # the abnormal support is no part of it
+    assert float(post.pixel_threshold) == 20
     assert [float(post.image_min), float(post.image_max)] == [1, 9]
+
+
+@pytest.mark.parametrize(("kept", "threshold", "value"), [("pred_score", "image", 2), ("anomaly_map", "pixel", 20)])
+def test_supports_may_have_maps_or_scores_alone(kept, threshold, value):
+    post = MVFAPostProcessor("f1", 0.5)
+    predictions, labels = support()
+    post.set_support(InferenceBatch(**{kept: getattr(predictions, kept)}), labels)
+    assert float(getattr(validated(post), f"{threshold}_threshold")) == value
+
+
+def test_supports_count_in_one_process(monkeypatch):
+    monkeypatch.setattr("anomalib_mvfa.post_processing.is_first", lambda: False)
+    post = MVFAPostProcessor("f1", 0.5)
+    post.set_support(*support())
+    validated(post)
+    assert bool(post.image_threshold.isnan())
+    assert [float(post.image_min), float(post.image_max)] == [1, 9]
+
+
+def test_normalisation_is_linear_around_the_threshold_and_bends_at_the_ends():
+    post = validated(MVFAPostProcessor("fpr", 0.5), batch([2, 3, 6], [0, 0, 1]))
+    assert [float(value) for value in (post.image_min, post.image_threshold, post.image_max)] == [2, 3, 6]
+    scores = torch.tensor([3, 4, 2, 4.92, 5, 1, 103, -97])
+    expected = [0.5, 0.75, 0.25, 0.98, 0.99, 0.01, 1 - 0.02 / (1 + 24.52 / 0.02), 0.02 / (1 + 24.52 / 0.02)]
+    assert_close(post(InferenceBatch(pred_score=scores)).pred_score, torch.tensor(expected), rtol=0, atol=1e-6)
+
+
+def test_without_a_threshold_the_middle_of_the_range_becomes_one_half():
+    post = validated(MVFAPostProcessor("f1"), batch([2, 6], [1, 1]))
+    assert post(InferenceBatch(pred_score=torch.tensor([3.0, 4.0, 5.0]))).pred_score.tolist() == [0.25, 0.5, 0.75]
 
 
 def test_supports_meet_abnormal_validation_images():

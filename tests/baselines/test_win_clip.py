@@ -12,8 +12,10 @@ import torch
 from anomalib import LearningType
 from anomalib.cli import AnomalibCLI
 from anomalib.engine import Engine
+from anomalib.metrics import Evaluator
 from anomalib.models import WinClip
 from anomalib.models.image.winclip import torch_model
+from anomalib.pre_processing import PreProcessor
 from packaging.version import Version
 from torchvision.tv_tensors import Image
 
@@ -21,7 +23,9 @@ from anomalib_mvfa import MVFA
 from anomalib_mvfa.backbones.loading import fingerprint, resolve_backbone
 from anomalib_mvfa.baselines import WinClipAny, win_clip
 from anomalib_mvfa.data import FewShot
+from anomalib_mvfa.metrics import MVFAEvaluator
 from anomalib_mvfa.pre_processing import EightBitResize
+from anomalib_mvfa.visualization import MVFAVisualizer
 
 anomalibs_is_right = pytest.mark.skipif(
     Version(version("open-clip-torch")) >= Version("2.26.1"), reason="anomalib's windows are wrong on this open_clip"
@@ -141,6 +145,8 @@ def test_prompts_and_size_and_normalisation_are_arguments(small_backbone):
         ({"prompts": "unknown"}, "prompts must be one of winclip, mvfa or a mapping"),
         ({"prompts": {"templates": ["{}"]}}, "prompts lacks normal_states, abnormal_states"),
         ({"k_shot": -1}, "k_shot is a number of images"),
+        ({"scales": (0, 2)}, "side lengths of windows"),
+        ({"scales": ()}, "side lengths of windows"),
         ({"scales": (2, 9)}, r"side lengths of windows within the grid of 4 x 4, got \(2, 9\)"),
     ],
 )
@@ -164,11 +170,29 @@ def test_references_are_the_normal_supports_pre_processed(make_folder, small_bac
     assert normal.min() < 0  # normalised
 
 
+def test_prompts_and_references_are_saved_and_the_windows_are_not(small_backbone):
+    model = WinClipAny(small_backbone, "random").model
+    saved = {name for name in model.state_dict() if not name.startswith("clip.")}
+    assert saved == {"_text_embeddings", "_patch_embeddings", "__visual_embeddings_0", "__visual_embeddings_1"}
+
+
 def test_more_references_than_supports_are_refused(make_folder, small_backbone, tmp_path):
     data = FewShot(make_folder(normal=8, abnormal=8), k_shot=2)
     engine = Engine(default_root_dir=tmp_path, enable_progress_bar=False, accelerator="cpu", logger=False)
     with pytest.raises(ValueError, match="3 reference images were asked for, but the datamodule has 2"):
         engine.test(WinClipAny(small_backbone, "random", k_shot=3), datamodule=data)
+
+
+def test_references_of_another_datamodule_are_its_first_training_images(make_folder, small_backbone, tmp_path):
+    data = make_folder(normal=8, abnormal=8)
+    model = WinClipAny(small_backbone, "random", k_shot=5, class_name="retina", visualizer=False)
+    engine = Engine(default_root_dir=tmp_path, enable_progress_bar=False, accelerator="cpu", logger=False)
+    engine.test(model, datamodule=data, verbose=False)
+    assert model.model.class_name == "retina"
+    training = {tuple(model.pre_processor.transform(item.image)[0, 28].tolist()) for item in data.train_data}
+    references = [tuple(image[0, 28].tolist()) for image in model.model.reference_images]
+    assert len(set(references)) == 5
+    assert set(references) <= training
 
 
 def test_zero_shot_asks_the_datamodule_for_nothing_but_the_name(make_folder, small_backbone, tmp_path):
@@ -180,6 +204,7 @@ def test_zero_shot_asks_the_datamodule_for_nothing_but_the_name(make_folder, sma
     engine.test(model, datamodule=data, verbose=False)
     assert model.model.class_name == "retinal OCT"
     assert model.model.k_shot == 0
+    assert model.model.reference_images is None
 
 
 def test_references_validation_and_test_images_are_resized_in_one_way(make_folder, small_backbone, tmp_path):
@@ -226,18 +251,61 @@ def test_the_command_tests_the_model(make_folder, small_backbone, tmp_path, monk
     assert cli.model.model.reference_images.shape == (2, 3, 56, 56)
 
 
-@pytest.mark.parametrize(
-    ("backbone", "tag", "expected"), [("ViT-L-14-336", "openai", True), ("ViT-B-16", "laion2b_s34b_b88k", False)]
-)
-def test_the_activation_is_that_of_the_weights(backbone, tag, expected, monkeypatch):
-    seen = []
+@pytest.fixture
+def seen(monkeypatch):
+    """The backbones that are asked for; none is built."""
+    found = []
 
     def stop(config):
-        seen.append(config)
+        found.append(config)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(win_clip, "load_clip", stop)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({}, ("ViT-B-16-plus-240", "laion400m_e31", (240, 240))),
+        ({"pretrained": "laion400m_e32"}, ("ViT-B-16-plus-240", "laion400m_e32", (240, 240))),
+        ({"backbone": "ViT-L-14-336"}, ("ViT-L-14-336", "openai", (240, 240))),
+    ],
+)
+def test_the_default_is_winclips_own_backbone(arguments, expected, seen):
+    with pytest.raises(KeyboardInterrupt):
+        WinClipAny(**arguments)
+    assert (seen[0].name, seen[0].weights, seen[0].image_size) == expected
+
+
+@pytest.mark.parametrize(
+    ("backbone", "tag", "expected"), [("ViT-L-14-336", "openai", True), ("ViT-B-16", "laion2b_s34b_b88k", False)]
+)
+def test_the_activation_is_that_of_the_weights(backbone, tag, expected, seen):
     for given, wanted in ((None, expected), (True, True), (False, False)):
         with pytest.raises(KeyboardInterrupt):
             WinClipAny(backbone, tag, quick_gelu=given)
         assert seen[-1].quick_gelu is wanted
+
+
+def test_parts_of_the_model_can_be_replaced_or_left_out(small_backbone):
+    model = WinClipAny(small_backbone, "random", pre_processor=False, post_processor=False, evaluator=False)
+    assert (model.pre_processor, model.post_processor, model.evaluator) == (None, None, None)
+    assert isinstance(model.visualizer, MVFAVisualizer)
+    pre_processor, evaluator = PreProcessor(), Evaluator()
+    model = WinClipAny(small_backbone, "random", pre_processor=pre_processor, evaluator=evaluator, visualizer=False)
+    assert model.pre_processor is pre_processor
+    assert model.evaluator is evaluator
+    assert model.visualizer is None
+    assert isinstance(WinClipAny(small_backbone, "random").evaluator, MVFAEvaluator)
+
+
+def test_the_exported_pre_processing_resizes_and_normalises_as_the_other():
+    pre_processor = WinClipAny.configure_pre_processor()
+    images = torch.rand(1, 3, 300, 260, generator=torch.Generator().manual_seed(0))
+    exported = pre_processor.export_transform(images)
+    assert exported.shape == (1, 3, 240, 240)
+    torch.testing.assert_close(exported, pre_processor.transform(images), rtol=0, atol=0.03)  # of 1 / 255 / 0.26
+    plain = WinClipAny.configure_pre_processor((56, 28), normalization=None)
+    assert plain.export_transform(images).shape == plain.transform(images).shape == (1, 3, 56, 28)
+    assert 0 <= float(plain.export_transform(images).min()) <= float(plain.export_transform(images).max()) <= 1

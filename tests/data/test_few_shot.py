@@ -51,12 +51,27 @@ def test_training_shows_eleven_versions_of_each_support_abnormal_block_first(mak
     assert [int(batch.gt_label) for batch in batches] == [1] * 22 + [0] * 22
     abnormal, normal = supports(data, 1), supports(data, 0)
     assert [batch.image_path[0] for batch in batches] == abnormal * 11 + normal * 11
+    assert [batch.mask_path[0] for batch in batches[:2]] == [path.replace("abnormal", "masks") for path in abnormal]
     for index, batch in enumerate(batches):
         version, position = divmod(index % 22, 2)
         original = data.train_data.support(position + 2 * (index >= 22))
         expected = support_version(original.image.as_subclass(Tensor)[None], version)
         torch.testing.assert_close(batch.image.as_subclass(Tensor), expected, rtol=0, atol=0)
     assert all(bool(batch.gt_mask.any()) == bool(batch.gt_label) for batch in batches)
+
+
+@pytest.mark.parametrize("names", [("00.png 01.png 02.png", "02.png"), ("00.png", "01.png 02.png 03.png")])
+def test_classes_of_a_list_may_have_different_numbers_of_supports(make_folder, tmp_path, names):
+    path = tmp_path / "list.txt"
+    path.write_text(f"n-0: {names[0]}\na-0: {names[1]}\n")
+    data = few_shot(make_folder(12, 12), support_list=path, shuffle=False).train_data
+    normal, abnormal = (text.split() for text in names)
+    items = [data[index] for index in range(len(data))]
+    assert [Path(item.image_path).name for item in items] == abnormal * 11 + normal * 11
+    assert [int(item.gt_label) for item in items] == [1] * 11 * len(abnormal) + [0] * 11 * len(normal)
+    for index, item in enumerate(items[-11 * len(normal) :]):
+        expected = support_version(data.support(index % len(normal) + len(abnormal)).image[None], index // len(normal))
+        torch.testing.assert_close(item.image.as_subclass(Tensor), expected[0].as_subclass(Tensor), rtol=0, atol=0)
 
 
 def test_order_without_shuffling_is_the_same_in_every_epoch(make_folder):
@@ -276,6 +291,17 @@ def test_synthetic_lesions_depend_on_seed_and_epoch_only(make_folder):
     assert torch.equal(lesions(0, 1), lesions(0, 1))
     for other in (lesions(0, 2), lesions(1, 1)):
         assert all(not torch.equal(one, two) for one, two in zip(lesions(0, 1), other, strict=True))
+
+
+def test_synthetic_lesions_of_a_support_take_their_texture_from_the_next(make_folder):
+    samples = few_shot(make_folder(12, 12), k_shot=4, abnormal_source="synthetic").train_data.samples
+
+    def lesions(rows: list[int]) -> list[Tensor]:
+        dataset = SupportDataset(samples.iloc[rows], samples.iloc[:0], "segmentation", seed=0)
+        return [torch.stack([dataset[3 * version + index].image for version in range(11)]) for index in range(3)]
+
+    for index, (one, two) in enumerate(zip(lesions([0, 1, 2]), lesions([0, 1, 3]), strict=True)):
+        assert torch.equal(one, two) == (index == 0)
 
 
 def test_loader_tells_the_epoch_to_the_lesions(make_folder):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anomalib_mvfa.data.readers import ImageRef, read_image
+from anomalib_mvfa.data.readers import ImageRef, has_burned_in_text, read_image
 
 pydicom = pytest.importorskip("pydicom")
 
@@ -89,3 +89,34 @@ def test_lookup_tables_of_bytes_have_the_byte_order_of_the_file(tmp_path: Path, 
     stored = np.array([[0, 1], [2, 3]], dtype=np.uint8)
     path = write(tmp_path / "a.dcm", stored, syntax, VOILUTSequence=pydicom.Sequence([lut]))
     np.testing.assert_allclose(levels(path, rule), table.reshape(2, 2) / 4095, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["auto", "dicom"])
+def test_lookup_tables_of_eight_bits_and_of_all_65536_values(tmp_path: Path, rule: str) -> None:
+    lut = pydicom.Dataset()
+    lut.LUTDescriptor, lut.LUTData = [4, 0, 8], bytes([0, 255, 51, 102])
+    lut["LUTDescriptor"].VR, lut["LUTData"].VR = "US", "OW"
+    stored = np.array([[0, 1], [2, 3]], dtype=np.uint8)
+    path = write(tmp_path / "a.dcm", stored, VOILUTSequence=pydicom.Sequence([lut]))
+    np.testing.assert_allclose(levels(path, rule), [[0, 1], [0.2, 0.4]], atol=1e-6)
+    table = np.arange(2**16, dtype="<u2")[::-1]
+    lut.LUTDescriptor, lut.LUTData = [0, 0, 16], table.tobytes()  # 0 entries stand for 2**16
+    stored = np.array([[0, 1000], [40000, 65535]], dtype=np.uint16)
+    path = write(tmp_path / "b.dcm", stored, VOILUTSequence=pydicom.Sequence([lut]))
+    np.testing.assert_allclose(levels(path, rule), 1 - stored / 65535, atol=1e-6)
+
+
+def test_a_lookup_table_of_signed_pixels_begins_at_a_signed_value(tmp_path: Path) -> None:
+    lut = pydicom.Dataset()
+    lut.LUTDescriptor, lut.LUTData = [3, 2**16 - 1, 8], [0, 51, 255]  # -1, written without a sign
+    lut["LUTDescriptor"].VR, lut["LUTData"].VR = "US", "US"
+    stored = np.array([[-5, -1, 0, 1, 9]], dtype=np.int16)
+    path = write(tmp_path / "a.dcm", stored, VOILUTSequence=pydicom.Sequence([lut]))
+    np.testing.assert_allclose(levels(path, "dicom"), [[0, 0, 0.2, 1, 1]], atol=1e-6)
+
+
+def test_a_file_that_was_written_again_is_read_again(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.dcm", STORED)
+    assert not has_burned_in_text(path)
+    write(path, STORED, BurnedInAnnotation="YES")
+    assert has_burned_in_text(path)

@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import pickle
+import struct
 import sys
 import tracemalloc
 import warnings
@@ -155,6 +156,10 @@ class TestIntensityRule:
         with pytest.raises(ValueError, match=r"\S"):
             IntensityRule.parse(rule)
 
+    def test_only_windows_are_written_by_their_names(self) -> None:
+        assert str(IntensityRule.parse([40, 80])) == "brain"
+        assert str(IntensityRule.parse({"percentile": [40, 80]})) == '{"percentile": [40.0, 80.0]}'
+
     def test_an_unknown_name_lists_the_choices(self) -> None:
         with pytest.raises(ValueError, match=r"nonsense.*percentile.*soft_tissue"):
             IntensityRule.parse("nonsense")
@@ -203,6 +208,16 @@ class TestRaster:
         Image.fromarray(pixels, mode).save(tmp_path / "a.png")
         expected = np.array([[200, 0], [200 * 128 / 255, 200 * 51 / 255]]) / 255
         np.testing.assert_allclose(grey(read_image(tmp_path / "a.png")), expected, atol=0.51 / 255)
+
+    def test_sixteen_bits_with_transparency_are_refused(self, tmp_path: Path) -> None:
+        def chunk(kind: bytes, data: bytes) -> bytes:
+            return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+        header, row = struct.pack(">IIBBBBB", 2, 1, 16, 4, 0, 0, 0), b"\0" + struct.pack(">4H", 1, 65535, 40000, 65535)
+        parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
+        (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
+        with pytest.raises(UnreadableImageError, match=r"a\.png: holds colours or transparency of 16 bits"):
+            read_image(tmp_path / "a.png")
 
     def test_palette_transparency_is_laid_on_black(self, tmp_path: Path) -> None:
         image = Image.fromarray(np.array([[0, 1]], dtype=np.uint8)).convert("P")
@@ -688,6 +703,14 @@ class TestVolume:
         expected = np.clip((data[::-1, ::-1, 0].T - 50) / 9900, 0, 1)
         np.testing.assert_allclose(grey(read_image(ImageRef(path, 0))), expected, atol=1e-6)
 
+    def test_an_empty_slice_can_be_read_and_an_empty_volume_is_refused(self, tmp_path: Path) -> None:
+        empty = write_nifti(tmp_path / "a.nii", np.zeros((4, 5, 6), np.int16))
+        assert not read_image(ImageRef(empty, 3)).any()
+        with pytest.raises(UnreadableImageError, match="all its slices are empty"):
+            read_image(empty)
+        flat = write_nifti(tmp_path / "b.nii", np.zeros((4, 5, 1), np.int16))
+        assert not read_image(flat).any()
+
     def test_slope_and_intercept_are_applied(self, tmp_path: Path, data: np.ndarray) -> None:
         image = nibabel.Nifti1Image(data, self.ras)
         image.header.set_slope_inter(0.5, -7)
@@ -815,7 +838,7 @@ class TestVolume:
         nibabel.save(header, like)
         voxels, _ = read_volume(like)
         np.testing.assert_array_equal(voxels, data)
-        write_volume(tmp_path / "out" / "map.nii.gz", voxels * 2, like)
+        write_volume(tmp_path / "out" / "map.nii.gz", voxels.astype(np.float64) * 2, like)
         written = nibabel.load(tmp_path / "out" / "map.nii.gz")
         np.testing.assert_allclose(written.affine, nibabel.load(like).affine)
         np.testing.assert_array_equal(written.get_fdata(), permuted[0] * 2.0)
@@ -1144,6 +1167,19 @@ class TestGridsAndPatients:
         turned = np.array([[0.7 * cos, -0.7 * sin, 0, 0], [0.7 * sin, 0.7 * cos, 0, 0], [0, 0, 5, 0], [0, 0, 0, 1]])
         assert not same_grid(first, write("c.nii.gz", turned))
         assert same_grid(first, write("d.nii.gz", np.diag([0.7001, 0.7001, 5.0, 1])))  # rounded by another program
+
+    def test_a_quarter_of_the_smallest_edge_is_allowed_at_the_corners(self, tmp_path: Path) -> None:
+        first = write_nifti(tmp_path / "a.nii", np.zeros((2, 4, 4), np.uint8), np.diag([1.0, 2, 3, 1]))
+        for edge, expected in ((1.11, True), (1.14, False)):  # the far corners meet, the near ones are two edges off
+            affine = np.diag([edge, 2, 3, 1])
+            affine[0, 3] = 1.5 - 1.5 * edge
+            assert same_grid(first, write_nifti(tmp_path / "b.nii", np.zeros((2, 4, 4), np.uint8), affine)) == expected
+
+    def test_a_damaged_volume_has_no_grid(self, tmp_path: Path) -> None:
+        pytest.importorskip("SimpleITK")
+        (tmp_path / "b.mha").write_bytes(b"words")
+        with pytest.raises(UnreadableImageError, match=r"b\.mha: truncated or damaged volume"):
+            same_grid(tmp_path / "b.mha", tmp_path / "b.mha")
 
     def test_patients_are_told_apart_under_a_salt_and_not_named(self, tmp_path: Path) -> None:
         files = [

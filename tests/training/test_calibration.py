@@ -3,14 +3,17 @@
 
 """Where supports come from, and ranges over whole sets."""
 
+import pickle
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pandas as pd
+import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from anomalib_mvfa.model.memory import Support
-from anomalib_mvfa.training.calibration import branch_extremes, find_support
+from anomalib_mvfa.training.calibration import Calibration, branch_extremes, find_support
 
 
 class Images(list):
@@ -59,3 +62,33 @@ def test_ranges_cover_all_batches_of_all_loaders(tiny):
             values = getattr(branch, field)
             torch.testing.assert_close(kept.aminmax(), values.aminmax(), atol=1e-5, rtol=1e-5)
     assert not extremes[0][0].score.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("trained", "adapters", "memory", "empty", "holds", "refusal"),
+    [
+        (True, None, True, False, (True, True), None),
+        (True, None, False, True, (True, True), None),
+        (False, "brain.pth", False, True, (False, False), None),
+        (False, None, False, True, (False, False), "The adapters are untrained"),
+        (True, None, True, True, (True, True), "The memory bank is empty"),
+        (True, None, True, False, (False, True), "no memory bank that fits"),
+        (True, None, True, False, (True, False), "thresholds of the checkpoint do not fit"),
+    ],
+)
+def test_only_what_is_trained_and_calibrated_is_exported(trained, adapters, memory, empty, holds, refusal):
+    options = {"adapters": adapters, "memory": memory}
+    model = SimpleNamespace(memory=SimpleNamespace(is_empty=empty))
+    module = SimpleNamespace(trained=trained, option=options.__getitem__, model=model)
+    with pytest.raises(ValueError, match=refusal) if refusal else nullcontext():
+        Calibration(bank_holds=holds[0], thresholds_hold=holds[1]).check(module)
+
+
+def test_a_copy_of_a_calibration_leaves_the_data_behind():
+    datamodule = Images([0])
+    calibration = Calibration(bank_holds=True)
+    calibration.end(SimpleNamespace(trainer=SimpleNamespace(datamodule=datamodule)))
+    copy = pickle.loads(pickle.dumps(calibration))
+    assert copy.state() == {"bank_holds": True, "thresholds_hold": True}
+    assert calibration._data() is datamodule
+    assert copy._data is None

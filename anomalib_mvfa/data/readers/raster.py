@@ -51,7 +51,7 @@ def raster_pixels(ref: ImageRef, *, exact: bool = False) -> Pixels:
 def _refuse_cut_bits(image: Image.Image, path: Path, *, exact: bool) -> None:
     """Refuse what Pillow would read with other values than the file has, and stacks, of which it would read a page."""
     raw = " ".join(str(tile[3]) for tile in getattr(image, "tile", ()))
-    if ";16" in raw and not is_wide(image.mode) and (exact or image.mode == "LA"):
+    if ";16" in raw and not is_wide(image.mode) and (exact or "LA;16" in raw):
         raise UnreadableImageError(path, "holds colours or transparency of 16 bits; save it as grey or with 8 bits")
     if not is_wide(image.mode) and _tag(image, SAMPLE_FORMAT, UNSIGNED) == SIGNED:
         raise UnreadableImageError(path, "holds signed numbers of 8 bits; save it with 16 bits")
