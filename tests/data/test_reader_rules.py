@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anomalib_mvfa.data.readers import ImageRef, has_burned_in_text, read_image
+from anomalib_mvfa.data.readers import ImageRef, read_image
+from anomalib_mvfa.data.readers.dicom import dicom_header
 
 pydicom = pytest.importorskip("pydicom")
 
@@ -117,6 +118,6 @@ def test_a_lookup_table_of_signed_pixels_begins_at_a_signed_value(tmp_path: Path
 
 def test_a_file_that_was_written_again_is_read_again(tmp_path: Path) -> None:
     path = write(tmp_path / "a.dcm", STORED)
-    assert not has_burned_in_text(path)
+    assert not dicom_header(ImageRef(path)).burned_in
     write(path, STORED, BurnedInAnnotation="YES")
-    assert has_burned_in_text(path)
+    assert dicom_header(ImageRef(path)).burned_in
