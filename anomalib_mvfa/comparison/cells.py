@@ -5,6 +5,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,13 +15,14 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from .statistics import ImageScores
+from .statistics import ImageScores, image_metrics
 
 __all__ = ["Cell", "Maps", "load_cells"]
 
 logger = logging.getLogger(__name__)
 
 _REMEDY = "Delete the folder and run the comparison again: this cell is then computed again."
+_TOLERANCE = 0.01  # between the AUROC in cell.json and that of scores.csv; single precision ties some scores
 _NO_SCORES = ImageScores((), np.zeros(0, dtype=np.bool_), np.zeros(0))
 
 
@@ -93,7 +95,11 @@ def load_cells(folder: Path | str) -> list[Cell]:
                 reason = f"cell.json is damaged. {_REMEDY}"
                 cell = _load(path)
                 reason = f"scores.csv is missing or damaged, or names an image twice. {_REMEDY}"
-                cells.append(replace(cell, scores=_read_scores(path)) if cell.status == "done" else cell)
+                if cell.status == "done":
+                    cell = replace(cell, scores=_read_scores(path))
+                    reason = f"cell.json does not fit scores.csv, or maps.npz is missing. {_REMEDY}"
+                    _check(cell)
+                cells.append(cell)
                 continue
         except Exception:  # damaged files raise many kinds, whose texts may name images
             logger.debug("A damaged cell", exc_info=True)
@@ -109,6 +115,8 @@ def _load(folder: Path) -> Cell:
         stored[name] = {key: float(value) for key, value in stored[name].items() if value is not None}
     for name, kind in {"k_shot": int, "seed": int, "supports": tuple, "shown": dict, "config": dict}.items():
         stored[name] = kind(stored[name])
+    if stored["status"] not in {"done", "failed"}:
+        raise ValueError
     return Cell(folder, **stored)
 
 
@@ -118,3 +126,12 @@ def _read_scores(folder: Path) -> ImageScores:
     if set(labels) != {0, 1} or not np.isfinite(scores).all() or table.path.duplicated().any():
         raise ValueError
     return ImageScores(tuple(table.path), labels.to_numpy() == 1, scores, tuple(table.get("group", ())))
+
+
+def _check(cell: Cell) -> None:
+    """Raise a ValueError if the files of a cell are not of one run."""
+    area = float(image_metrics(cell.scores.labels, cell.scores.scores)["image_AUROC"][0])
+    needs_maps = any(name.startswith("pixel_") for name in cell.metrics)
+    fits = abs(cell.metrics.get("image_AUROC", math.nan) - area) <= _TOLERANCE  # never with NaN
+    if not fits or (needs_maps and not (cell.folder / "maps.npz").is_file()):
+        raise ValueError

@@ -258,6 +258,9 @@ def _episode(spec: Spec, made: dict[tuple[str, int, int, str], FewShot]) -> FewS
     if key not in made:
         made[key] = episode = _make_episode(spec, *key[2:])
         kept = episode.test_data.samples.image_path.isin(made[widest].test_data.samples.image_path)
+        if kept.sum() != len(made[widest].test_data.samples):
+            msg = f"The test images of {spec.set} differ between numbers of supports."
+            raise RuntimeError(msg)
         episode.test_data = episode.test_data.subsample(kept.to_numpy().nonzero()[0].tolist())
     return made[key]
 

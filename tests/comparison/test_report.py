@@ -102,6 +102,10 @@ def test_cells_are_read_as_they_were_written(comparison):
         (lambda cell: (cell / "cell.json").write_text("{}"), "cell.json is damaged"),
         (lambda cell: (cell / "cell.json").write_text("[1]"), "cell.json is damaged"),
         (lambda cell: change(cell, k_shot="four"), "cell.json is damaged"),
+        (lambda cell: change(cell, status="odd"), "cell.json is damaged"),
+        (lambda cell: change(cell, metrics={"image_AUROC": 0.2}), "cell.json does not fit scores.csv"),
+        (lambda cell: change(cell, metrics={}), "cell.json does not fit scores.csv"),
+        (lambda cell: (cell / "maps.npz").unlink(), "maps.npz is missing"),
         (lambda cell: (cell / "scores.csv").unlink(), "scores.csv is missing or damaged"),
         *(
             (lambda cell, lines=lines: (cell / "scores.csv").write_bytes(lines), "scores.csv is missing or damaged")

@@ -6,6 +6,7 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -421,3 +422,21 @@ def test_random_weights_are_said_and_crops_are_taken_out(config, monkeypatch):
 def test_wrong_configurations_are_refused(change, message, config):
     with pytest.raises(ValueError, match=message):
         Comparison.from_config(config | change)
+
+
+def test_test_images_that_differ_between_numbers_of_supports_are_refused(monkeypatch):
+    parts = {4: ["a", "b"], 2: ["a", "b", "c"], 1: ["a", "c"]}
+
+    def part(paths):
+        return SimpleNamespace(
+            samples=pd.DataFrame({"image_path": paths}),
+            subsample=lambda rows: part([paths[row] for row in rows]),
+        )
+
+    monkeypatch.setattr(runner, "_make_episode", lambda _, k_shot, __: SimpleNamespace(test_data=part(parts[k_shot])))
+    comparison = SimpleNamespace(k_shot=(1, 2, 4))
+    made = {}
+    common = runner._episode(SimpleNamespace(comparison=comparison, set="s", seed=0, method="MVFA", k_shot=2), made)
+    assert common.test_data.samples.image_path.tolist() == ["a", "b"]
+    with pytest.raises(RuntimeError, match="test images of s differ"):
+        runner._episode(SimpleNamespace(comparison=comparison, set="s", seed=0, method="MVFA", k_shot=1), made)
