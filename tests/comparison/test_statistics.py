@@ -231,6 +231,20 @@ def test_area_and_variance_are_those_of_obuchowski():
     assert found.groups == min(with_abnormal, with_normal)
 
 
+@pytest.mark.parametrize(("abnormal", "known"), [(1, False), (2, True)])
+def test_two_images_of_each_class_have_a_standard_error(abnormal, known):
+    labels, scores = np.array([False, False, True, True]), np.array([0.1, 0.4, 0.35, 0.8])
+    found = area([run(labels[: 2 + abnormal], scores[: 2 + abnormal])])
+    assert math.isfinite(found.standard_error) == known
+    assert found.groups == abnormal
+
+
+def test_methods_with_different_numbers_of_seeds_are_refused():
+    one = run(*draw(0))
+    with pytest.raises(ValueError, match="shorter"):
+        differences([one, one], [one])
+
+
 def test_areas_are_averaged_over_the_seeds():
     labels, first = draw(7)
     second = draw(8)[1]

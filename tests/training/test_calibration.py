@@ -13,6 +13,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from anomalib_mvfa.model.memory import Support
+from anomalib_mvfa.model.torch_model import SupportOutput
+from anomalib_mvfa.post_processing import MVFAPostProcessor
+from anomalib_mvfa.training import calibration as calibrating
 from anomalib_mvfa.training.calibration import Calibration, branch_extremes, find_support
 
 
@@ -92,3 +95,111 @@ def test_a_copy_of_a_calibration_leaves_the_data_behind():
     assert copy.state() == {"bank_holds": True, "thresholds_hold": True}
     assert calibration._data() is datamodule
     assert copy._data is None
+    calibration.drop()
+    assert calibration.state() == {"bank_holds": False, "thresholds_hold": False}
+
+
+def test_given_adapters_are_calibrated_anew_for_other_data(monkeypatch):
+    def module(datamodule):
+        options = {"memory": False, "fusion_scale": "support"}
+        trainer = SimpleNamespace(datamodule=datamodule, testing=True)
+        return SimpleNamespace(trained=False, option=options.get, trainer=trainer, fit_state=None)
+
+    first, second, dropped = Images([0]), Images([0]), []
+    calibration = Calibration(bank_holds=True)
+    calibration.end(module(first))
+    monkeypatch.setattr(calibration, "drop", lambda: dropped.append(True))
+    calibration.complete(module(first))
+    assert not dropped
+    calibration.complete(module(second))
+    assert dropped == [True]
+    calibration.complete(module(None))
+    assert dropped == [True, True]
+
+
+@pytest.mark.parametrize("scale", ["support", "test"])
+def test_ranges_of_a_validation_come_from_its_images_where_that_is_asked_for(scale, monkeypatch):
+    calls = []
+    monkeypatch.setattr(calibrating, "_scale_by", lambda *given: calls.append(given))
+    monkeypatch.setattr(calibrating, "_offer", lambda *given: calls.append(given))
+    options = {"memory": False, "fusion_scale": scale}
+    trainer = SimpleNamespace(val_dataloaders="loaders")
+    module = SimpleNamespace(trained=False, option=options.get, trainer=trainer, fit_state=None)
+    Calibration().begin(module)
+    assert calls == [(module, "loaders")] * (scale == "test") + [(module, None)]
+
+
+@pytest.mark.parametrize(
+    ("scale", "testing", "expected"), [("support", True, 0), ("test", False, 0), ("test", True, 1)]
+)
+def test_ranges_of_a_test_come_from_its_images_where_that_is_asked_for(scale, testing, expected, monkeypatch, caplog):
+    calls = []
+    monkeypatch.setattr(calibrating, "_scale_by", lambda *given: calls.append(given))
+    trainer = SimpleNamespace(testing=testing, test_dataloaders="loaders")
+    options = {"memory": False, "fusion_scale": scale}
+    module = SimpleNamespace(trained=True, option=options.get, trainer=trainer, fit_state=None)
+    Calibration(bank_holds=True, thresholds_hold=True).complete(module)
+    assert calls == [(module, "loaders")] * expected
+    assert ("taken from the whole test set" in caplog.text) == bool(expected)
+
+
+def test_a_trained_model_without_data_to_calibrate_it_is_refused():
+    options = {"memory": False, "fusion_scale": "support"}
+    trainer = SimpleNamespace(testing=True, datamodule=None)
+    module = SimpleNamespace(trained=True, option=options.get, trainer=trainer, fit_state=None)
+    calibration = Calibration(bank_holds=True)
+    with pytest.raises(ValueError, match="thresholds of the checkpoint do not fit"):
+        calibration.complete(module)
+    assert not calibration.holds
+    module.fit_state = SimpleNamespace()  # a training that is not validated goes on
+    calibration.complete(module)
+    module.trained, module.fit_state = False, None  # given adapters need none
+    Calibration().complete(module)
+
+
+@pytest.mark.parametrize(
+    ("trained", "holds", "fitting", "built"),
+    [(True, True, False, False), (True, False, False, True), (False, True, False, True), (True, True, True, True)],
+)
+def test_the_bank_is_built_from_the_data_at_hand_where_it_is_due(trained, holds, fitting, built, monkeypatch):
+    asked, offered = [], []
+    monkeypatch.setattr(calibrating, "find_support", lambda *given: asked.append(given) or "support")
+    monkeypatch.setattr(calibrating, "training_data", lambda trainer: trainer.data)
+    monkeypatch.setattr(calibrating, "_offer", lambda _, output: offered.append(output))
+    module = SimpleNamespace(
+        trained=trained,
+        option={"memory": True, "max_support": 5, "fusion_scale": "bank"}.get,
+        trainer=SimpleNamespace(datamodule="datamodule", data="data"),
+        fit_state=SimpleNamespace() if fitting else None,
+        model=SimpleNamespace(remember=lambda support: f"outputs of the {support}"),
+        pre_processed=len,
+    )
+    calibration = Calibration(bank_holds=holds)
+    calibration.begin(module)
+    assert asked == [("datamodule", "data", 5, len)] * built
+    assert offered == ["outputs of the support" if built else None]
+    assert calibration.bank_holds
+
+
+def test_supports_set_the_thresholds_of_a_test_without_a_validation_part(monkeypatch):
+    given = []
+    monkeypatch.setattr(calibrating, "_set_thresholds", lambda *arguments: given.append(arguments))
+    monkeypatch.setattr(calibrating, "_validation_loader", lambda module: None)
+    monkeypatch.setattr(Calibration, "_remember", lambda *_: "outputs")
+    trainer = SimpleNamespace(testing=True, datamodule=None)
+    module = SimpleNamespace(trained=True, option={"fusion_scale": "bank"}.get, trainer=trainer, fit_state=None)
+    Calibration(bank_holds=True).complete(module)
+    assert given == [(module, None, "outputs")]
+
+
+def test_supports_are_offered_with_both_branches(monkeypatch):
+    given = []
+    monkeypatch.setattr(MVFAPostProcessor, "set_support", lambda _, *arguments: given.append(arguments))
+    module = SimpleNamespace(
+        post_processor=MVFAPostProcessor(),
+        model=SimpleNamespace(fuse=lambda language, memory: (language, memory)),
+        option={"memory": True, "fusion_scale": "bank"}.get,
+    )
+    monkeypatch.setattr(Calibration, "_remember", lambda *_: SupportOutput("language", "memory", "labels"))
+    Calibration().begin(module)
+    assert given == [(("language", "memory"), "labels")]
