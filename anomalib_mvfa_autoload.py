@@ -8,6 +8,7 @@ hook; the package itself is imported when anomalib's models are. Programs withou
 here becomes a warning. Where the command runs one of our models, other packages' warnings about their own code are off.
 """
 
+import functools
 import importlib.abc
 import importlib.machinery
 import os
@@ -17,6 +18,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 __all__ = ["install"]
 
@@ -24,6 +26,7 @@ __all__ = ["install"]
 MODELS = "anomalib.models.image"
 BENCHMARK = "anomalib.pipelines.benchmark.pipeline"
 ENGINE = "anomalib.engine.engine"
+COMMAND = "anomalib.utils.config"
 LOGGERS = "anomalib.loggers"  # the first of the command's modules that is imported after torch
 OURS = re.compile(r"\b(MVFA|mvfa|WinClipAny|anomalib_mvfa|comparison)\b")
 CONFIG_LIMIT = 2**20  # bytes
@@ -39,7 +42,7 @@ NOT_FOR_USERS = (
 
 
 class _RegisterAfterImport(importlib.abc.MetaPathFinder):
-    """Finds four of anomalib's modules as usual and adds what is ours once they were executed."""
+    """Finds five of anomalib's modules as usual and adds what is ours once they were executed."""
 
     def find_spec(
         self,
@@ -47,9 +50,11 @@ class _RegisterAfterImport(importlib.abc.MetaPathFinder):
         path: Sequence[str] | None,
         target: ModuleType | None = None,
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname not in (MODELS, BENCHMARK, ENGINE, LOGGERS) or (fullname == LOGGERS and not _is_our_command()):
+        if fullname not in (MODELS, BENCHMARK, ENGINE, COMMAND, LOGGERS):
             return None
         try:
+            if fullname == LOGGERS and not _is_our_command():
+                return None
             return self._find_spec(fullname, path, target)
         except Exception as error:  # without a spec of ours the import goes on as if this finder was not there
             _warn(error)
@@ -90,6 +95,8 @@ def _register(module: ModuleType) -> None:
             from anomalib_mvfa.registration import extend_export
 
             extend_export(module.Engine)
+        elif module.__name__ == COMMAND:
+            _honour_seed(module)
         elif module.__name__ == LOGGERS:
             from anomalib_mvfa.console import quieten
 
@@ -100,6 +107,22 @@ def _register(module: ModuleType) -> None:
             extend_benchmark(module.Benchmark)
     except Exception as error:
         _warn(error)
+
+
+def _honour_seed(config: ModuleType) -> None:
+    """Make the command honour ``--seed_everything`` for our models; anomalib reads it and does not use it."""
+    update = config.update_config  # which the command calls before it makes model and data
+
+    @functools.wraps(update)
+    def update_config(options: Any) -> Any:
+        from lightning import seed_everything
+
+        seed = options.get("seed_everything")
+        if type(seed) is int and options["model"]["class_path"].split(".")[0] == "anomalib_mvfa":
+            seed_everything(seed, workers=True)
+        return update(options)
+
+    config.update_config = update_config  # type: ignore[attr-defined]
 
 
 def _warn(error: Exception) -> None:

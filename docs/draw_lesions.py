@@ -22,6 +22,7 @@ SIZE, MARGIN, HEADER, FONT = 128, 150, 26, 18
 def main() -> None:
     """Draw one row a modality: a normal image, then each kind of lesion twice."""
     columns = ["normal", *(kind for kind in LESION_KINDS for _ in range(2))]
+    synthesizer = LesionSynthesizer()
     sheet = Image.new("RGB", (MARGIN + SIZE * len(columns), HEADER + SIZE * len(MODALITIES)), "white")
     pen = ImageDraw.Draw(sheet)
     pen.font = ImageFont.load_default(FONT)
@@ -36,7 +37,8 @@ def main() -> None:
             pen.text((MARGIN + column * SIZE + 4, 1), kind, fill="black")
             picture, mask = image, torch.zeros(SIZE, SIZE, dtype=torch.bool)
             if kind != "normal":
-                picture, mask = LesionSynthesizer([kind])(image, torch.Generator().manual_seed(column), donor)
+                synthesizer.kinds = (kind,)
+                picture, mask = synthesizer(image, torch.Generator().manual_seed(column), donor)
             pixels = (picture * 255).round().byte().permute(1, 2, 0).numpy().copy()
             solid = mask.byte().numpy()
             pixels[cv2.dilate(solid, np.ones((3, 3), np.uint8)) > solid] = (255, 60, 40)

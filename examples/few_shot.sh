@@ -7,7 +7,7 @@
 set -euo pipefail
 EPOCHS=${EPOCHS:-5}
 
-python -m anomalib_mvfa.demo.phantoms --root phantoms --modalities brain_mri --train 16 --valid 8 --test 8
+python -m anomalib_mvfa.demo.phantoms --root phantoms --modalities '[brain_mri]' --counts '{train: 16, valid: 8, test: 8}'
 
 model=(--model MVFA --model.backbone tiny)
 data=(--data FewShot --data.k_shot 4 --data.train_batch_size 4

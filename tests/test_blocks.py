@@ -42,7 +42,7 @@ QUICK = {
     "train": ("--trainer.max_epochs=1", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"),
     "test": ("--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"),
     "predict": ("--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"),
-    "anomalib_mvfa.demo.phantoms": ("--train=4", "--valid=6", "--test=6", "--size=64"),
+    "anomalib_mvfa.demo.phantoms": ("--counts={train: 4, valid: 6, test: 6}", "--size=64"),
 }
 """What the test adds to a command so that it takes seconds."""
 

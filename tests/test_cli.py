@@ -4,6 +4,7 @@
 """The stock ``anomalib`` command with MVFA: train, predict, test, export, and what it refuses."""
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -82,6 +83,11 @@ def checkpoint(folder, few_shot) -> Path:
     seeded = ["--data.k_shot", "2", "--seed_everything", "0"]
     succeed("train", *model, *few_shot, *seeded, "--default_root_dir", "trained", cwd=folder)
     return folder / "trained/MVFA/squares/v0/weights/lightning/model.ckpt"
+
+
+def test_the_seed_of_the_command_is_honoured(checkpoint):
+    record = json.loads((checkpoint.parent / "run.json").read_text(encoding="utf-8"))
+    assert record["seeds"] == {"global": "0", "torch": 0}
 
 
 def test_training_leaves_a_checkpoint_and_a_table_that_separates_the_classes(checkpoint):

@@ -18,8 +18,7 @@ from typing import Any
 
 import open_clip
 import torch
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import snapshot_download
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.factory import HF_HUB_PREFIX
 from open_clip.model import CLIP, CustomTextCLIP, convert_to_custom_text_state_dict, resize_pos_embed
@@ -170,7 +169,10 @@ def _read_config(backbone: str) -> tuple[dict[str, Any], Path | None]:
     """Read open_clip's configuration, ``model_cfg`` and possibly ``preprocess_cfg``, and return it with its folder."""
     folder = None
     if backbone.startswith((LOCAL_DIR_PREFIX, HF_HUB_PREFIX)):
-        folder = _folder(backbone)
+        folder = _folder(backbone, "*.json", "*.txt", "*.model")
+        if not (folder / CONFIG_FILE).is_file():
+            msg = f"{folder / CONFIG_FILE} is missing: '{backbone}' must be laid out as open_clip has it on the hub."
+            raise FileNotFoundError(msg)
         config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     elif backbone.endswith(".json"):
         path = Path(backbone)
@@ -198,20 +200,15 @@ def _read_config(backbone: str) -> tuple[dict[str, Any], Path | None]:
     return config, folder
 
 
-def _folder(backbone: str) -> Path:
-    if backbone.startswith(LOCAL_DIR_PREFIX):
-        folder = Path(backbone.removeprefix(LOCAL_DIR_PREFIX))
-        if not (folder / CONFIG_FILE).is_file():
-            msg = (
-                f"{folder / CONFIG_FILE} is missing: {LOCAL_DIR_PREFIX} takes a folder as open_clip has it on the hub."
-            )
-            raise FileNotFoundError(msg)
-        return folder
-    repository = backbone.removeprefix(HF_HUB_PREFIX)
+def _folder(name: str, *files: str) -> Path:
+    """Return the folder of a ``local-dir:`` or ``hf-hub:`` name, of the latter with the named files."""
+    if name.startswith(LOCAL_DIR_PREFIX):
+        return Path(name.removeprefix(LOCAL_DIR_PREFIX))
+    repository = name.removeprefix(HF_HUB_PREFIX)
     try:
-        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.txt", "*.model"]))
+        return Path(snapshot_download(repository, allow_patterns=list(files)))
     except Exception as error:
-        raise FileNotFoundError(_download_advice(backbone, f"hub repository {repository}")) from error
+        raise FileNotFoundError(_download_advice(name, f"hub repository {repository}")) from error
 
 
 def load_clip(config: BackboneConfig) -> tuple[CLIP | CustomTextCLIP, Callable[[list[str]], Tensor]]:
@@ -267,16 +264,12 @@ def _weights_path(config: BackboneConfig) -> Path:
     weights = config.weights
     if Path(weights).is_file():
         return Path(weights)
-    if weights.startswith(HF_HUB_PREFIX):
-        return _from_hub(weights)
-    if weights.startswith(LOCAL_DIR_PREFIX):
-        folder = Path(weights.removeprefix(LOCAL_DIR_PREFIX))
-        found = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
-        if not found:
-            names = " or ".join(WEIGHT_FILES)
-            msg = f"{folder} holds no weights: expected {names}, or a file named by --model.pretrained."
-            raise FileNotFoundError(msg)
-        return found[0]
+    if weights.startswith((HF_HUB_PREFIX, LOCAL_DIR_PREFIX)):
+        for name in WEIGHT_FILES:
+            if (path := _folder(weights, name) / name).is_file():
+                return path
+        msg = f"{weights} lacks {' or '.join(WEIGHT_FILES)}. Add one, or give a file named by --model.pretrained."
+        raise FileNotFoundError(msg)
     known = get_pretrained_cfg(config.name, weights)
     if not known:
         tags = list_pretrained_tags_by_model(config.name)
@@ -290,17 +283,6 @@ def _weights_path(config: BackboneConfig) -> Path:
     except Exception as error:
         source = known.get("url") or f"hub repository {known.get('hf_hub')}"
         raise FileNotFoundError(_download_advice(f"{config.name} ({weights})", source)) from error
-
-
-def _from_hub(name: str) -> Path:
-    repository = name.removeprefix(HF_HUB_PREFIX)
-    try:
-        try:
-            return Path(hf_hub_download(repository, WEIGHT_FILES[0]))
-        except EntryNotFoundError:
-            return Path(hf_hub_download(repository, WEIGHT_FILES[1]))
-    except Exception as error:
-        raise FileNotFoundError(_download_advice(name, f"hub repository {repository}")) from error
 
 
 def _download_advice(what: str, source: str) -> str:

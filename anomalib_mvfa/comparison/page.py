@@ -142,7 +142,7 @@ def _chosen(groups: Sequence[Group], limit: int) -> dict[str, list[str]]:
     return chosen
 
 
-def _gallery(comparison: FinishedCells, roots: Mapping[str, Path], show_paths: bool) -> list[dict[str, Any]]:
+def _gallery(comparison: FinishedCells, roots: Mapping[str, Path]) -> list[dict[str, Any]]:
     """Return the images of each set with their heatmaps."""
     galleries = []
     for name in comparison.sets:
@@ -155,7 +155,7 @@ def _gallery(comparison: FinishedCells, roots: Mapping[str, Path], show_paths: b
         abnormal = pd.concat([pd.Series(run.labels, run.paths) for run in runs]).groupby(level=0).first()
         rows = [
             {
-                "name": path if show_paths else f"Image {abnormal.index.get_loc(path) + 1}",
+                "name": f"Image {abnormal.index.get_loc(path) + 1}",  # file names may identify patients
                 "abnormal": abnormal[path],
                 "remark": "; ".join(chosen[path]),
                 "panels": _panels(groups, maps, roots.get(name), path),
@@ -201,13 +201,7 @@ def _panels(groups: Sequence[Group], maps: Sequence[Maps | None], root: Path | N
     return panels
 
 
-def write_page(
-    cells: Sequence[Cell],
-    path: Path | str,
-    data_root: Mapping[str, Path] | None = None,
-    *,
-    show_paths: bool = False,
-) -> None:
+def write_page(cells: Sequence[Cell], path: Path | str, data_root: Mapping[str, Path] | None = None) -> None:
     """Write the page: one HTML file that needs no other file, no script and no network.
 
     Args:
@@ -215,11 +209,6 @@ def write_page(
         path: The file to write.
         data_root: The folder by the name of the set that the paths of its cells are relative to. Without it heatmaps
             are shown alone.
-        show_paths: Show the paths of images and the errors of failed cells. File names may identify patients, so that
-            images are numbered by default.
-
-    Raises:
-        ValueError: If two cells are of the same method, set, shot and seed.
     """
     comparison = FinishedCells(cells)
     made = {
@@ -229,10 +218,10 @@ def write_page(
         "seeds": ", ".join(map(str, sorted({cell.seed for cell in comparison.cells}))),
     }
     content = {
-        "missing": failures(comparison, show_paths),
+        "missing": failures(comparison),
         "curves": _plots(_curves, comparison),
         "histograms": _plots(_histograms, comparison),
-        "galleries": _gallery(comparison, data_root or {}, show_paths),
+        "galleries": _gallery(comparison, data_root or {}),
         "colour_bar": picture(heatmap(np.arange(256, dtype=np.uint8)[None], (256, 12))),
     }
     text = environment().get_template("page.html.jinja").render(**facts(comparison), **content, made=made)

@@ -59,23 +59,11 @@ PAPER_SETS = ("Histopathology", "Chest", "Retina_OCT2017", "Brain", "Liver", "Re
 """The sets in the order of the paper's tables. The last three have masks."""
 
 
-def _row(image: tuple[float, ...], pixel: tuple[float, ...] = ()) -> dict[tuple[str, str], float]:
-    known = {(name, "image"): value for name, value in zip(PAPER_SETS, image, strict=True)}
-    return known | {(name, "pixel"): value for name, value in zip(PAPER_SETS[-len(pixel) :], pixel, strict=False)}
-
-
-PUBLISHED: Mapping[tuple[str, int], Mapping[tuple[str, str], float]] = {
-    ("MVFA", 2): _row((82.61, 81.32, 97.98, 92.72, 81.08, 91.36)),
-    ("MVFA", 4): _row((82.71, 81.95, 99.38, 92.44, 81.18, 96.18), (97.30, 99.73, 98.97)),
-    ("MVFA", 8): _row((85.10, 83.89, 99.64, 92.61, 85.90, 96.57)),
-    ("MVFA", 16): _row((82.62, 85.72, 99.66, 94.40, 83.85, 97.25)),
-    ("WinCLIP", 4): _row((67.49, 70.00, 97.89, 66.85, 67.19, 88.83), (94.16, 96.75, 96.68)),
-    ("APRIL-GAN", 4): _row((76.11, 77.43, 99.41, 89.18, 53.05, 94.70), (94.67, 96.24, 97.98)),
-    ("MVFA (zero-shot)", 0): _row((77.90, 71.11, 95.40, 78.63, 76.24, 83.31), (90.27, 97.85, 92.05)),
-    ("WinCLIP (zero-shot)", 0): _row((69.85, 70.86, 46.64, 66.49, 64.20, 42.51), (85.99, 96.20, 80.56)),
-    ("APRIL-GAN (zero-shot)", 0): _row((72.36, 57.49, 92.61, 76.43, 70.57, 75.67), (91.79, 97.05, 85.23)),
-}
+PUBLISHED: dict[tuple[str, int], dict[tuple[str, str], float]] = {}
 """AUROC in percent of the paper's tables, by method and shot, then by set and level (image or pixel)."""
+for _row in pd.read_csv(Path(__file__).with_name("published.csv")).to_dict("records"):
+    _known = {(name, _row["level"]): _row[name] for name in PAPER_SETS if _row[name] == _row[name]}  # not NaN
+    PUBLISHED.setdefault((_row["method"], _row["k_shot"]), {}).update(_known)
 
 
 def paper_set(name: str) -> str | None:
@@ -150,11 +138,7 @@ class Pair(NamedTuple):
 
 
 class FinishedCells:
-    """The finished cells, grouped and ordered for display.
-
-    Raises:
-        ValueError: If two cells are of the same method, set, shot and seed.
-    """
+    """The finished cells, grouped and ordered for display."""
 
     def __init__(self, cells: Sequence[Cell]) -> None:
         def order(cell: Cell) -> tuple[Any, ...]:
@@ -166,13 +150,6 @@ class FinishedCells:
         sets = dict.fromkeys(cell.set for cell in self.cells)
         self.sets = sorted(sets, key=lambda name: PAPER_SETS.index(paper_set(name) or "") if paper_set(name) else 99)
         self.cells.sort(key=order)
-        for first, second in zip(self.cells, self.cells[1:], strict=False):
-            if order(first) == order(second):
-                msg = (
-                    f"{first.folder} and {second.folder} are of the same method, set, shot and seed: "
-                    "write one report per backbone, each with cells of its own."
-                )
-                raise ValueError(msg)
         grouped = groupby(self.cells, key=lambda cell: (cell.set, cell.k_shot, cell.method))
         self.groups = [Group(*key, {cell.seed: cell for cell in members}) for key, members in grouped]
         self.shots = sorted({cell.k_shot for cell in cells if cell.method}, key=lambda k: (k == 0, k))
@@ -377,13 +354,13 @@ def _cost(mean: float) -> str:
     return "-" if math.isnan(mean) else f"{mean:,.3g}" if mean < 100 else f"{mean:,.0f}"
 
 
-def failures(comparison: FinishedCells, show_paths: bool) -> list[Table]:
-    """List the cells without results; reasons that may name files are shown on request alone."""
+def failures(comparison: FinishedCells) -> list[Table]:
+    """List the cells without results; reasons that may name files are left out."""
     rows = []
     for cell in comparison.others:
         error = cell.error or ""
         public = error.startswith(("FileNotFoundError: The weights of", "FileNotFoundError: No weights"))
-        if not (show_paths or public or cell.status == "unreadable"):
+        if not (public or cell.status == "unreadable"):
             error = f"see {Path('cells', cell.folder.name, 'cell.json').as_posix()}"
         rows.append({"cell": cell.folder.name, "status": cell.status, "reason": error})
     return [Table("Cells without results", pd.DataFrame(rows))] if rows else []
@@ -425,9 +402,6 @@ def write_tables(cells: Sequence[Cell], folder: Path | str) -> None:
     """Write ``results.csv``, one row per cell with everything that was measured, and ``results.md``, the tables.
 
     The reasons of failed cells, which may name files, are in ``results.csv`` alone.
-
-    Raises:
-        ValueError: If two cells are of the same method, set, shot and seed.
     """
     comparison = FinishedCells(cells)
     known = ("method", "set", "k_shot", "seed", "backbone", "status", "threshold", "version", "machine", "error")
@@ -438,5 +412,5 @@ def write_tables(cells: Sequence[Cell], folder: Path | str) -> None:
         frame.reindex(columns=columns).to_csv(partial, index=False)
     template = environment(markdown=True).get_template("results.md.jinja")
     with replacing(Path(folder) / "results.md") as partial:
-        text = template.render(**facts(comparison), missing=failures(comparison, show_paths=False))
+        text = template.render(**facts(comparison), missing=failures(comparison))
         partial.write_text(text, encoding="utf-8")

@@ -4,25 +4,106 @@
 """The data set that all datamodules of this package read through."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 from anomalib import TaskType
-from anomalib.data import AnomalibDataset, ImageItem
+from anomalib.data import AnomalibDataset, ImageBatch, ImageItem, PredictDataset
 from anomalib.data.utils import LabelName
+from PIL import Image as PILImage
 from torch import Tensor
+from torch.utils.data import Dataset
 from torchvision.tv_tensors import Image, Mask
-
-from anomalib_mvfa.callbacks.loading import ReportedBatch
 
 from .readers import ImageRef, IntensityRule, UnreadableImageError, read_image, read_mask
 
-__all__ = ["WHOLE_FILE", "MedicalDataset", "read_by_us"]
+__all__ = ["WHOLE_FILE", "MedicalDataset", "ReportedBatch", "ReportingDataset", "read_by_us"]
 
 WHOLE_FILE = -1  # stands for "no frame" in the table, whose column then is of integers
+
+
+@dataclass
+class ReportedBatch(ImageBatch):
+    """A batch whose images with an ``explanation`` could not be read, and have no prediction.
+
+    Their scores and maps are NaN, their labels ``LabelName.UNKNOWN`` (-1; ``pred_label`` then holds integers), their
+    masks empty. Their items have ``None`` for label and mask.
+    """
+
+    item_class = ImageItem
+
+    def _withhold(self, values: Tensor | None, fill: float, dtype: torch.dtype | None = None) -> Tensor | None:
+        unread = torch.tensor([bool(reason) for reason in self.__dict__.get("explanation") or ()], dtype=torch.bool)
+        if values is None or not unread.any():
+            return values
+        return values.to(dtype).masked_fill(unread.to(values.device).view(-1, *(1,) * (values.ndim - 1)), fill)
+
+    def validate_pred_score(self, pred_score: Tensor | None) -> Tensor | None:  # type: ignore[override]  # anomalib's are static
+        """Validate scores ``(B,)``."""
+        return self._withhold(ImageBatch.validate_pred_score(pred_score), torch.nan)
+
+    def validate_anomaly_map(self, anomaly_map: Tensor | None) -> Tensor | None:  # type: ignore[override]
+        """Validate maps ``(B, H, W)``."""
+        return self._withhold(ImageBatch.validate_anomaly_map(anomaly_map), torch.nan)
+
+    def validate_pred_label(self, pred_label: Tensor | None) -> Tensor | None:  # type: ignore[override]
+        """Validate labels ``(B,)``."""
+        return self._withhold(ImageBatch.validate_pred_label(pred_label), LabelName.UNKNOWN.value, torch.int8)
+
+    @property
+    def items(self) -> list[ImageItem]:
+        """The items; those of unreadable images have neither label nor mask."""
+        items: list[ImageItem] = super().items
+        for item in items:
+            if item.explanation:
+                item.pred_label = item.pred_mask = None
+        return items
+
+
+class ReportingDataset(Dataset[ImageItem]):
+    """anomalib's data set of a folder, with a black image in the place of each file that cannot be read.
+
+    Its ``explanation`` is the reason; the other explanations are empty.
+    """
+
+    collate_fn = staticmethod(ReportedBatch.collate)
+
+    def __init__(self, source: PredictDataset) -> None:
+        self.source = source
+
+    @property
+    def image_paths(self) -> list[str]:
+        """The ``image_path`` of every item."""
+        return [str(path) for path in self.source.image_filenames]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> ImageItem:
+        """Read one image, or report why it cannot be read."""
+        path = Path(self.source.image_filenames[index])
+        try:
+            with PILImage.open(path) as image:
+                wide = image.mode in {"I", "F"} or image.mode.startswith("I;")
+            if not wide:  # anomalib would clip it to white
+                item: ImageItem = self.source[index]
+                item.explanation = ""
+                return item
+            reason = "has more than 8 bits a pixel; --data MedicalFolder --data.path FOLDER reads it"
+        except Exception as error:  # Pillow raises many kinds on damaged files
+            reason = _why_unreadable(path, error)
+        return ImageItem(image=torch.zeros(3, 1, 1), image_path=str(path), explanation=reason)
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    if isinstance(error, PermissionError):
+        return "permission denied"
+    if not path.is_file():
+        return "no such file"
+    return "truncated, damaged or not an image" if path.stat().st_size else "the file is empty"
 
 
 class MedicalDataset(AnomalibDataset):

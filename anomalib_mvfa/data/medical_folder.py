@@ -86,7 +86,6 @@ class MedicalFolder(SplitDataModule):
             its first group; ``None``: the column ``group``, else each listed folder, DICOM series and other file.
         train_abnormal: Whether abnormal images are trained on. For ``FewShot``, which draws its abnormal supports
             from the validation part, it is not needed.
-        skip_empty_masks: Whether abnormal images with an empty mask are left out instead of labelled normal.
         val_split_ratio: Share of the groups to validate on.
         test_split_ratio: Share of the groups to test on.
         intensity: How stored values become grey levels: ``"auto"``, ``"dicom"``, ``"percentile"``, a CT window by name
@@ -124,7 +123,6 @@ class MedicalFolder(SplitDataModule):
         image_list: str | Path | None = None,
         group_by: str | None = None,
         train_abnormal: bool = False,
-        skip_empty_masks: bool = False,
         val_split_ratio: float = 0.2,
         test_split_ratio: float = 0.2,
         intensity: str | Sequence[float] | Mapping[str, Sequence[float]] | None = None,
@@ -144,11 +142,8 @@ class MedicalFolder(SplitDataModule):
         if image_list is not None and (normal_dir or abnormal_dir or mask_dir):
             msg = "Give either image_list or normal_dir, abnormal_dir and mask_dir, not both."
             raise ValueError(msg)
-        if (abnormal_dir or mask_dir) and not normal_dir:
-            msg = "abnormal_dir and mask_dir need normal_dir: training is on normal images."
-            raise ValueError(msg)
-        if mask_dir and not abnormal_dir:
-            msg = "mask_dir needs abnormal_dir: masks are of abnormal images."
+        if (abnormal_dir and not normal_dir) or (mask_dir and not abnormal_dir):
+            msg = "abnormal_dir needs normal_dir beside it, and mask_dir needs abnormal_dir: add the folder."
             raise ValueError(msg)
         pattern = None if group_by in GROUPINGS else group_by
         if pattern and "(" not in pattern:
@@ -191,7 +186,6 @@ class MedicalFolder(SplitDataModule):
         self.train_abnormal = train_abnormal
         self.val_split_ratio = val_split_ratio
         self.test_split_ratio = test_split_ratio
-        self.skip_empty_masks = skip_empty_masks
         self.axis = axis
         self.slices = slices
         self.volume = volume
@@ -365,10 +359,7 @@ class MedicalFolder(SplitDataModule):
         samples = pd.DataFrame(rows)
         empty = samples["abnormal"] & (samples["label_index"] == LabelName.NORMAL.value)
         if empty.any():
-            done = "left out" if self.skip_empty_masks else "labelled normal"
-            logger.info("%d images of abnormal files have an empty mask and are %s.", empty.sum(), done)
-        if self.skip_empty_masks:
-            samples = samples[~empty].reset_index(drop=True)
+            logger.info("%d images of abnormal files have an empty mask and are labelled normal.", empty.sum())
         samples["group"] = self._groups(samples)
         samples["label"] = samples["label_index"].map({0: "normal", 1: "abnormal"})
         samples.attrs["task"] = (TaskType.SEGMENTATION if has_masks else TaskType.CLASSIFICATION).value

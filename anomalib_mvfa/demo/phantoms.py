@@ -17,10 +17,9 @@ Example:
 
 From a shell, a data set in the layout of BMAD::
 
-    python -m anomalib_mvfa.demo.phantoms --root phantoms --modalities brain_mri liver_ct
+    python -m anomalib_mvfa.demo.phantoms --root phantoms --modalities '[brain_mri, liver_ct]'
 """
 
-import argparse
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import numpy.typing as npt
+from jsonargparse import auto_cli
 from PIL import Image
 from rich.progress import track
 
@@ -269,23 +269,5 @@ def _save(image: npt.NDArray[np.uint8], path: Path) -> None:
     Image.fromarray(image).save(path, compress_level=1)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Write data sets from the command line."""
-    parser = argparse.ArgumentParser(description="Write generated medical images in the layout of BMAD.")
-    parser.add_argument("--root", type=Path, required=True, help="folder that receives the sets")
-    parser.add_argument("--modalities", nargs="+", choices=MODALITIES, default=MODALITIES, help="default: all")
-    parser.add_argument(
-        "--mixed", action="store_true", help="another protocol for each image, fainter lesions of all kinds"
-    )
-    parser.add_argument("--size", type=int, default=112, help="pixels (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    for split, count in DEFAULT_COUNTS.items():
-        parser.add_argument(f"--{split}", type=int, default=count, help="images of each class (default: %(default)s)")
-    options = vars(parser.parse_args(arguments))
-    counts = {split: options.pop(split) for split in SPLITS}
-    root = write_phantoms(**options, counts=counts)
-    print(f"Wrote {', '.join(SET_NAMES[m] for m in options['modalities'])} to {root}")  # noqa: T201
-
-
 if __name__ == "__main__":
-    main()
+    auto_cli(write_phantoms, as_positional=False)

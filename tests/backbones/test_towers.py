@@ -175,16 +175,21 @@ def test_hub_repository_is_read_as_a_local_folder(make_hub_folder, monkeypatch):
 
     folder, model = make_hub_folder("eva", weights="bin")
 
-    def download(repository, name):
-        if not (folder / name).is_file():
-            raise loading.EntryNotFoundError(name)
-        return str(folder / name)
+    asked = []
 
-    monkeypatch.setattr(loading, "snapshot_download", lambda *_, **__: str(folder))
-    monkeypatch.setattr(loading, "hf_hub_download", download)
+    def download(repository, allow_patterns):
+        asked.append((repository, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr(loading, "snapshot_download", download)
     config = resolve_backbone("hf-hub:owner/eva")
     assert config.mean == (0.4, 0.5, 0.6)
     assert fingerprint(load_clip(config)[0].visual) == fingerprint(model.visual)
+    assert asked == [
+        ("owner/eva", ["*.json", "*.txt", "*.model"]),
+        ("owner/eva", ["open_clip_model.safetensors"]),
+        ("owner/eva", ["open_clip_pytorch_model.bin"]),
+    ]
 
 
 @pytest.fixture
@@ -202,7 +207,7 @@ def test_missing_files_are_named(eva, biomedclip, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none.open_clip_config\.json is missing"):
         resolve_backbone(local(tmp_path / "none"))
     (eva / "open_clip_model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"eva holds no weights: expected open_clip_model\.safetensors or"):
+    with pytest.raises(FileNotFoundError, match=r"eva lacks open_clip_model\.safetensors or"):
         load_clip(resolve_backbone(local(eva)))
     (biomedclip / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"biomedclip lacks the tokenizer 'owner/bert'.*tokenizer\.json"):

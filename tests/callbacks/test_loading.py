@@ -16,7 +16,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from anomalib_mvfa import MVFA
-from anomalib_mvfa.callbacks.loading import ReportedBatch, ReportingDataset, read_ahead
+from anomalib_mvfa.callbacks.loading import read_ahead
+from anomalib_mvfa.data.medical_dataset import ReportedBatch, ReportingDataset
 
 
 @pytest.fixture

@@ -24,7 +24,8 @@ def seeded(seed: int) -> Generator:
 
 
 def synthesizer(*kinds: str, **ranges: tuple[float, float]) -> LesionSynthesizer:
-    chosen = LesionSynthesizer(kinds or KINDS)
+    chosen = LesionSynthesizer()
+    chosen.kinds = kinds or KINDS
     for name, value in ranges.items():
         assert hasattr(chosen, name)
         setattr(chosen, name, value)
@@ -54,9 +55,9 @@ def colour_like(seed: int = 0) -> Tensor:
 def test_same_generator_state_gives_same_lesion(kind):
     image = slice_like()
     before = image.clone()
-    first, first_mask = LesionSynthesizer([kind])(image, seeded(3))
-    again, again_mask = LesionSynthesizer([kind])(image, seeded(3))
-    other, _ = LesionSynthesizer([kind])(image, seeded(4))
+    first, first_mask = synthesizer(kind)(image, seeded(3))
+    again, again_mask = synthesizer(kind)(image, seeded(3))
+    other, _ = synthesizer(kind)(image, seeded(4))
     assert torch.equal(first, again)
     assert torch.equal(first_mask, again_mask)
     assert not torch.equal(first, other)
@@ -67,7 +68,7 @@ def test_same_generator_state_gives_same_lesion(kind):
 @pytest.mark.parametrize("image", [slice_like(), colour_like()], ids=["grey", "colour"])
 def test_mask_is_exactly_where_the_image_changes(kind, image):
     for seed in SEEDS:
-        lesioned, mask = LesionSynthesizer([kind])(image, seeded(seed))
+        lesioned, mask = synthesizer(kind)(image, seeded(seed))
         change = (lesioned - image).abs().amax(0)
         assert mask.dtype == torch.bool
         assert change[~mask].max() <= GREY_LEVEL
@@ -82,7 +83,7 @@ def test_lesions_lie_inside_the_body(kind):
     image = slice_like()
     body = disc(96, 96, 0.4 * 96)
     for seed in SEEDS:
-        lesioned, mask = LesionSynthesizer([kind])(image, seeded(seed))
+        lesioned, mask = synthesizer(kind)(image, seeded(seed))
         assert (mask & ~body).sum() <= 0.03 * mask.sum()  # the smoothed outline is a pixel wider here and there
         assert torch.equal(lesioned[:, ~disc(96, 96, 0.4 * 96 + 2)], image[:, ~disc(96, 96, 0.4 * 96 + 2)])
 
@@ -91,7 +92,7 @@ def test_lesions_lie_inside_the_body(kind):
 def test_grey_images_stay_grey(kind):
     donor = colour_like(5)
     for seed in SEEDS:
-        lesioned, _ = LesionSynthesizer([kind])(slice_like(), seeded(seed), donor)
+        lesioned, _ = synthesizer(kind)(slice_like(), seeded(seed), donor)
         assert torch.equal(lesioned[0], lesioned[1])
         assert torch.equal(lesioned[0], lesioned[2])
 
@@ -116,7 +117,7 @@ def test_colour_images_shift_hue_only_slightly():
 def test_constant_images_get_a_visible_lesion(kind, value, shape):
     image = torch.full((3, *shape), value)
     for seed in range(4):
-        lesioned, mask = LesionSynthesizer([kind])(image, seeded(seed))
+        lesioned, mask = synthesizer(kind)(image, seeded(seed))
         assert torch.isfinite(lesioned).all()
         assert mask.sum() >= 9
         assert not mask.all()
@@ -129,7 +130,7 @@ def test_constant_images_get_a_visible_lesion(kind, value, shape):
 @pytest.mark.parametrize("shape", [(40, 100), (101, 57), (8, 8)])
 def test_any_shape_of_image_and_donor(kind, shape):
     image = torch.rand(3, *shape, generator=seeded(0))
-    lesioned, mask = LesionSynthesizer([kind])(image, seeded(1), torch.rand(3, 33, 71, generator=seeded(2)))
+    lesioned, mask = synthesizer(kind)(image, seeded(1), torch.rand(3, 33, 71, generator=seeded(2)))
     assert lesioned.shape == image.shape
     assert mask.shape == shape
     assert mask.any()
@@ -139,7 +140,7 @@ def test_any_shape_of_image_and_donor(kind, shape):
 def test_a_black_and_white_pattern_gets_a_lesion(kind):
     stripes = (torch.arange(64) // 2 % 2).float().expand(3, 64, 64)
     for seed in SEEDS:
-        lesioned, mask = LesionSynthesizer([kind])(stripes, seeded(seed))
+        lesioned, mask = synthesizer(kind)(stripes, seeded(seed))
         assert torch.isfinite(lesioned).all()
         assert mask.sum() >= 9
 
@@ -169,7 +170,7 @@ def test_intensity_is_brighter_in_some_and_darker_in_other_lesions():
     image = torch.full((3, 64, 64), 0.5)
     signs = set()
     for seed in range(20):
-        lesioned, mask = LesionSynthesizer(["intensity"])(image, seeded(seed))
+        lesioned, mask = synthesizer("intensity")(image, seeded(seed))
         signs.add(bool((lesioned - image)[:, mask].mean() > 0))
     assert signs == {True, False}
 
@@ -205,7 +206,7 @@ def test_deformation_moves_edges_and_invents_no_brightness(monkeypatch):
     monkeypatch.setitem(LESION_KINDS, "intensity", lambda *_: pytest.fail("a warp of stripes needs no replacement"))
     stripes = 0.2 + 0.5 * (torch.arange(96) // 6 % 2).float().expand(3, 96, 96)
     for seed in SEEDS:
-        lesioned, mask = LesionSynthesizer(["deformation"])(stripes, seeded(seed))
+        lesioned, mask = synthesizer("deformation")(stripes, seeded(seed))
         assert lesioned.min() >= 0.2 - 1e-6
         assert lesioned.max() <= 0.7 + 1e-6
         assert (lesioned - stripes)[0][mask].abs().max() > 0.1
@@ -213,7 +214,7 @@ def test_deformation_moves_edges_and_invents_no_brightness(monkeypatch):
 
 def test_deformation_of_a_flat_image_becomes_an_intensity_lesion():
     image = torch.full((3, 64, 64), 0.5)
-    lesioned, mask = LesionSynthesizer(["deformation"])(image, seeded(0))
+    lesioned, mask = synthesizer("deformation")(image, seeded(0))
     assert (lesioned - image)[:, mask].mean().abs() > 0.0125
 
 
@@ -290,18 +291,6 @@ def test_body_is_everything_where_no_background_is_found(image):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"kinds": []}, "at least one of intensity, cutpaste, texture, deformation"),
-        ({"kinds": ["blob"]}, "blob"),
-    ],
-)
-def test_wrong_arguments_are_named(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        LesionSynthesizer(**arguments)
-
-
-@pytest.mark.parametrize(
     ("image", "message"),
     [
         (torch.zeros(1, 20, 20), r"image must be floating point of shape \(3, H, W\)"),
@@ -320,7 +309,7 @@ def test_wrong_images_are_refused(image, message):
 
 def test_interpolation_overshoot_is_clamped():
     image = slice_like() * (1.001 / slice_like().max())
-    lesioned, _ = LesionSynthesizer(["intensity"])(image, seeded(0))
+    lesioned, _ = synthesizer("intensity")(image, seeded(0))
     assert lesioned.max() <= 1
     assert image.max() - 1 == pytest.approx(0.001, rel=0.01)
 
@@ -362,7 +351,7 @@ def test_lesions_follow_the_global_seed(normals):
 
 
 def test_lesion_of_an_image_does_not_depend_on_how_processes_share_the_images(normals):
-    lesions = LesionSynthesizer(["intensity", "texture", "deformation"])
+    lesions = synthesizer("intensity", "texture", "deformation")
     whole, masks, _ = lesions.draw_on_half(normals, 0, number=0)
     for index in (0, 2, 4):
         alone, mask, _ = lesions.draw_on_half(normals[index : index + 1], 0, number=2 * index)
@@ -373,7 +362,7 @@ def test_lesion_of_an_image_does_not_depend_on_how_processes_share_the_images(no
 def test_two_images_get_different_lesions(normals):
     normals[2] = normals[0]
     normals[2, :, 48, 48] += 0.01
-    _, masks, _ = LesionSynthesizer(["intensity"]).draw_on_half(normals, 0, number=0)
+    _, masks, _ = synthesizer("intensity").draw_on_half(normals, 0, number=0)
     assert (masks[0] != masks[2]).sum() > 0.2 * masks[0].sum()
 
 
@@ -383,7 +372,7 @@ def test_pieces_come_from_images_without_a_lesion(normals, size, epoch, monkeypa
     donors = []
     cutpaste = LESION_KINDS["cutpaste"]
     monkeypatch.setitem(LESION_KINDS, "cutpaste", lambda *args: donors.append(args[3]) or cutpaste(*args))
-    _, _, labels = LesionSynthesizer(["cutpaste"]).draw_on_half(normals[:size], epoch, number=0)
+    _, _, labels = synthesizer("cutpaste").draw_on_half(normals[:size], epoch, number=0)
     clean = normals[:size][~labels] if size > 1 else normals[:1]
     assert bool(donors) == bool(labels.any())
     for donor in donors:
