@@ -8,7 +8,8 @@
 
 Runs mutmut on a copy of the project in ``results/mutants/<area>``. What was found is kept there: the same command
 continues a run that was stopped, and tries again what survived and what has changed. The texts of messages get no
-faults: tests look for a part of them only. Functions with a decorator get none either (mutmut leaves them alone).
+faults: tests look for a part of them only. Functions with a decorator get none either (mutmut leaves them alone), nor
+have constructors whose arguments Lightning reads from their frame, which mutmut would hide from it.
 """
 
 import argparse
@@ -67,10 +68,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (of_file[item.path], str(item.path), seconds.get(item.nodeid, 0.0)))
 
 
-def message_lines(source: str) -> set[str]:
-    r"""Return the lines of a module that belong to the text of an error, a warning or a log message.
+def untouched_lines(source: str) -> set[str]:
+    r"""Return the lines of a module that belong to messages, or to the constructor of a Lightning module.
 
-    >>> sorted(message_lines("if a > b:\n    msg = f'{a} is too large.'\n    raise ValueError(msg)"))
+    >>> sorted(untouched_lines("if a > b:\n    msg = f'{a} is too large.'\n    raise ValueError(msg)"))
     ["    msg = f'{a} is too large.'", '    raise ValueError(msg)']
     """
     lines = source.splitlines()
@@ -83,6 +84,10 @@ def message_lines(source: str) -> set[str]:
         )
         if is_message and isinstance(node, ast.stmt | ast.expr):
             found.update(lines[node.lineno - 1 : node.end_lineno])
+        if isinstance(node, ast.ClassDef) and "AnomalibModule" in map(ast.unparse, node.bases):
+            for method in node.body:
+                if isinstance(method, ast.FunctionDef) and method.name == "__init__":
+                    found.update(line for line in lines[method.lineno - 1 : method.end_lineno] if line.strip(" )"))
     return found
 
 
@@ -99,14 +104,14 @@ def prepare(area: str, folder: Path) -> list[str]:
             shutil.copy(name, folder)
     patterns = [f"anomalib_mvfa/{pattern}" for pattern in mutated]
     files = sorted(path for pattern in patterns for path in Path().glob(pattern) if path.suffix == ".py")
-    messages = sorted({line for path in files for line in message_lines(path.read_text(encoding="utf-8"))})
+    untouched = sorted({line for path in files for line in untouched_lines(path.read_text(encoding="utf-8"))})
     arguments = ["-p", "no:cacheprovider", "-p", "tools.mutants", "-W", "ignore", f"--deselect={SLOW}"]
     with (folder / "pyproject.toml").open("a", encoding="utf-8") as file:
         file.write(
             f'\n[tool.mutmut]\nsource_paths = ["anomalib_mvfa"]\nonly_mutate = {patterns}\n'
             f"pytest_add_cli_args_test_selection = {[f'tests/{test}' for test in tests]}\n"
             f"pytest_add_cli_args = {arguments}\n"
-            f"do_not_mutate_patterns = {json.dumps([f'^{re.escape(line)}$' for line in messages])}\n"
+            f"do_not_mutate_patterns = {json.dumps([f'^{re.escape(line)}$' for line in untouched])}\n"
             'also_copy = ["anomalib_mvfa_autoload.py", "tools", "configs"]\nuse_git_change_detection = false\n'
             "timeout_multiplier = 4.0\ntimeout_constant = 5.0\n"  # (seconds of the tests + 5) x 4
         )

@@ -331,7 +331,7 @@ def _pair_tables(comparison: FinishedCells) -> list[Table]:
             }
             for pair in pairs
         ]
-        family = f"Holm's family: the {pairs[0].family} comparisons of this table"
+        family = f"Holm's family: the {pairs[0].family} comparison{'s' * (pairs[0].family > 1)} of this table"
         grouped = "patients resampled" if pairs[0].first.first.scores.groups else "images taken as independent"
         tables.append(Table(f"{name}, {shot(k_shot)}. {family}; {grouped}", pd.DataFrame(rows)))
     return tables

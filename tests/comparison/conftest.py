@@ -109,4 +109,5 @@ def comparison(tmp_path: Path) -> Callable[..., Path]:
                 write_cell(tmp_path / "out", method, name, own_shot, seed, masks, images, patients)
         return tmp_path / "out"
 
+    make.write_cell = write_cell
     return make

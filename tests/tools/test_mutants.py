@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("mutmut")
 
-from tools.mutants import AREAS, SLOW, message_lines
+from tools.mutants import AREAS, SLOW, untouched_lines
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,4 +39,23 @@ def halve(number):
     return number // 2, text
 """
     expected = ["        msg = (", '            f"{number} is odd."', "        )", "        raise ValueError(msg)"]
-    assert message_lines(source) == {*expected, '    logger.warning("%d is even.", number)'}
+    assert untouched_lines(source) == {*expected, '    logger.warning("%d is even.", number)'}
+
+
+def test_constructors_of_lightning_modules_are_left_alone_and_no_other_method():
+    source = """
+class Model(Mixin, AnomalibModule):
+    def __init__(self, width=3):
+        super().__init__()
+        self.width = width
+
+    def double(self):
+        return 2 * self.width
+
+
+class Other:
+    def __init__(self, height=3):
+        self.height = height
+"""
+    expected = ["    def __init__(self, width=3):", "        super().__init__()", "        self.width = width"]
+    assert untouched_lines(source) == set(expected)
