@@ -33,7 +33,7 @@ from mutmut.utils.file_utils import change_cwd, walk_mutatable_files
 from mutmut.utils.format_utils import get_mutant_name
 from scipy.stats import binomtest
 
-MODEL = ("torch_model", "golden", "prompts", "lightning_model")
+MODEL = ("torch_model", "golden", "prompts", "arguments", "lightning_model")
 SPLITS = ("few_shot", "splits", "leave_one_out", "bmad")
 SPLIT_TESTS = ("few_shot", "support_lists", "leave_one_out", "bmad")
 AREAS: dict[str, tuple[list[str], list[str]]] = {

@@ -1,14 +1,21 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Text features are encoded once, and found again by what they depend on."""
+"""Names and sentences of prompts; text features are encoded once, and found again by what they depend on."""
 
 import pytest
 import torch
 from torch import nn
 
 from anomalib_mvfa.backbones.loading import load_clip, resolve_backbone
-from anomalib_mvfa.model.prompts import cache_dir, encode_states
+from anomalib_mvfa.model.prompts import (
+    cache_dir,
+    class_prompts,
+    encode_states,
+    prompt_ensemble,
+    prompt_name,
+    published_class_names,
+)
 
 
 @pytest.fixture
@@ -83,3 +90,37 @@ def test_folder_follows_the_variable_or_the_users_cache(monkeypatch, tmp_path):
     monkeypatch.delenv("ANOMALIB_MVFA_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
     assert cache_dir() == tmp_path / "own" / "anomalib_mvfa"
+
+
+@pytest.mark.parametrize(
+    ("category", "name"),
+    [
+        ("Retina_OCT2017", "retinal OCT"),
+        ("retina_oct2017_ad", "retinal OCT"),
+        ("Chest_AD", "Chest X-ray film"),
+        ("BRAIN", "Brain"),
+        ("BrainMRI", "brain MRI"),
+        ("metal_nut", "metal nut"),
+        ("T2-FLAIR scan", "T2 FLAIR scan"),
+        ("scan_AD_2", "scan AD 2"),
+        ("CTAngio", "CT angio"),
+    ],
+)
+def test_names_of_sets_become_words(category, name):
+    assert prompt_name(category) == name
+
+
+def test_the_six_published_sets_have_names():
+    known = published_class_names()
+    assert len(known) == 6
+    assert known["liver"] == "Liver"
+    assert all(key == key.lower() for key in known)
+
+
+def test_sentences_hold_every_state_in_every_template():
+    ensemble = {"normal_states": ["{}"], "abnormal_states": ["bad {}", "{} with a hole"], "templates": ["a {}.", "{}!"]}
+    normal, abnormal = class_prompts("br{}ain", ensemble)
+    assert normal == ["a br{}ain.", "br{}ain!"]
+    assert abnormal == ["a bad br{}ain.", "bad br{}ain!", "a br{}ain with a hole.", "br{}ain with a hole!"]
+    parts = prompt_ensemble()
+    assert [len(parts[name]) for name in ("normal_states", "abnormal_states", "templates")] == [7, 5, 35]

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from anomalib_mvfa import MVFAModel
 from anomalib_mvfa.data.augmentation import support_versions
 from anomalib_mvfa.model import memory, torch_model
+from anomalib_mvfa.model.fusion import Fusion
 from anomalib_mvfa.model.memory import MemoryBank, Support, bank_distance
 from anomalib_mvfa.model.variant import Variant
 
@@ -362,3 +363,79 @@ def test_share_of_the_bank_outside_its_range_is_refused() -> None:
     for share in (0.0, 1.5):
         with pytest.raises(ValueError, match="share of the bank"):
             MemoryBank(1, coreset=share)
+
+
+def test_a_reset_network_is_as_new_but_for_its_prompts(tiny, images):
+    tiny.seg_memory.coreset = tiny.det_memory.coreset = 0.5
+    tiny.remember(make_support(2))
+    tiny.has_masks = False
+    before = {name: value.clone() for name, value in tiny.state_dict().items()}
+    torch.manual_seed(11)
+    tiny.reset()
+    for name, value in tiny.state_dict().items():
+        if "adapters" in name:
+            assert not torch.equal(value, before[name])
+        elif name.startswith("fusion"):
+            assert value.tolist() == [0, 1]
+    assert tiny.has_masks
+    for bank in (tiny.seg_memory, tiny.det_memory):
+        assert bank.is_empty
+        assert (bank.num_levels, bank.coreset) == (len(tiny.levels), 0.5)
+    assert tiny.fusion.language_weight == 0.5
+    assert torch.equal(tiny.text_features, before["text_features"])
+    assert_close(tiny(images).pred_score, MVFAModel.fuse(tiny, *tiny.branches(images)).pred_score)
+
+
+@torch.no_grad()
+def test_normalised_input_is_scaled_by_mean_and_deviation_of_each_channel(images):
+    plain, scaled = (
+        MVFAModel("tiny", class_name="Brain", variant={"normalize_input": choice}) for choice in (False, True)
+    )
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (plain.backbone.mean, plain.backbone.std))
+    assert_close(scaled.first_level_tokens(images), plain.first_level_tokens((images - mean) / std))
+    single, batch = scaled.first_level_tokens(images[:1]), scaled.first_level_tokens(images)
+    assert_close(single, batch[:1])
+
+
+@torch.no_grad()
+def test_memory_scores_are_reduced_over_all_positions(images):
+    for pooling, reduce in (("max", torch.amax), ("mean", torch.mean)):
+        model = MVFAModel("tiny", class_name="Brain", variant={"pooling": pooling})
+        model.remember(make_support(2))
+        hidden = model.hidden_tokens(images)
+        levels = [
+            model.memory_branch([tokens], bank_of(model, level)) for level, tokens in enumerate(hidden.segmentation)
+        ]
+        expected = sum(reduce(level.anomaly_map, dim=(1, 2)) for level in levels)
+        assert_close(model.memory_branch(hidden.segmentation, model.memory).score, expected)
+
+
+def bank_of(model, level):
+    """The bank of one level alone."""
+    bank = MemoryBank(1)
+    bank.level_0 = model.memory[level]
+    return bank
+
+
+def test_entries_of_a_bank_have_unit_length_each():
+    bank = MemoryBank(2)
+    tokens = [torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(level)) for level in range(2)]
+    kept = bank.remember(tokens)
+    for level in range(2):
+        assert_close(bank[level].norm(dim=1), torch.ones(15))
+        assert_close(bank[level], tokens[level].flatten(0, 1) / tokens[level].flatten(0, 1).norm(dim=1, keepdim=True))
+        assert kept[level].tolist() == list(range(15))
+
+
+def test_branches_are_blended_unscaled_before_ranges_are_known():
+    fusion = Fusion(0.25)
+    language, memory_values = torch.tensor([0.2, 0.6]), torch.tensor([0.4, 0.0])
+    for kind in ("map", "score"):
+        assert_close(fusion(language, memory_values, kind), 0.25 * language + 0.75 * memory_values)
+    fusion.fit(language_score=torch.tensor([[0.2, 0.6]]), memory_score=torch.tensor([0.3, 0.3]))
+    assert_close(fusion(language, memory_values, "score"), torch.tensor([0.075, 0.25 - 0.225]))
+    assert_close(fusion(language, memory_values, "map"), 0.25 * language + 0.75 * memory_values)
+
+
+def test_a_backbone_that_says_nothing_of_its_images_leaves_them_as_they_are():
+    assert Variant().on(published_backbone=False).normalize_input is False
