@@ -122,7 +122,7 @@ class _Clock(Callback):
 
 
 def estimate(made: Mapping[str, Comparison], options: argparse.Namespace) -> str:
-    """Time a training step and a test image on the first set, and estimate the duration of everything that is left.
+    """Time a start, a training step and a test image of the first set, and estimate how long everything left takes.
 
     Args:
         made: The protocols.
@@ -154,8 +154,10 @@ def estimate(made: Mapping[str, Comparison], options: argparse.Namespace) -> str
         enable_progress_bar=False,
         default_root_dir=options.output / "timing",
     )
+    began = time.perf_counter()
     model = MVFA(backbone=options.backbone, pretrained=options.pretrained, visualizer=False, evaluator=False)
     engine.fit(model, datamodule=FewShot(source, k_shot=1))
+    start = time.perf_counter() - began - sum(map(sum, clock.seconds.values()))  # weights, prompts, supports
     step, image = (float(np.median(clock.seconds[kind][1:])) for kind in ("train", "image"))
     total = 0.0
     for name, spec in pending:
@@ -166,9 +168,17 @@ def estimate(made: Mapping[str, Comparison], options: argparse.Namespace) -> str
             steps = sum(counts[name.startswith("default")] for other, counts in images.items() if other != spec.set)
         looks = epochs * (5 if name == "published zero-shot" else 2) if name.startswith("published") else 1
         seen = test if not name.startswith("default") else valid
-        total += epochs * steps * step + (looks * seen + 3 * test) * image
-    many = f"{len(pending)} runs are left: about {total / 3600:.1f} hours on this machine"
-    return f"{many} ({1000 * step:.0f} ms per training step, {1000 * image:.0f} ms per test image)."
+        total += start + epochs * steps * step + (looks * seen + 3 * test) * image
+    unit, name = next(
+        found for found in ((3600, "hours"), (60, "minutes"), (1, "seconds")) if total > found[0] or found[0] == 1
+    )
+    many = f"{len(pending)} runs are left: about {total / unit:.1f} {name} on this machine"
+    figures = (
+        f"{start:.1f} s per start",
+        f"{1000 * step:.0f} ms per training step",
+        f"{1000 * image:.0f} ms per test image",
+    )
+    return f"{many} ({', '.join(figures)})."
 
 
 def _auroc(cells: Sequence[Cell], name: str, level: str) -> list[float]:

@@ -4,6 +4,8 @@
 """The published protocols, on miniature sets in the layout of MVFA's archives."""
 
 import json
+import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -63,11 +65,17 @@ def records(output: Path, protocol: str) -> dict[str, dict]:
     return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 
-def test_the_published_protocol_gives_what_the_command_of_the_host_gives(root, small_backbone, tmp_path, capsys):
+def test_the_published_protocol_gives_what_the_command_of_the_host_gives(
+    root, small_backbone, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(reproduce, "MVFA", lambda **given: time.sleep(3) or MVFA(**given))  # a start that counts
     text = run(root, small_backbone, tmp_path, "--only", "published few-shot")
     said = capsys.readouterr().out
-    assert "4 runs are left: about" in said
-    assert "ms per training step" in said
+    total, unit, start, step = re.search(
+        r"4 runs are left: about ([\d.]+) (\w+) .*\(([\d.]+) s per start, (\d+) ms per training step", said
+    ).groups()
+    seconds = float(total) * {"seconds": 1, "minutes": 60}[unit]
+    assert seconds >= 4 * (float(start) + 2 * 44 * float(step) / 1000) - 4  # four starts, two epochs; rounded
     found = records(tmp_path, "published-few-shot")
     assert len(found) == 4
     for seed, draw in enumerate(("4-shot", "shot4_sample1")):
