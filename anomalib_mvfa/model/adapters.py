@@ -41,14 +41,16 @@ class ResidualAdapter(nn.Module):
         self.fc1 = nn.Sequential(nn.Linear(width, hidden_width, bias=False), nn.Identity() if linear else act())
         self.fc2 = nn.Sequential(nn.Linear(hidden_width, width, bias=False), act())
 
-    def forward(self, tokens: Tensor, frozen: Tensor | bool = False) -> tuple[Tensor, Tensor]:
-        """Map tokens ``(B, L, D)`` to hidden vectors ``(B, L, E)`` and output ``(B, L, D)``.
+    def forward(
+        self, tokens: Tensor, frozen: Tensor | bool = False, last: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Map tokens ``(B, L, D)`` to hidden vectors ``(B, L, E)`` and, except at the last level, output ``(B, L, D)``.
 
         With ``frozen``, for all images or ``(B,)`` for those that are true, gradients pass to the tokens but not to
         this adapter's weights.
         """
         hidden = self._layer(self.fc1, tokens, frozen)
-        return hidden, self._layer(self.fc2, hidden, frozen)
+        return hidden, None if last else self._layer(self.fc2, hidden, frozen)
 
     @staticmethod
     def _layer(layer: nn.Sequential, inputs: Tensor, frozen: Tensor | bool) -> Tensor:

@@ -82,11 +82,11 @@ def training_losses(
         has_mask = None if bool(has_mask.all()) else has_mask
     frozen = masks is None if has_mask is None or masks is None else ~has_mask
     hidden = model.hidden_tokens(images, frozen_segmentation=frozen, cache=cache)
-    scores = [model.level_probabilities(tokens, text_features)[1] for tokens in hidden.detection]
+    scores = [model.level_score(tokens, text_features) for tokens in hidden.detection]
     terms = {"bce": _sum([score_loss(score, labels, model.variant.bce_as_logits) for score in scores])}
     if masks is None:
         return terms
-    maps = [model.level_probabilities(tokens, text_features)[0] for tokens in hidden.segmentation]
+    maps = [model.level_map(tokens, text_features) for tokens in hidden.segmentation]
     on_masks = {
         "focal": _sum([focal_loss(state_map, masks) for state_map in maps]),
         "dice": _sum([dice_loss(state_map[:, 1], masks) for state_map in maps]),

@@ -176,9 +176,7 @@ class MVFAModel(nn.Module):
         a bank (zero-shot) the memory branch is ``None``.
         """
         hidden = self.hidden_tokens(images)
-        language = self.language_branch(self.map_tokens(hidden), text_features)
-        if self.has_masks:
-            language = language._replace(score=self.language_branch(hidden.detection, text_features).score)
+        language = self.language_branch(self.map_tokens(hidden), text_features, hidden.detection)
         if self.memory.is_empty or not self.use_memory:
             return language, None
         return language, self.memory_branch(self.map_tokens(hidden), self.memory)
@@ -217,11 +215,13 @@ class MVFAModel(nn.Module):
         for stage, (seg_adapter, det_adapter) in enumerate(zip(self.seg_adapters, self.det_adapters, strict=True)):
             if stage:
                 tokens = self.tower.run_stage(tokens, stage)
-            seg_hidden, seg_output = seg_adapter(tokens, frozen=frozen_segmentation)
-            det_hidden, det_output = det_adapter(tokens)
+            last = stage == len(self.levels) - 1  # nothing reads what would be mixed behind it
+            seg_hidden, seg_output = seg_adapter(tokens, frozen_segmentation, last)
+            det_hidden, det_output = det_adapter(tokens, last=last)
             segmentation.append(seg_hidden)
             detection.append(det_hidden)
-            tokens = self._mix(tokens, seg_output, det_output)
+            if not last:
+                tokens = self._mix(tokens, seg_output, det_output)
         return HiddenTokens(segmentation, detection)
 
     def _mix(self, tokens: Tensor, seg_output: Tensor, det_output: Tensor) -> Tensor:
@@ -242,11 +242,20 @@ class MVFAModel(nn.Module):
         """The bank in use, that of segmentation with masks, of detection without."""
         return self.seg_memory if self.has_masks else self.det_memory
 
-    def level_probabilities(self, hidden: Tensor, text_features: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Compute state probabilities ``(B, 2, H, W)`` and image scores ``(B,)`` of one level, in float32.
+    def level_map(self, hidden: Tensor, text_features: Tensor | None = None) -> Tensor:
+        """Compute state probabilities ``(B, 2, H, W)`` of one level; arguments and errors of :meth:`level_logits`."""
+        with self._full_precision(hidden):
+            return abnormal_map(self.level_logits(hidden, text_features), self.tower.grid_size, self.image_size)
 
-        The patches, last in ``hidden`` ``(B, L, E)``, are compared with text: ``(E, 2)`` or ``(B, E, 2)``; ``None``
-        takes the model's own features.
+    def level_score(self, hidden: Tensor, text_features: Tensor | None = None) -> Tensor:
+        """Compute image scores ``(B,)`` of one level; arguments and errors of :meth:`level_logits`."""
+        with self._full_precision(hidden):
+            return abnormal_score(self.level_logits(hidden, text_features), self.variant.pooling)
+
+    def level_logits(self, hidden: Tensor, text_features: Tensor | None = None) -> Tensor:
+        """Compare the patches of one level, last in ``hidden`` ``(B, L, E)``, with text: logits ``(B, P, 2)``, float32.
+
+        Text features are ``(E, 2)`` or ``(B, E, 2)``; ``None`` takes the model's own.
 
         Raises:
             RuntimeError: If no class name was given yet.
@@ -257,19 +266,21 @@ class MVFAModel(nn.Module):
                 raise RuntimeError(msg)
             text_features = self.text_features
         with self._full_precision(hidden):
-            logits = state_logits(self._patches(hidden), text_features.float())
-            probabilities = abnormal_map(logits, self.tower.grid_size, self.image_size)
-            return probabilities, abnormal_score(logits, self.variant.pooling)
+            return state_logits(self._patches(hidden), text_features.float())
 
     def _patches(self, hidden: Tensor) -> Tensor:
         patches = hidden[:, self.tower.prefix :].float()
         return patch_windows(patches, self.tower.grid_size, self.variant.window_sizes)
 
-    def language_branch(self, hidden: Sequence[Tensor], text_features: Tensor | None = None) -> BranchOutput:
-        """Compare the hidden vectors ``(B, L, E)`` of all levels with text, as in :meth:`level_probabilities`."""
-        levels = [self.level_probabilities(tokens, text_features) for tokens in hidden]
-        maps = torch.stack([probabilities[:, 1] for probabilities, _ in levels])  # (levels, B, H, W)
-        scores = torch.stack([score for _, score in levels])  # (levels, B)
+    def language_branch(
+        self, hidden: Sequence[Tensor], text_features: Tensor | None = None, scored: Sequence[Tensor] | None = None
+    ) -> BranchOutput:
+        """Compare the hidden vectors ``(B, L, E)`` of all levels with text, as in :meth:`level_logits`.
+
+        Scores come from the vectors ``scored``; ``None`` takes those of the map.
+        """
+        maps = torch.stack([self.level_map(tokens, text_features)[:, 1] for tokens in hidden])  # (levels, B, H, W)
+        scores = torch.stack([self.level_score(tokens, text_features) for tokens in scored or hidden])  # (levels, B)
         return BranchOutput(self._reduce_levels(maps), self._reduce_levels(scores))
 
     def memory_branch(

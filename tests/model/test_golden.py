@@ -150,8 +150,8 @@ def test_each_loss_term_of_each_level(golden, golden_mvfa):
     model = golden_mvfa.model
     hidden = model.hidden_tokens(images[:1])
     for level in range(4):
-        score = model.level_probabilities(hidden.detection[level])[1]
-        state_map = model.level_probabilities(hidden.segmentation[level])[0]
+        score = model.level_score(hidden.detection[level])
+        state_map = model.level_map(hidden.segmentation[level])
         for task in TASKS:
             assert_within(score_loss(score, labels[:1])[0], golden[f"{task}/first_bce"][level], 1e-4)
         focal, dice = focal_loss(state_map, masks[:1])[0], dice_loss(state_map[:, 1], masks[:1])[0]

@@ -284,7 +284,7 @@ def test_paper_variant_runs_its_choices(images):
     hidden = model.hidden_tokens(images[:1]).segmentation
     assert all(float(tokens.min()) >= 0 for tokens in hidden[:-1])  # ReLU
     assert float(hidden[-1].min()) < 0  # linear
-    probabilities, score = model.level_probabilities(hidden[0])
+    probabilities, score = model.level_map(hidden[0]), model.level_score(hidden[0])
     assert float(score) >= float(probabilities[:, 1].max()) - 1e-5  # maximum over patches
     assert 0 <= float(model(images[:1]).pred_score) <= 1  # mean over levels
 
@@ -439,3 +439,19 @@ def test_branches_are_blended_unscaled_before_ranges_are_known():
 
 def test_a_backbone_that_says_nothing_of_its_images_leaves_them_as_they_are():
     assert Variant().on(published_backbone=False).normalize_input is False
+
+
+@torch.no_grad()
+def test_nothing_is_computed_that_nothing_reads(tiny, images, monkeypatch):
+    tiny.remember(make_support(2))
+    expected = tiny(images)
+    for adapters in (tiny.seg_adapters, tiny.det_adapters):
+        adapters[-1].fc2 = None  # what the last level would mix into the tokens
+    calls = []
+    for name in ("level_map", "level_score"):
+        compute = getattr(MVFAModel, name)
+        monkeypatch.setattr(
+            MVFAModel, name, lambda *given, compute=compute, name=name: calls.append(name) or compute(*given)
+        )
+    assert torch.equal(tiny(images).anomaly_map, expected.anomaly_map)
+    assert sorted(calls) == ["level_map"] * 4 + ["level_score"] * 4
