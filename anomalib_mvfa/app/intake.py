@@ -1,0 +1,153 @@
+# Copyright (C) 2026 The anomalib-mvfa authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Uploaded files become checked images; whatever cannot be used gets a note with its reason and a remedy."""
+
+import hashlib
+import shutil
+import zipfile
+import zlib
+from collections.abc import Iterable
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from anomalib_mvfa.data.readers import ImageRef, UnreadableImageError, list_images, read_image, series_key
+
+__all__ = ["Note", "Source", "digest", "list_sources", "read_source", "save_pixels", "unpack"]
+
+MAX_BYTES = 256 * 2**20
+"""Size of a file, and of a zip once unpacked, up to which it is taken."""
+MAX_IMAGES = 200
+"""Images that one upload may add."""
+MIN_SIDE = 32
+COMPANIONS = (".raw", ".zraw", ".img", ".img.gz")  # hold the voxels of .mhd, .nhdr and .hdr files
+NO_LIMIT = "`anomalib predict` on the command line has no such limit."
+UNKNOWN = "is no image of a format that is read."
+
+
+class Note(NamedTuple):
+    """A sentence about an uploaded file."""
+
+    name: str
+    text: str
+
+
+class Source(NamedTuple):
+    """One image that an upload holds: its name there, the volume or series that it belongs to, and where it is read."""
+
+    name: str
+    study: str
+    ref: ImageRef
+
+
+def digest(image: Tensor) -> str:
+    """Return a digest of an image ``(3, H, W)`` in [0, 1] at 8 bits, so that re-saved copies have the same."""
+    levels = (image * 255).round().byte().numpy()
+    return hashlib.blake2b(str(levels.shape).encode() + levels.tobytes(), digest_size=16).hexdigest()
+
+
+def save_pixels(pixels: Tensor, path: Path) -> Path:
+    """Save an image ``(3, H, W)`` in [0, 1], or a mask ``(H, W)``, as a PNG file of 8 bits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    levels = (pixels.float() * 255).round().byte().numpy()
+    Image.fromarray(levels if pixels.ndim == 2 else np.ascontiguousarray(levels.transpose(1, 2, 0))).save(path)
+    return path
+
+
+def unpack(uploads: Iterable[str | Path], folder: Path) -> list[Note]:
+    """Move uploaded files into a folder, unpack zips there, and return notes on what was not taken."""
+    notes = []
+    for upload in map(Path, uploads):
+        size = upload.stat().st_size
+        if upload.suffix.lower() == ".zip":
+            problem = _unzip(upload, folder)
+        elif size > MAX_BYTES:
+            problem = f"is {size >> 20} MB, more than the {MAX_BYTES >> 20} MB taken. Crop or resample it; {NO_LIMIT}"
+        else:
+            problem = ""
+            shutil.move(upload, _free(folder / upload.name))
+        if problem:
+            notes.append(Note(upload.name, problem))
+        upload.unlink(missing_ok=True)
+    return notes
+
+
+def _free(path: Path) -> Path:
+    """Return a path whose name is not taken yet, in a sub-folder where it is."""
+    number = 2
+    while path.exists():
+        path = path.parent / str(number) / path.name
+        number += 1
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _unzip(path: Path, folder: Path) -> str:
+    """Unpack a zip, and return what is wrong with it. No member is longer than it declares, or it is damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            sizes = [member.file_size for member in archive.infolist()]
+            if sum(sizes) > MAX_BYTES or len(sizes) > 10 * MAX_IMAGES:
+                most = f"{MAX_BYTES >> 20} MB or {10 * MAX_IMAGES} files"
+                return f"unpacks to more than {most}. Pack fewer images; {NO_LIMIT}"
+            archive.extractall(_free(folder / path.stem))
+    except RuntimeError:
+        return "is protected by a password. Unpack it, and drop the images."
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, zlib.error):
+        return "is no zip file, or a damaged one. Pack it again, or drop the images."
+    return "" if sizes else "is an empty zip file. Pack the images again."
+
+
+def list_sources(folder: Path, slices: int) -> tuple[list[Source], list[Note]]:
+    """List the images of a folder, at most a number of slices of each volume or series, evenly spaced.
+
+    Returns:
+        The images, and notes on files of which not all or nothing is taken.
+    """
+    files = {file for file in folder.rglob("*") if file.is_file() and not file.name.startswith(".")}
+    try:
+        refs = list_images(folder)
+    except (ValueError, FileNotFoundError, ImportError) as error:  # no image among the files
+        return [], [Note(file.name, str(error) if isinstance(error, ImportError) else UNKNOWN) for file in files]
+    others = sorted(files - {ref.path for ref in refs})
+    notes = [Note(file.name, UNKNOWN) for file in others if not file.name.lower().endswith(COMPANIONS)]
+    sources: list[Source] = []
+    for study, group in groupby(refs, key=_study):
+        found = list(group)
+        step = max(1, len(found) / slices)
+        chosen = [found[int((number + 0.5) * step)] for number in range(min(slices, len(found)))]
+        if len(chosen) < len(found):
+            notes.append(Note(found[0].path.name, f"has {len(found)} slices, of which {len(chosen)} are taken."))
+        for ref in chosen:
+            number = "" if ref.frame is None else f", slice {ref.frame + 1}"
+            sources.append(Source(f"{ref.path.name}{number}", study, ref))
+    if len(sources) > MAX_IMAGES:
+        text = f"are too many at once: the first {MAX_IMAGES} are taken. Drop the others after these; {NO_LIMIT}"
+        notes.insert(0, Note(f"{len(sources)} images", text))
+    return sources[:MAX_IMAGES], notes
+
+
+def _study(ref: ImageRef) -> str:
+    return str(ref.path) if ref.frame is not None else series_key(ref.path) or str(ref.path)
+
+
+def read_source(source: Source) -> Tensor:
+    """Read an image ``(3, H, W)`` in [0, 1].
+
+    Raises:
+        UnreadableImageError: If the file holds no image, too large or too small a one, or one of a single colour.
+    """
+    image = read_image(source.ref)
+    height, width = image.shape[-2:]
+    if min(height, width) < MIN_SIDE:
+        raise UnreadableImageError(
+            source.ref.path, f"{width} x {height} pixels are too few: {MIN_SIDE} a side at least"
+        )
+    if bool((image == image[:, :1, :1]).all()):
+        raise UnreadableImageError(source.ref.path, "it shows a single colour")
+    return image

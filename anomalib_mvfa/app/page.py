@@ -1,0 +1,342 @@
+# Copyright (C) 2026 The anomalib-mvfa authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""The page: its five steps from top to bottom, and what each button does."""
+
+import errno
+import logging
+import shutil
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+import torch
+from PIL import Image
+
+from .fitting import Options
+from .intake import Note, read_source
+from .output import PIECES, TEMPLATES, figures, heated, image_tag, overlay, take_away, thumbnail
+from .session import EXAMPLES, Picture, Session
+
+__all__ = ["Page"]
+
+logger = logging.getLogger(__name__)
+
+CHOOSE = "element.addEventListener('choose', event => trigger('click', {index: event.detail}), true)"
+ABANDONED = 600
+"""Seconds after which an upload that no session has taken is deleted."""
+Values = dict[Any, Any]
+
+
+def sentence(error: BaseException) -> str:
+    """Return what went wrong and what to do, without contents of files."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "The disk is full. Free some space, or start the page with TMPDIR set to another disk, and try again."
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return "There is not enough memory. Use fewer or smaller images, or the backbone tiny, and try again."
+    if isinstance(error, ValueError | FileNotFoundError | ImportError):
+        return str(error)
+    logger.error("%s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
+    return f"This did not work ({type(error).__name__}). The terminal that runs the page shows where; the page goes on."
+
+
+class Page:
+    """All open pages of a server, whose files are below ``root``; the first backbone is the default."""
+
+    def __init__(self, root: Path, backbones: Sequence[str]) -> None:
+        self.root = root
+        self.sessions: dict[str, Session] = {}
+        with gr.Blocks(title="Anomaly detection with a few images", analytics_enabled=False) as self.blocks:
+            self._lay_out(backbones)
+            self._connect()
+
+    def open(self, request: gr.Request) -> None:
+        """Start a session."""
+        self.sessions[request.session_hash] = Session(self.root)
+
+    def close(self, request: gr.Request) -> None:
+        """End a session when its page is closed or loaded again, and delete what no session has taken."""
+        if session := self.sessions.pop(request.session_hash, None):
+            session.close()
+            thumbnail.cache_clear()
+        kept = {session.folder for session in self.sessions.values()}
+        for path in set(self.root.iterdir()) - kept:
+            if not kept or time.time() - path.stat().st_mtime > ABANDONED:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def _lay_out(self, backbones: Sequence[str]) -> None:
+        gr.HTML('<p role="note">Not for clinical use. No image leaves this computer.</p>', elem_id="limits")
+        gr.Markdown("# Find what is abnormal, with a few images to learn from\n## 1 Images to learn from")
+        with gr.Row():
+            self.examples = {key: gr.Button(f"Example: {name}") for key, name in EXAMPLES.items()}
+        self.class_name = gr.Textbox("object", label="What the images show", info="such as: brain MRI")
+        with gr.Row():
+            self.normal, self.abnormal = self._drop("Normal images"), self._drop("Abnormal images")
+            self.masks = self._drop("Masks, named as their images; or paint them below")
+        self.notes = gr.HTML(elem_id="notes")
+        self.normals, self.abnormals = self._gallery("normals"), self._gallery("abnormals")
+        with gr.Group(visible=False) as self.chosen:
+            self.mask_editor = self._editor()
+            with gr.Row():
+                self.keep_mask, self.remove = gr.Button("Keep this mask"), gr.Button("Remove this image")
+        gr.Markdown("## 2 Train")
+        with gr.Row():
+            self.backbone = gr.Dropdown(list(backbones), value=backbones[0], label="Backbone", info="--model.backbone")
+            self.epochs = gr.Slider(1, 50, 5, step=1, label="Epochs", info="--trainer.max_epochs")
+            self.use_abnormal = gr.Checkbox(True, label="Use the abnormal images", info="--data.support_list")
+        with gr.Accordion("More choices, and the command line", open=False):
+            with gr.Row():
+                self.seed = gr.Number(0, precision=0, minimum=0, label="Seed", info="--seed_everything")
+                self.rate = gr.Number(1e-3, minimum=1e-6, label="Learning rate", info="--model.learning_rate")
+            self.command = gr.Textbox(label="The same on the command line", lines=6, buttons=["copy"])
+        self.plan = gr.HTML()
+        with gr.Row():
+            self.train, self.stop = gr.Button("Train", variant="primary", elem_id="train"), gr.Button("Stop")
+        self.progress = gr.HTML(elem_id="progress")
+        gr.Markdown("## 3 Look")
+        self.look = self._drop("Images to look at")
+        self.look_notes, self.studies = gr.HTML(elem_id="look_notes"), self._gallery("studies")
+        with gr.Column(visible=False) as self.result:
+            self.verdict = gr.HTML(elem_id="verdict")
+            with gr.Row():
+                self.threshold = gr.Slider(0.02, 0.98, 0.5, step=0.01, label="Threshold", elem_id="threshold")
+                self.strength = gr.Slider(0, 1, 0.8, step=0.05, label="Strength of the heatmap")
+                self.slice = gr.Slider(1, 2, 1, step=1, label="Slice", visible=False, elem_id="slice")
+            self.picture = gr.HTML(elem_id="picture")
+            self.compare = gr.Button("Show WinCLIP's map on this image")
+        gr.Markdown("## 4 Correct\nChoose an image in step 3, say what it is, and train again.")
+        with gr.Row():
+            self.is_normal, self.paint = gr.Button("This is normal"), gr.Button("This is abnormal: paint it")
+        with gr.Group(visible=False) as self.painting:
+            self.editor = self._editor()
+            self.is_abnormal = gr.Button("Learn from this mask")
+        self.correct_notes = gr.HTML(elem_id="correct_notes")
+        self.again = gr.Button("Train again", variant="primary")
+        self.figures = gr.HTML(elem_id="figures")
+        gr.Markdown("## 5 Take away\nModel, predictions, heatmaps, a report, and the commands that repeat it.")
+        self.pack = gr.Button("Prepare the files", variant="primary")
+        self.packing = gr.HTML(elem_id="packing")
+        self.files = gr.File(label="Results", interactive=False, visible=False, elem_id="files")
+        gr.Markdown("All files of this page are deleted when it is closed.")
+
+    @staticmethod
+    def _drop(label: str) -> tuple[gr.File, gr.UploadButton]:
+        with gr.Column(min_width=240):
+            files = gr.File(file_count="multiple", label=label, height=130)
+            what = label.partition(",")[0].lower()
+            return files, gr.UploadButton(f"Choose a folder of {what}", file_count="directory")
+
+    @staticmethod
+    def _gallery(name: str) -> gr.HTML:
+        return gr.HTML(js_on_load=CHOOSE, elem_id=name, elem_classes="gallery")
+
+    @staticmethod
+    def _editor() -> gr.ImageEditor:
+        brush = gr.Brush(default_size=12, colors=["#ff3c00"], color_mode="fixed")
+        tools: dict[str, Any] = {"layers": False, "transforms": (), "sources": (), "buttons": [], "brush": brush}
+        return gr.ImageEditor(type="pil", label="Paint what is abnormal", interactive=True, **tools)
+
+    def _connect(self) -> None:
+        choices = [self.class_name, self.backbone, self.epochs, self.use_abnormal, self.seed, self.rate]
+        sliders = [self.threshold, self.strength, self.slice]
+        parts = [part for part in vars(self).values() if isinstance(part, gr.blocks.Block) and part is not self.blocks]
+        drops = [drop for pair in (self.normal, self.abnormal, self.masks, self.look) for drop in pair]
+
+        def on(trigger: Callable[..., Any], work: Callable[..., Any], *inputs: Any, **options: Any) -> None:
+            options |= {"show_progress": "hidden"}
+            trigger(self._event(work), {*choices, *sliders, *inputs}, [*parts, *drops], **options)
+
+        on(self.blocks.load(self.open).then, self._show_supports)
+        self.blocks.unload(self.close)
+        for key, button in self.examples.items():
+            on(button.click, lambda *args, key=key: self._example(*args, key))
+        for drop in drops:
+            on(drop.upload, lambda *args, drop=drop: self._dropped(*args, drop), drop)
+        for gallery in (self.normals, self.abnormals):
+            on(gallery.click, self._choose_support)
+        for choice in choices:
+            on(choice.change, self._show_supports)
+        for slider in sliders:
+            on(slider.input, self._show_result, trigger_mode="always_last")
+        for button in (self.train, self.again):
+            on(button.click, self._train)
+        on(self.studies.click, self._choose_study)
+        on(self.keep_mask.click, self._keep_mask, self.mask_editor)
+        on(self.remove.click, self._remove)
+        on(self.stop.click, lambda session, _: session.stop() or {})
+        on(self.compare.click, self._compare)
+        on(self.is_normal.click, lambda *args: self._correct(*args, abnormal=False))
+        on(self.paint.click, self._open_editor)
+        on(self.is_abnormal.click, lambda *args: self._correct(*args, abnormal=True), self.editor)
+        on(self.pack.click, self._pack)
+
+    def _event(self, work: Callable[..., Any]) -> Callable[..., Iterator[Values]]:
+        """Make a handler of a function of a session, the values of the inputs and, if one was clicked, a number."""
+
+        def run(values: Values, request: gr.Request, event: gr.EventData) -> Iterator[Values]:
+            session = self.sessions.get(request.session_hash)
+            if session is None:
+                msg = "This page has lost its session, and its files are deleted. Reload it to start again."
+                raise gr.Error(msg, duration=None)
+            data = getattr(event, "_data", None)
+            try:
+                found = work(session, values, *([data["index"]] if isinstance(data, dict) and "index" in data else []))
+                yield from [found] if isinstance(found, dict) else found
+            except Exception as error:
+                raise gr.Error(sentence(error), duration=None, print_exception=False) from None
+
+        return run
+
+    # What the handlers return: new values, by component.
+
+    def _options(self, values: Values) -> Options:
+        name = "".join(letter for letter in values[self.class_name] if letter.isalnum() or letter in " -_").strip()
+        parts = values[self.backbone], int(values[self.epochs]), values[self.use_abnormal], name or "object"
+        return Options(*parts, int(values[self.seed] or 0), values[self.rate] or 1e-3)
+
+    def _show_supports(self, session: Session, values: Values, notes: Sequence[Note] = ()) -> Values:
+        options = self._options(values)
+        chosen = session.supports.index(session.support) if session.support in session.supports else None
+        entries: tuple[list[Any], list[Any]] = ([], [])
+        for number, one in enumerate(session.supports):
+            remark = ("with mask" if one.mask else "no mask") if one.abnormal else ""
+            entries[one.abnormal].append((number, thumbnail(one.file, one.mask), one.name, remark, False))
+        masked = sum(bool(one.mask) for one in session.supports)
+        counts = len(entries[0]), options.abnormal * len(entries[1]), options.abnormal * masked
+        return {
+            self.notes: PIECES.notes(notes),
+            self.normals: PIECES.thumbnails(f"{len(entries[0])} normal", entries[0], chosen),
+            self.abnormals: PIECES.thumbnails(f"{len(entries[1])} abnormal", entries[1], chosen),
+            self.plan: PIECES.plan(*counts),
+            self.command: TEMPLATES.get_template("commands.sh.jinja").render(options=options),
+            self.chosen: gr.Group(visible=chosen is not None),
+        }
+
+    def _example(self, session: Session, values: Values, key: str) -> Values:
+        session.add_examples(key)
+        values[self.class_name] = EXAMPLES[key]
+        notes = [Note("Generated images", "were added: supports here, and others to look at in step 3.")]
+        shown = self._show_supports(session, values, notes) | self._show_studies(session, values)
+        return shown | {self.class_name: EXAMPLES[key]}
+
+    def _dropped(self, session: Session, values: Values, drop: Any) -> Iterator[Values]:
+        looking, notes = drop in self.look, []
+        part = self.look_notes if looking else self.notes
+        works = {self.normal: session.add_normal, self.abnormal: session.add_abnormal, self.masks: session.add_masks}
+        work = next((work for pair, work in works.items() if drop in pair), session.look)
+        for done, notes in work(values[drop] or []):
+            yield {part: PIECES.notes(notes, f"{100 * done:.0f} % of the images are read.")}
+        shown = self._show_studies(session, values) if looking else self._show_supports(session, values)
+        yield shown | {part: PIECES.notes(notes), drop: None if drop.__class__ is gr.File else gr.skip()}
+
+    def _choose_support(self, session: Session, values: Values, index: int) -> Values:
+        session.support = one = session.supports[index]
+        label = f"Paint what is abnormal in {one.name}"
+        editor = gr.ImageEditor(_background(one.file), label=label, visible=one.abnormal)
+        shown = {self.mask_editor: editor, self.keep_mask: gr.Button(visible=one.abnormal)}
+        return self._show_supports(session, values) | shown
+
+    def _keep_mask(self, session: Session, values: Values) -> Values:
+        notes = session.set_mask(session.support, _painted(values[self.mask_editor]))
+        return self._show_supports(session, values, notes or [Note(session.support.name, "has its mask.")])
+
+    def _remove(self, session: Session, values: Values) -> Values:
+        session.supports.remove(session.support)
+        return self._show_supports(session, values)
+
+    def _train(self, session: Session, values: Values) -> Iterator[Values]:
+        before = session.trained
+        for progress in session.train(self._options(values)):
+            yield {self.progress: PIECES.bar(progress)}
+        if session.trained is before:
+            yield {self.progress: PIECES.notes((), "Stopped. Nothing has changed.")}
+            return
+        values[self.threshold] = 0.5
+        text = PIECES.notes((), "Trained. Step 3 shows what the model finds.")
+        yield self._show_studies(session, values) | {self.progress: text, self.threshold: 0.5}
+
+    def _show_studies(self, session: Session, values: Values) -> Values:
+        keys, threshold, entries = list(session.studies), values[self.threshold], []
+        if not keys:
+            return {}
+        if session.study is None:
+            return self._choose_study(session, values, 0)
+        for number, views in enumerate(session.studies.values()):
+            view = max(views, key=lambda one: one.score)
+            alarm = view.score > threshold
+            remark = f"{'abnormal' if alarm else 'normal'}, {view.score:.2f}" if view.by else ""
+            entries.append((number, thumbnail(view.file), view.source.ref.path.name, remark, alarm))
+        slices = len(session.studies[session.study])
+        return self._show_result(session, values | {self.slice: session.slice + 1}) | {
+            self.studies: PIECES.thumbnails(f"{len(entries)} images", entries, keys.index(session.study)),
+            self.slice: gr.Slider(1, max(2, slices), session.slice + 1, visible=slices > 1),
+            self.result: gr.Column(visible=True),
+            self.painting: gr.Group(visible=False),
+        }
+
+    def _choose_study(self, session: Session, values: Values, index: int) -> Values:
+        session.study = list(session.studies)[index]
+        session.slice = int(np.argmax([view.score for view in session.studies[session.study]]))
+        return self._show_studies(session, values)
+
+    def _show_result(self, session: Session, values: Values, winclip: Any = None) -> Values:
+        """Show the image that is chosen at the threshold of the slider, and what that does to all others."""
+        trained, threshold, strength = session.trained, values[self.threshold], values[self.strength]
+        views = session.studies[session.study]
+        session.slice = min(int(values[self.slice]), len(views)) - 1
+        view = views[session.slice]
+        with Image.open(view.file) as opened:
+            image = opened.convert("RGB")
+        verdict, panels = PIECES.verdict(view, threshold), [("Image", image_tag(image, "Image"))]
+        if trained is None or view.by is None:
+            return {self.verdict: verdict, self.picture: PIECES.panels(panels)}
+        verdict += PIECES.scale(view.score, trained.normal_scores, trained.abnormal_scores, threshold)
+        if len(views) > 1:
+            verdict += PIECES.strip([one.score for one in views], threshold, session.slice)
+        panels.append(("What is called abnormal is outlined", image_tag(heated(view, threshold, strength), "Heatmap")))
+        if winclip is not None:
+            heat = image_tag(overlay(image, 0.5 * winclip, 0.5, strength), "Heatmap of WinCLIP")
+            panels.append(("WinCLIP, from its least to its largest value: it has no threshold", heat))
+        before = figures(*session.before, threshold) if session.before else None
+        table = PIECES.figures(figures(trained, session.scores(), threshold), before)
+        return {self.verdict: verdict, self.picture: PIECES.panels(panels), self.figures: table}
+
+    @staticmethod
+    def _view(session: Session, *, trained: bool = False) -> Picture:
+        if session.study is None or (trained and session.trained is None):
+            msg = "Train a model in step 2, and drop an image in step 3 first."
+            raise ValueError(msg)
+        return session.studies[session.study][session.slice]
+
+    def _compare(self, session: Session, values: Values) -> Values:
+        image = read_source(self._view(session, trained=True).source)
+        return self._show_result(session, values, session.trained.winclip_map(image))
+
+    def _open_editor(self, session: Session, _: Values) -> Values:
+        return {self.editor: _background(self._view(session).file), self.painting: gr.Group(visible=True)}
+
+    def _correct(self, session: Session, values: Values, *, abnormal: bool) -> Values:
+        mask = _painted(values[self.editor]) if abnormal else None
+        notes = session.correct(self._view(session), abnormal=abnormal, mask=mask)
+        return self._show_supports(session, values) | {self.correct_notes: PIECES.notes(notes)}
+
+    def _pack(self, session: Session, values: Values) -> Iterator[Values]:
+        for step in take_away(session, values[self.threshold], values[self.strength]):
+            if isinstance(step, Path):
+                yield {self.packing: "", self.files: gr.File(str(step), visible=True)}
+            else:
+                yield {self.packing: PIECES.bar(step)}
+
+
+def _background(file: Path) -> dict[str, Any]:
+    return {"background": str(file), "layers": [], "composite": None}
+
+
+def _painted(value: dict[str, Any] | None) -> torch.Tensor:
+    """Return the mask ``(H, W)`` that was painted in an editor."""
+    layers = [np.asarray(layer.convert("RGBA"))[..., 3] > 0 for layer in (value or {}).get("layers", ())]
+    return torch.from_numpy(np.any(layers, axis=0)) if layers else torch.zeros(1, 1, dtype=torch.bool)

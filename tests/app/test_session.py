@@ -1,0 +1,405 @@
+# Copyright (C) 2026 The anomalib-mvfa authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""What a person does on the page, without the page: uploads, supports, masks, trainings, corrections, results."""
+
+import errno
+import io
+import shutil
+import threading
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from .conftest import SIZE, fill, notes, save_mask, save_phantom
+from PIL import Image
+
+from anomalib_mvfa import MVFA
+from anomalib_mvfa.app import fitting, intake
+from anomalib_mvfa.app.fitting import Options, Progress
+from anomalib_mvfa.app.output import figures, overlay, take_away
+from anomalib_mvfa.app.session import Session
+from anomalib_mvfa.data.readers import read_image
+
+
+def texts(reading) -> str:
+    return "\n".join(f"{note.name} {note.text}" for note in notes(reading))
+
+
+# Uploads
+
+
+def test_text_named_png_is_named_with_its_reason(session, tmp_path):
+    (tmp_path / "letter.png").write_text("Dear colleague", encoding="utf-8")
+    (tmp_path / "notes.txt").write_text("Dear colleague", encoding="utf-8")
+    save_phantom(tmp_path / "good.png", 0)
+    found = texts(session.add_normal([tmp_path / name for name in ("letter.png", "notes.txt", "good.png")]))
+    assert "letter.png cannot be used: not an image of a supported format" in found
+    assert "notes.txt is no image of a format that is read" in found
+    assert [support.name for support in session.supports] == ["good.png"]
+
+
+def test_copy_saved_in_another_format_is_left_out(session, tmp_path):
+    save_phantom(tmp_path / "one.png", 0)
+    with Image.open(tmp_path / "one.png") as image:
+        image.save(tmp_path / "copy.bmp")
+    notes(session.add_abnormal([tmp_path / "one.png"]))
+    assert "copy.bmp is the same image as the abnormal one.png" in texts(session.add_normal([tmp_path / "copy.bmp"]))
+    assert len(session.supports) == 1
+
+
+@pytest.mark.parametrize(
+    ("image", "reason"),
+    [(Image.new("RGB", (9, 40)), "9 x 40 pixels are too few"), (Image.new("L", (64, 64), 7), "a single colour")],
+)
+def test_image_that_shows_nothing_is_refused(session, tmp_path, image, reason):
+    image.save(tmp_path / "bad.png")
+    assert reason in texts(session.add_normal([tmp_path / "bad.png"]))
+    assert session.supports == []
+
+
+def test_zip_bomb_is_not_unpacked(session, tmp_path):
+    bomb = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("a.png", "w") as file:
+        for _ in range(300):
+            file.write(bytes(2**20))
+    assert bomb.stat().st_size < 2**20
+    assert "bomb.zip unpacks to more than 256 MB" in texts(session.add_normal([bomb]))
+    assert not [path for path in session.folder.rglob("*") if path.is_file()]
+
+
+def test_zip_with_thousands_of_files_or_damage_is_refused(session, tmp_path):
+    many = tmp_path / "many.zip"
+    with zipfile.ZipFile(many, "w") as archive:
+        for number in range(2001):
+            archive.writestr(f"{number}.png", b"")
+    (tmp_path / "damaged.zip").write_bytes(many.read_bytes()[:1000])
+    found = texts(session.look([many, tmp_path / "damaged.zip"]))
+    assert "many.zip unpacks to more than 256 MB or 2000 files" in found
+    assert "damaged.zip is no zip file, or a damaged one" in found
+
+
+def test_zip_members_stay_in_the_folder_of_the_session(session, tmp_path):
+    save_phantom(tmp_path / "one.png", 0)
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.write(tmp_path / "one.png", "../../../escaped.png")
+        archive.writestr("inner/two.png", (tmp_path / "one.png").read_bytes())
+    found = texts(session.add_normal([tmp_path / "images.zip"]))
+    assert "is the same image as" in found
+    assert not list(tmp_path.glob("escaped.png"))
+    assert not list(tmp_path.parent.glob("escaped.png"))
+    assert all(path.is_relative_to(session.folder) for path in tmp_path.rglob("escaped.png"))
+    assert len(session.supports) == 1
+
+
+def test_file_of_500_mb_is_refused_before_it_is_read(session, tmp_path):
+    with (tmp_path / "volume.nii").open("wb") as file:
+        file.truncate(500 * 2**20)
+    found = texts(session.look([tmp_path / "volume.nii"]))
+    assert "volume.nii is 500 MB, more than the 256 MB taken. Crop or resample it" in found
+    assert not (tmp_path / "volume.nii").exists()
+
+
+def test_first_200_of_many_images_are_taken(session, tmp_path):
+    rng = np.random.default_rng(0)
+    paths = [tmp_path / f"{number:03d}.png" for number in range(203)]
+    for path in paths:
+        Image.fromarray(rng.integers(0, 255, (32, 32), dtype=np.uint8)).save(path)
+    assert "203 images are too many at once: the first 200 are taken" in texts(session.look(paths))
+    assert len(session.studies) == 200
+
+
+def test_files_of_one_name_from_two_folders_are_both_taken(session, tmp_path):
+    for number in range(2):
+        save_phantom(tmp_path / str(number) / "a.png", number)
+    assert notes(session.add_normal([tmp_path / "0" / "a.png", tmp_path / "1" / "a.png"])) == []
+    assert [support.name for support in session.supports] == ["a.png", "a.png"]
+
+
+def test_full_disk_is_reported_and_the_session_goes_on(session, tmp_path, monkeypatch):
+    page = pytest.importorskip("anomalib_mvfa.app.page")
+    save_phantom(tmp_path / "a.png", 0)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space") as caught:
+        patch.setattr(shutil, "move", full)
+        notes(session.add_normal([tmp_path / "a.png"]))
+    assert page.sentence(caught.value).startswith("The disk is full. Free some space")
+    assert notes(session.add_normal([tmp_path / "a.png"])) == []
+
+
+def test_unexpected_error_shows_its_kind_but_none_of_its_text(caplog):
+    page = pytest.importorskip("anomalib_mvfa.app.page")
+    assert page.sentence(KeyError("Doe^Jane")).startswith("This did not work (KeyError).")
+    assert "Doe" not in caplog.text
+    assert "less memory" not in page.sentence(ValueError("Add images."))
+    assert page.sentence(MemoryError()).startswith("There is not enough memory.")
+
+
+# Masks and volumes
+
+
+def test_masks_go_to_the_abnormal_images_of_their_names(session, tmp_path):
+    mask = save_phantom(tmp_path / "a.png", 0, abnormal=True)
+    save_phantom(tmp_path / "b.png", 1)
+    notes(session.add_abnormal([tmp_path / "a.png"]))
+    notes(session.add_normal([tmp_path / "b.png"]))
+    files = [save_mask(tmp_path / "masks" / f"{name}.png", mask) for name in ("a_mask", "b", "c")]
+    found = texts(session.add_masks(files))
+    assert "a_mask.png" not in found
+    assert "b.png belongs to no abnormal image" in found
+    assert "c.png belongs to no abnormal image" in found
+    with Image.open(session.supports[0].mask) as kept:
+        assert (np.array(kept) == mask * 255).all()
+
+
+def test_mask_of_another_size_or_an_empty_one_is_refused(session, tmp_path):
+    save_phantom(tmp_path / "a.png", 0, abnormal=True)
+    notes(session.add_abnormal([tmp_path / "a.png"]))
+    small = save_mask(tmp_path / "masks" / "a.png", np.ones((40, 50), bool))
+    assert f"a.png is 50 x 40 pixels, its image {SIZE} x {SIZE}" in texts(session.add_masks([small]))
+    empty = save_mask(tmp_path / "masks" / "a.png", np.zeros((SIZE, SIZE), bool))
+    assert "a.png has an empty mask" in texts(session.add_masks([empty]))
+    assert session.supports[0].mask is None
+
+
+def volume(path: Path, lesion: range = range(0)) -> tuple[Path, Path]:
+    """Save a volume of 16 slices and its mask, with bright squares in some slices."""
+    nibabel = pytest.importorskip("nibabel")
+    data = np.random.default_rng(3).uniform(20, 60, (48, 48, 16)).astype(np.float32)
+    mask = np.zeros(data.shape, np.uint8)
+    for index in lesion:
+        mask[10:20, 10:20, index] = 1
+    data[mask > 0] = 200
+    masks = path.parent / "masks" / path.name
+    masks.parent.mkdir(exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(data, np.eye(4)), path)
+    nibabel.save(nibabel.Nifti1Image(mask, np.eye(4)), masks)
+    return path, masks
+
+
+def test_mask_of_a_volume_keeps_the_slices_that_it_marks(session, tmp_path):
+    path, mask = volume(tmp_path / "scan.nii.gz", range(4, 9))
+    assert "scan.nii.gz has 16 slices, of which 8 are taken" in texts(session.add_abnormal([path]))
+    assert len(session.supports) == 8
+    assert notes(session.add_masks([mask])) == []
+    assert [support.source.ref.frame for support in session.supports] == [5, 7]
+    assert all(support.mask for support in session.supports)
+
+
+def test_slices_of_a_volume_are_one_study_in_their_order(session, tmp_path):
+    path, _ = volume(tmp_path / "scan.nii.gz")
+    save_phantom(tmp_path / "image.png", 0)
+    assert notes(session.look([path, tmp_path / "image.png"])) == []
+    single, slices = sorted(session.studies.values(), key=len)
+    assert [view.name for view in single] == ["image.png"]
+    assert [view.source.ref.frame for view in slices] == list(range(16))
+    assert slices[4].name == "scan.nii.gz, slice 5"
+
+
+# Training
+
+
+def test_training_on_one_normal_image_says_what_to_add(session, tmp_path):
+    save_phantom(tmp_path / "a.png", 0)
+    notes(session.add_normal([tmp_path / "a.png"]))
+    with pytest.raises(ValueError, match="at least two normal images, and there are 1: add some in step 1"):
+        next(session.train(Options()))
+
+
+def test_abnormal_images_without_mask_are_left_out_where_others_have_one(session, tmp_path):
+    fill(session, tmp_path)
+    session.supports[-1].mask = None
+    names = [support.name for support in session.used_supports(Options())]
+    assert names == ["normal_0.png", "normal_1.png", "abnormal_0.png"]
+    session.supports[-2].mask = None
+    assert len(session.used_supports(Options())) == 4
+    assert len(session.used_supports(Options(abnormal=False))) == 2
+
+
+def test_stopped_training_leaves_no_model_and_lets_the_next_one_run(session, tmp_path):
+    fill(session, tmp_path)
+    progress = session.train(Options(epochs=50))
+    next(step for step in progress if step.text == "Training")
+    session.stop()
+    list(progress)
+    assert session.trained is None
+    assert fitting._ONE_AT_A_TIME.acquire(blocking=False)
+    fitting._ONE_AT_A_TIME.release()
+
+
+def test_training_ends_when_its_reader_goes_away(session, tmp_path):
+    fill(session, tmp_path)
+    progress = session.train(Options(epochs=50))
+    next(progress)
+    before = threading.active_count()
+    progress.close()
+    assert not fitting._ONE_AT_A_TIME.locked()
+    assert threading.active_count() <= before - 1
+
+
+def test_second_training_waits_and_can_be_stopped(session, tmp_path):
+    fill(session, tmp_path)
+    with fitting._ONE_AT_A_TIME:
+        progress = session.train(Options())
+        assert next(progress).text.startswith("Waiting for another training")
+        session.stop()
+        assert list(progress) == []
+    assert session.trained is None
+
+
+def test_failed_training_raises_its_reason(session, tmp_path):
+    fill(session, tmp_path)
+    with pytest.raises(ValueError, match="no-such-weights"):
+        list(session.train(Options(backbone="no-such-weights.json")))
+    assert not fitting._ONE_AT_A_TIME.locked()
+
+
+def test_progress_counts_up_to_the_memory_bank(trained):
+    assert trained.texts[0] == "Reading the backbone"
+    assert "Training" in trained.texts
+
+
+def test_normal_supports_are_scored_against_the_others(trained):
+    # threshold="fpr" with two supports is the larger of their scores, which normalisation puts at one half.
+    assert max(trained.trained.normal_scores) == pytest.approx(0.5, abs=1e-5)
+    assert len(trained.trained.normal_scores) == 2
+    assert min(trained.trained.abnormal_scores) > 0.5
+    own = trained.trained.predict(read_image(trained.supports[0].file))[0]
+    assert own < trained.trained.normal_scores[0]  # the bank holds the image itself
+
+
+def test_scores_are_those_of_the_checkpoint(trained, tmp_path):
+    save_phantom(tmp_path / "a.png", 50, abnormal=True)
+    assert notes(trained.look([tmp_path / "a.png"])) == []
+    view = next(reversed(trained.studies.values()))[0]
+    model = MVFA.load_from_checkpoint(trained.trained.checkpoint).eval()
+    with torch.inference_mode():
+        expected = model(read_image(view.file)[None])
+    assert view.score == pytest.approx(float(expected.pred_score), abs=1e-3)  # the bank of a checkpoint is rounded
+    assert np.abs(view.map - expected.anomaly_map[0].numpy()).max() < 1e-2
+
+
+def test_support_among_the_images_to_look_at_is_noted(trained):
+    copy = trained.folder.parent / "copy.png"
+    shutil.copyfile(trained.supports[0].file, copy)
+    assert "copy.png is a support, too" in texts(trained.look([copy]))
+
+
+def test_winclip_map_spans_zero_to_one(trained):
+    found = trained.trained.winclip_map(read_image(trained.supports[-1].file))
+    assert (found.min(), found.max()) == (0.0, 1.0)
+    mask = np.array(Image.open(trained.supports[-1].mask).resize(found.shape[::-1])) > 127
+    assert found[mask].mean() > found[~mask].mean()
+
+
+# Corrections
+
+
+def test_correction_makes_a_support_and_changes_its_label(session, tmp_path):
+    mask = torch.from_numpy(save_phantom(tmp_path / "a.png", 0, abnormal=True))
+    notes(session.look([tmp_path / "a.png"]))
+    (view,) = next(iter(session.studies.values()))
+    assert "nothing painted" in session.correct(view, abnormal=True, mask=torch.zeros(1, 1))[0].text
+    assert session.supports == []
+    assert "an abnormal support now" in session.correct(view, abnormal=True, mask=mask)[0].text
+    assert session.supports[0].abnormal
+    assert session.supports[0].mask.is_file()
+    session.correct(view, abnormal=False)
+    assert [(one.abnormal, one.mask) for one in session.supports] == [(False, None)]
+
+
+def test_training_again_keeps_the_scores_before_and_looks_again(tmp_path):
+    session = Session(tmp_path / "root")
+    fill(session, tmp_path)
+    save_phantom(tmp_path / "new.png", 60)
+    notes(session.look([tmp_path / "new.png"]))
+    (view,) = next(iter(session.studies.values()))
+    assert view.by is None
+    list(session.train(Options(epochs=1)))
+    first = view.score
+    assert view.by is session.trained
+    assert session.before is None
+    session.correct(view, abnormal=False)
+    list(session.train(Options(epochs=1)))
+    assert session.before[1] == {"new.png": first}
+    assert view.score < first  # it is in the bank now
+    assert len(session.trained.normal_scores) == 3
+    session.close()
+
+
+# Results
+
+
+def test_figures_count_what_is_above_the_threshold(trained):
+    model = trained.trained
+    rows = figures(model, {"a.png": 0.7, "b.png": 0.2}, 0.6)
+    assert rows["Images looked at called abnormal"] == "1 of 2"
+    assert rows["False alarms on the normal supports"] == "0 of 2"
+    assert (rows["a.png"], rows["b.png"]) == ("abnormal, 0.70", "normal, 0.20")
+    assert figures(model, {}, 0.02)["False alarms on the normal supports"] == "2 of 2"
+    assert "Images looked at called abnormal" not in figures(model, {}, 0.5)
+
+
+def test_outline_follows_the_threshold():
+    image = Image.new("RGB", (40, 40), (90, 90, 90))
+    levels = np.tile(np.linspace(0.05, 0.95, 40, dtype=np.float32), (40, 1))
+    for threshold in (0.3, 0.8):
+        red = np.array(overlay(image, levels, threshold, 0.0)) == (255, 60, 0)
+        column = np.flatnonzero(red.all(axis=-1).any(axis=0)).min()
+        assert levels[0, column] == pytest.approx(threshold, abs=0.06)
+
+
+def test_results_hold_what_repeats_them_and_no_path_of_the_session(trained, tmp_path):
+    save_phantom(tmp_path / "look_at_me.png", 70, abnormal=True)
+    notes(trained.look([tmp_path / "look_at_me.png"]))
+    *steps, path = take_away(trained, threshold=0.4, strength=0.5)
+    assert all(isinstance(step, Progress) for step in steps)
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        assert {"model.ckpt", "adapters.safetensors", "predictions.csv", "index.html", "commands.sh"} <= set(names)
+        assert {"supports/supports.csv", "supports/supports.txt"} <= set(names)
+        assert any(name.endswith("model.xml") for name in names)
+        table = pd.read_csv(io.BytesIO(archive.read("predictions.csv")))
+        supports = pd.read_csv(io.BytesIO(archive.read("supports/supports.csv")), keep_default_na=False)
+        pages = [archive.read(name).decode() for name in ("index.html", "commands.sh", "predictions.csv")]
+    views = [view for study in trained.studies.values() for view in study]
+    assert table.path.tolist() == [view.name for view in views]
+    assert (table.threshold == 0.4).all()
+    assert table.label.tolist() == [int(view.score > 0.4) for view in views]
+    assert len([name for name in names if name.startswith("heatmaps/") and name.endswith(".png")]) == len(views)
+    assert {f"supports/{name}" for column in ("path", "mask") for name in supports[column] if name} <= set(names)
+    assert not any(str(trained.folder) in page or trained.folder.name in page for page in pages)
+    assert "Not for clinical use" in pages[0]
+    difference = float(pages[0].partition("differ by at most ")[2].partition(" ")[0])
+    assert difference < 1e-3
+
+
+def test_results_need_a_model(session):
+    with pytest.raises(ValueError, match="train one in step 2"):
+        next(take_away(session, 0.5, 0.5))
+
+
+def test_sessions_share_nothing_and_leave_nothing(tmp_path):
+    one, other = Session(tmp_path), Session(tmp_path)
+    save_phantom(tmp_path / "a.png", 0)
+    notes(one.add_normal([tmp_path / "a.png"]))
+    assert other.supports == []
+    assert not list(other.folder.iterdir())
+    one.close()
+    assert [path.name for path in tmp_path.iterdir()] == [other.folder.name]
+    other.close()
+
+
+def test_notes_are_limited_and_escaped():
+    output = pytest.importorskip("anomalib_mvfa.app.output")
+    many = [intake.Note("<script>.png", "is wrong.")] * 60
+    page = str(output.PIECES.notes(many))
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+    assert "and 20 more" in page
