@@ -11,11 +11,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 ENV := $(VENV)/.installed
 ENV_DOCS := $(VENV)/.installed-docs
+ENV_APP := $(VENV)/.installed-app
+ENV_TEST := $(VENV)/.installed-test
 SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))
 PIP_INSTALL := $(BIN)/python -m pip install -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint bench docs reproduce mutants clean
+.PHONY: help env demo app test lint bench docs reproduce mutants clean
 
 help: ## print this help
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 8
@@ -25,7 +27,10 @@ env: $(ENV) ## create or update the environment in .venv
 demo: $(ENV) ## compare, train, predict and export, offline: make demo [DATA=folder with normal/ abnormal/ masks/]
 	$(BIN)/python -W ignore::FutureWarning -m tools.demo $(if $(DATA),--data "$(DATA)") $(if $(PRETRAINED),--pretrained "$(PRETRAINED)")
 
-test: $(ENV) ## run every test and doctest
+app: $(ENV_APP) ## open a page in the browser: drop images, train, look, correct [ARGS="--port 8000"]
+	$(BIN)/python -W ignore::FutureWarning -m anomalib_mvfa.app $(ARGS)
+
+test: $(ENV_TEST) ## run every test and doctest
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(ENV) ## check style, format and types
@@ -66,6 +71,14 @@ $(ENV): pyproject.toml constraints.txt
 		exit 1; \
 	fi
 	$(PIP_INSTALL) -e ".[medical,hf,dev]"
+	@touch $@
+
+$(ENV_APP): $(ENV)
+	$(PIP_INSTALL) -e ".[app]"
+	@touch $@
+
+$(ENV_TEST): $(ENV_APP)
+	$(PIP_INSTALL) -e ".[browser]"
 	@touch $@
 
 $(ENV_DOCS): $(ENV)

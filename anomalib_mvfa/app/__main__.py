@@ -22,6 +22,7 @@ POLICY = (
     b"default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
     b"style-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
 )
+FULL_SIZE = "ViT-L-14-336"
 OFF = ("share", "enable_monitoring", "run_history", "ssr_mode", "pwa", "mcp_server")
 
 
@@ -57,20 +58,22 @@ def serve(root: Path, host: str = "127.0.0.1", port: int | None = None, password
     # Gradio reads its folder and whether it may call home when it is imported.
     os.environ |= {"GRADIO_TEMP_DIR": str(root), "GRADIO_ANALYTICS_ENABLED": "False"}
     import gradio as gr
+    from open_clip.pretrained import get_pretrained_cfg
     from starlette.middleware import Middleware
-
-    from anomalib_mvfa.demo.__main__ import FULL_SIZE, has_full_size_weights
 
     from .page import Page
 
-    page = Page(root, [FULL_SIZE, "tiny"] if has_full_size_weights() else ["tiny"])
+    weights = Path.home() / ".cache" / "clip" / Path(get_pretrained_cfg(FULL_SIZE, "openai")["url"]).name
+    page = Page(root, [FULL_SIZE, "tiny"] if weights.is_file() else ["tiny"])
     page.blocks.queue(default_concurrency_limit=8)
     _, address, _ = page.blocks.launch(
         server_name=host,
         server_port=port,
         auth=None if password is None else lambda _, given: secrets.compare_digest(given.encode(), password.encode()),
         app_kwargs={"middleware": [Middleware(with_policy)]},
-        theme=gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        theme=gr.themes.Default(
+            primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+        ),
         css_paths=Path(__file__).with_name("page.css"),
         js=Path(__file__).with_name("page.js").read_text(encoding="utf-8"),
         max_file_size="1gb",

@@ -61,7 +61,7 @@ class Trained:
         # A normal support is compared with the bank of the others, so that its score is that of a new image.
         with torch.inference_mode():
             output: Any = model.model.remember(self.support)
-            scores: Any = model.post_processor(model.model.fuse(output.language, output.memory)).pred_score  # type: ignore[misc]
+            scores: Any = model.post_processor(model.model.fuse(output.language, output.memory)).pred_score
         self.normal_scores: list[float] = scores[~output.labels].tolist()
         self.abnormal_scores: list[float] = scores[output.labels].tolist() if options.abnormal else []
 
@@ -137,9 +137,7 @@ def fit(
 
 def _train(options: Options, images: Path, lists: tuple[Path, Path], folder: Path, watch: _Watch) -> Trained:
     seed_everything(options.seed, verbose=False)
-    data = FewShot(
-        MedicalFolder(images, image_list=lists[0], num_workers=0), support_list=lists[1], train_batch_size=4
-    )
+    data = FewShot(MedicalFolder(images, image_list=lists[0], num_workers=0), support_list=lists[1], train_batch_size=4)
     model = MVFA(options.backbone, class_name=options.class_name, learning_rate=options.learning_rate, threshold="fpr")
     engine = Engine(default_root_dir=folder, max_epochs=options.epochs, callbacks=[watch], **QUIET)
     engine.fit(model, datamodule=data)

@@ -16,7 +16,9 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from anomalib_mvfa.data.readers import ImageRef, UnreadableImageError, list_images, read_image, series_key
+from anomalib_mvfa.data.readers import ImageRef, UnreadableImageError, list_images, read_image
+from anomalib_mvfa.data.readers.dicom import dicom_header
+from anomalib_mvfa.data.readers.files import is_dicom
 
 __all__ = ["Note", "Source", "digest", "list_sources", "read_source", "save_pixels", "unpack"]
 
@@ -62,29 +64,24 @@ def save_pixels(pixels: Tensor, path: Path) -> Path:
 def unpack(uploads: Iterable[str | Path], folder: Path) -> list[Note]:
     """Move uploaded files into a folder, unpack zips there, and return notes on what was not taken."""
     notes = []
-    for upload in map(Path, uploads):
+    folder.mkdir(parents=True)
+    for number, upload in enumerate(map(Path, uploads)):
+        target = folder / upload.name
+        if target.exists():  # a file of the same name from another folder
+            target = folder / str(number) / upload.name
+            target.parent.mkdir()
         size = upload.stat().st_size
         if upload.suffix.lower() == ".zip":
-            problem = _unzip(upload, folder)
+            problem = _unzip(upload, target.with_suffix(""))
         elif size > MAX_BYTES:
             problem = f"is {size >> 20} MB, more than the {MAX_BYTES >> 20} MB taken. Crop or resample it; {NO_LIMIT}"
         else:
             problem = ""
-            shutil.move(upload, _free(folder / upload.name))
+            shutil.move(upload, target)
         if problem:
             notes.append(Note(upload.name, problem))
         upload.unlink(missing_ok=True)
     return notes
-
-
-def _free(path: Path) -> Path:
-    """Return a path whose name is not taken yet, in a sub-folder where it is."""
-    number = 2
-    while path.exists():
-        path = path.parent / str(number) / path.name
-        number += 1
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 def _unzip(path: Path, folder: Path) -> str:
@@ -95,7 +92,7 @@ def _unzip(path: Path, folder: Path) -> str:
             if sum(sizes) > MAX_BYTES or len(sizes) > 10 * MAX_IMAGES:
                 most = f"{MAX_BYTES >> 20} MB or {10 * MAX_IMAGES} files"
                 return f"unpacks to more than {most}. Pack fewer images; {NO_LIMIT}"
-            archive.extractall(_free(folder / path.stem))
+            archive.extractall(folder)
     except RuntimeError:
         return "is protected by a password. Unpack it, and drop the images."
     except (zipfile.BadZipFile, NotImplementedError, EOFError, zlib.error):
@@ -133,7 +130,8 @@ def list_sources(folder: Path, slices: int) -> tuple[list[Source], list[Note]]:
 
 
 def _study(ref: ImageRef) -> str:
-    return str(ref.path) if ref.frame is not None else series_key(ref.path) or str(ref.path)
+    series = dicom_header(ref).series if ref.frame is None and is_dicom(ref.path) else ""
+    return series or str(ref.path)
 
 
 def read_source(source: Source) -> Tensor:

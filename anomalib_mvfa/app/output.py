@@ -135,5 +135,5 @@ def _difference(views: list[Picture], exported: Path) -> float | None:
     """Return the largest difference in score between a model and its export; ``None`` without images."""
     inferencer = OpenVINOInferencer(path=exported, device="CPU", config={"INFERENCE_PRECISION_HINT": "f32"})
     images = [to_pil_image(read_source(view.source)) for view in views]
-    scores = [float(np.squeeze(inferencer.predict(image).pred_score)) for image in images]
+    scores = [float(np.asarray(inferencer.predict(image).pred_score).squeeze()) for image in images]
     return max((abs(score - view.score) for score, view in zip(scores, views, strict=True)), default=None)

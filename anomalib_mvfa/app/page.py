@@ -153,9 +153,9 @@ class Page:
         on(self.blocks.load(self.open).then, self._show_supports)
         self.blocks.unload(self.close)
         for key, button in self.examples.items():
-            on(button.click, lambda *args, key=key: self._example(*args, key))
+            on(button.click, lambda session, values, key=key: self._example(session, values, key))
         for drop in drops:
-            on(drop.upload, lambda *args, drop=drop: self._dropped(*args, drop), drop)
+            on(drop.upload, lambda session, values, drop=drop: self._dropped(session, values, drop), drop)
         for gallery in (self.normals, self.abnormals):
             on(gallery.click, self._choose_support)
         for choice in choices:
@@ -224,7 +224,7 @@ class Page:
         return shown | {self.class_name: EXAMPLES[key]}
 
     def _dropped(self, session: Session, values: Values, drop: Any) -> Iterator[Values]:
-        looking, notes = drop in self.look, []
+        looking, notes = drop in self.look, list[Note]()
         part = self.look_notes if looking else self.notes
         works = {self.normal: session.add_normal, self.abnormal: session.add_abnormal, self.masks: session.add_masks}
         work = next((work for pair, work in works.items() if drop in pair), session.look)
@@ -306,15 +306,18 @@ class Page:
         return {self.verdict: verdict, self.picture: PIECES.panels(panels), self.figures: table}
 
     @staticmethod
-    def _view(session: Session, *, trained: bool = False) -> Picture:
-        if session.study is None or (trained and session.trained is None):
-            msg = "Train a model in step 2, and drop an image in step 3 first."
+    def _view(session: Session) -> Picture:
+        if session.study is None:
+            msg = "There is no image yet: drop one in step 3 first."
             raise ValueError(msg)
         return session.studies[session.study][session.slice]
 
     def _compare(self, session: Session, values: Values) -> Values:
-        image = read_source(self._view(session, trained=True).source)
-        return self._show_result(session, values, session.trained.winclip_map(image))
+        view = self._view(session)
+        if session.trained is None:
+            msg = "Train a model in step 2 first: WinCLIP takes its backbone and its normal supports."
+            raise ValueError(msg)
+        return self._show_result(session, values, session.trained.winclip_map(read_source(view.source)))
 
     def _open_editor(self, session: Session, _: Values) -> Values:
         return {self.editor: _background(self._view(session).file), self.painting: gr.Group(visible=True)}

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,6 @@ from PIL import Image
 from torch import Tensor, from_numpy
 
 from anomalib_mvfa.data.readers import ImageRef, UnreadableImageError, read_mask
-from anomalib_mvfa.data.support_lists import write_support_list
 from anomalib_mvfa.demo.phantoms import TYPICAL, draw_phantom
 
 from .fitting import Options, Progress, Trained, fit
@@ -69,8 +69,8 @@ class Session:
         self.studies: dict[str, list[Picture]] = {}  # images that are looked at, by volume or series
         self.trained: Trained | None = None
         self.before: tuple[Trained, dict[str, float]] | None = None  # the model before, and the scores of the studies
-        self.support: Picture | None = None  # the support, study and slice that are chosen on the page
-        self.study: str | None = None
+        self.support: Any = None  # the support, study and slice that are chosen on the page
+        self.study: Any = None
         self.slice = 0
         self._count = 0
         self._stop = threading.Event()
@@ -253,7 +253,8 @@ class Session:
 def _write_lists(supports: Sequence[Picture], folder: Path) -> tuple[Path, Path]:
     """Write the lists that the datamodules read: a table with labels and masks, and the names of the supports."""
     names = [[one.file.name for one in supports if one.abnormal == abnormal] for abnormal in (False, True)]
-    write_support_list(folder / "supports.txt", *names)
+    lines = [f"{key}-0: {' '.join(files)}\n" for key, files in zip("na", names, strict=True)]
+    (folder / "supports.txt").write_text("".join(lines), encoding="utf-8")
     kinds = [("abnormal", one.mask.name if one.mask else "") if one.abnormal else ("normal", "") for one in supports]
     rows = [(one.file.name, *kind, "train") for one, kind in zip(supports, kinds, strict=True)]
     pd.DataFrame(rows, columns=["path", "label", "mask", "split"]).to_csv(folder / "supports.csv", index=False)

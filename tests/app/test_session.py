@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from .conftest import SIZE, fill, notes, save_mask, save_phantom
 from PIL import Image
 
 from anomalib_mvfa import MVFA
@@ -23,6 +22,8 @@ from anomalib_mvfa.app.fitting import Options, Progress
 from anomalib_mvfa.app.output import figures, overlay, take_away
 from anomalib_mvfa.app.session import Session
 from anomalib_mvfa.data.readers import read_image
+
+from .conftest import SIZE, fill, notes, save_mask, save_phantom
 
 
 def texts(reading) -> str:
@@ -126,9 +127,10 @@ def test_full_disk_is_reported_and_the_session_goes_on(session, tmp_path, monkey
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space") as caught:
+    with monkeypatch.context() as patch:
         patch.setattr(shutil, "move", full)
-        notes(session.add_normal([tmp_path / "a.png"]))
+        with pytest.raises(OSError, match="No space") as caught:
+            notes(session.add_normal([tmp_path / "a.png"]))
     assert page.sentence(caught.value).startswith("The disk is full. Free some space")
     assert notes(session.add_normal([tmp_path / "a.png"])) == []
 
