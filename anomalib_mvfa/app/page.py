@@ -126,8 +126,8 @@ class Page:
     @staticmethod
     def _drop(label: str) -> tuple[gr.File, gr.UploadButton]:
         with gr.Column(min_width=240):
-            files = gr.File(file_count="multiple", label=label, height=130)
             what = label.partition(",")[0].lower()
+            files = gr.File(file_count="multiple", label=label, height=130, elem_id=what.replace(" ", "_"))
             return files, gr.UploadButton(f"Choose a folder of {what}", file_count="directory")
 
     @staticmethod
@@ -260,19 +260,12 @@ class Page:
         yield self._show_studies(session, values) | {self.progress: text, self.threshold: 0.5}
 
     def _show_studies(self, session: Session, values: Values) -> Values:
-        keys, threshold, entries = list(session.studies), values[self.threshold], []
-        if not keys:
+        if not session.studies:
             return {}
         if session.study is None:
             return self._choose_study(session, values, 0)
-        for number, views in enumerate(session.studies.values()):
-            view = max(views, key=lambda one: one.score)
-            alarm = view.score > threshold
-            remark = f"{'abnormal' if alarm else 'normal'}, {view.score:.2f}" if view.by else ""
-            entries.append((number, thumbnail(view.file), view.source.ref.path.name, remark, alarm))
         slices = len(session.studies[session.study])
         return self._show_result(session, values | {self.slice: session.slice + 1}) | {
-            self.studies: PIECES.thumbnails(f"{len(entries)} images", entries, keys.index(session.study)),
             self.slice: gr.Slider(1, max(2, slices), session.slice + 1, visible=slices > 1),
             self.result: gr.Column(visible=True),
             self.painting: gr.Group(visible=False),
@@ -286,6 +279,14 @@ class Page:
     def _show_result(self, session: Session, values: Values, winclip: Any = None) -> Values:
         """Show the image that is chosen at the threshold of the slider, and what that does to all others."""
         trained, threshold, strength = session.trained, values[self.threshold], values[self.strength]
+        entries = []
+        for number, views in enumerate(session.studies.values()):
+            view = max(views, key=lambda one: one.score)
+            alarm = view.score > threshold
+            remark = f"{'abnormal' if alarm else 'normal'}, {view.score:.2f}" if view.by else ""
+            entries.append((number, thumbnail(view.file), view.source.ref.path.name, remark, alarm))
+        chosen = list(session.studies).index(session.study)
+        studies = {self.studies: PIECES.thumbnails(f"{len(entries)} images", entries, chosen)}
         views = session.studies[session.study]
         session.slice = min(int(values[self.slice]), len(views)) - 1
         view = views[session.slice]
@@ -293,7 +294,7 @@ class Page:
             image = opened.convert("RGB")
         verdict, panels = PIECES.verdict(view, threshold), [("Image", image_tag(image, "Image"))]
         if trained is None or view.by is None:
-            return {self.verdict: verdict, self.picture: PIECES.panels(panels)}
+            return studies | {self.verdict: verdict, self.picture: PIECES.panels(panels)}
         verdict += PIECES.scale(view.score, trained.normal_scores, trained.abnormal_scores, threshold)
         if len(views) > 1:
             verdict += PIECES.strip([one.score for one in views], threshold, session.slice)
@@ -303,7 +304,7 @@ class Page:
             panels.append(("WinCLIP, from its least to its largest value: it has no threshold", heat))
         before = figures(*session.before, threshold) if session.before else None
         table = PIECES.figures(figures(trained, session.scores(), threshold), before)
-        return {self.verdict: verdict, self.picture: PIECES.panels(panels), self.figures: table}
+        return studies | {self.verdict: verdict, self.picture: PIECES.panels(panels), self.figures: table}
 
     @staticmethod
     def _view(session: Session) -> Picture:
