@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
     folder = tempfile.TemporaryDirectory()  # nothing is left in the user's cache, nor taken from it
     config.add_cleanup(folder.cleanup)
     os.environ["ANOMALIB_MVFA_CACHE"] = folder.name
+    if find_spec("gradio") is None:  # an extra: nothing else imports the page
+        config.option.ignore = [*(config.option.ignore or ()), "anomalib_mvfa/app/page.py"]
     for module in ("lightning", "torch", "torchmetrics", "anomalib"):
         config.addinivalue_line("filterwarnings", rf"ignore::UserWarning:{module}(\..*)?")
 
