@@ -31,7 +31,9 @@ from .session import Picture, Session
 
 __all__ = ["PIECES", "TEMPLATES", "figures", "heated", "image_tag", "overlay", "take_away", "thumbnail"]
 
-TEMPLATES = Environment(loader=PackageLoader("anomalib_mvfa.app", "."), autoescape=True, trim_blocks=True, keep_trailing_newline=True)
+TEMPLATES = Environment(
+    loader=PackageLoader("anomalib_mvfa.app", "."), autoescape=True, trim_blocks=True, keep_trailing_newline=True
+)
 PIECES: Any = TEMPLATES.get_template("pieces.html.jinja").module
 """Macros that return pieces of the page."""
 CHECKED = 4
