@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from anomalib.data import ImageItem, PredictDataset
 from anomalib.utils.path import generate_output_filename
 from anomalib.visualization import ImageVisualizer
@@ -30,7 +31,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from anomalib_mvfa.files import replacing
 
-__all__ = ["MVFAVisualizer", "heatmap", "loaded_dataset", "outlines", "results_dir"]
+__all__ = ["MVFAVisualizer", "heatmap", "loaded_dataset", "outlines", "overlay", "results_dir"]
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +82,16 @@ def outlines(image: Image.Image, mask: Tensor | None, prediction: Tensor | None)
             shown = shown.resize(image.size, Image.Resampling.BILINEAR).point([0] * 128 + [255] * 128)
             image = overlay_image(image, visualize_mask(shown, mode="contour", color=colour), alpha=1.0)
     return image.convert("RGB")
+
+
+def overlay(image: Image.Image, anomaly_map: Tensor, threshold: float, strength: float) -> Image.Image:
+    """Colour an image (RGB) by its map ``(h, w)`` in [0, 1] and outline what is above a threshold in (0, 1).
+
+    ``strength`` is the share of the colours. The threshold is moved to one half, where :func:`heatmap` expects it.
+    """
+    below, above = anomaly_map * (0.5 / threshold), 1 - (1 - anomaly_map) * (0.5 / (1 - threshold))
+    moved = torch.where(anomaly_map > threshold, above, below)
+    return outlines(Image.blend(image, heatmap(image, moved), strength), None, moved > 0.5)
 
 
 def loaded_dataset(trainer: Trainer) -> Any:

@@ -3,20 +3,20 @@
 
 """Open the page on this machine: ``python -m anomalib_mvfa.app``."""
 
-import argparse
-import ipaddress
 import os
 import secrets
 import sys
 import tempfile
 import webbrowser
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from jsonargparse import auto_cli
 
 __all__ = ["main", "serve"]
 
 PASSWORD = "ANOMALIB_MVFA_PASSWORD"  # noqa: S105 - the name of a variable
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 # The browser asks no other host for anything, and shows this page in no other.
 POLICY = (
     b"default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
@@ -40,20 +40,7 @@ def with_policy(app: Any) -> Any:
     return run
 
 
-def is_loopback(host: str) -> bool:
-    """Return whether only this machine reaches an address.
-
-    Example:
-        >>> is_loopback("localhost"), is_loopback("127.0.0.1"), is_loopback("0.0.0.0")
-        (True, True, False)
-    """
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def serve(root: Path, host: str = "127.0.0.1", port: int | None = None, password: str | None = None) -> tuple[Any, str]:
+def serve(root: Path, host: str = LOOPBACK[0], port: int | None = None, password: str | None = None) -> tuple[Any, str]:
     """Start the server with its files in an empty folder, and return the page and its address."""
     # Gradio reads its folder and whether it may call home when it is imported.
     os.environ |= {"GRADIO_TEMP_DIR": str(root), "GRADIO_ANALYTICS_ENABLED": "False"}
@@ -66,14 +53,13 @@ def serve(root: Path, host: str = "127.0.0.1", port: int | None = None, password
     weights = Path.home() / ".cache" / "clip" / Path(get_pretrained_cfg(FULL_SIZE, "openai")["url"]).name
     page = Page(root, [FULL_SIZE, "tiny"] if weights.is_file() else ["tiny"])
     page.blocks.queue(default_concurrency_limit=8)
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     _, address, _ = page.blocks.launch(
         server_name=host,
         server_port=port,
         auth=None if password is None else lambda _, given: secrets.compare_digest(given.encode(), password.encode()),
         app_kwargs={"middleware": [Middleware(with_policy)]},
-        theme=gr.themes.Default(
-            primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-        ),
+        theme=gr.themes.Default(primary_hue="blue", **fonts),
         css_paths=Path(__file__).with_name("page.css"),
         js=Path(__file__).with_name("page.js").read_text(encoding="utf-8"),
         max_file_size="1gb",
@@ -85,17 +71,18 @@ def serve(root: Path, host: str = "127.0.0.1", port: int | None = None, password
     return page, address
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Serve the page until it is interrupted."""
-    parser = argparse.ArgumentParser(prog="python -m anomalib_mvfa.app", description=__doc__)
-    parser.add_argument("--host", default="127.0.0.1", help="address; any but loopback asks for a password")
-    parser.add_argument("--port", type=int, help="default: the first free one from 7860")
-    parser.add_argument("--no-browser", action="store_true", help="do not open a browser")
-    options = parser.parse_args(arguments)
-    password = None if is_loopback(options.host) else os.environ.get(PASSWORD) or secrets.token_urlsafe(12)
+def main(host: str = LOOPBACK[0], port: int | None = None, browser: bool = True) -> None:
+    """Serve the page until it is interrupted.
+
+    Args:
+        host: Address; any but loopback asks for a password.
+        port: By default the first free one from 7860.
+        browser: Whether to open a browser.
+    """
+    password = None if host in LOOPBACK else os.environ.get(PASSWORD) or secrets.token_urlsafe(12)
     with tempfile.TemporaryDirectory(prefix="anomalib-mvfa-", ignore_cleanup_errors=True) as folder:
         try:
-            page, address = serve(Path(folder), options.host, options.port, password)
+            page, address = serve(Path(folder), host, port, password)
         except ImportError as error:
             sys.exit(f'error: the page needs Gradio ({error}): pip install "anomalib-mvfa[app]"')
         except OSError as error:
@@ -103,10 +90,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"The page is at {address}  Not for clinical use. Stop it with Ctrl+C.", flush=True)  # noqa: T201
         if password is not None:
             print(f"Any user name, password {password} (set {PASSWORD} to choose it)", flush=True)  # noqa: T201
-        elif not options.no_browser:
+        elif browser:
             webbrowser.open(address)
         page.blocks.block_thread()
 
 
 if __name__ == "__main__":
-    main()
+    auto_cli(main, as_positional=False)

@@ -3,7 +3,6 @@
 
 """Uploaded files become checked images; whatever cannot be used gets a note with its reason and a remedy."""
 
-import hashlib
 import shutil
 import zipfile
 import zlib
@@ -18,14 +17,11 @@ from torch import Tensor
 
 from anomalib_mvfa.data.readers import ImageRef, UnreadableImageError, list_images, read_image
 from anomalib_mvfa.data.readers.dicom import dicom_header
-from anomalib_mvfa.data.readers.files import is_dicom
 
-__all__ = ["Note", "Source", "digest", "list_sources", "read_source", "save_pixels", "unpack"]
+__all__ = ["Note", "Source", "list_sources", "read_source", "save_pixels", "unpack"]
 
-MAX_BYTES = 256 * 2**20
-"""Size of a file, and of a zip once unpacked, up to which it is taken."""
-MAX_IMAGES = 200
-"""Images that one upload may add."""
+MAX_BYTES = 256 * 2**20  # of a file, and of a zip once unpacked
+MAX_IMAGES = 200  # that one upload may add
 MIN_SIDE = 32
 COMPANIONS = (".raw", ".zraw", ".img", ".img.gz")  # hold the voxels of .mhd, .nhdr and .hdr files
 NO_LIMIT = "`anomalib predict` on the command line has no such limit."
@@ -40,17 +36,12 @@ class Note(NamedTuple):
 
 
 class Source(NamedTuple):
-    """One image that an upload holds: its name there, the volume or series that it belongs to, and where it is read."""
+    """One image that an upload holds: its name there, the volume or series that it belongs to, how it is read."""
 
     name: str
     study: str
     ref: ImageRef
-
-
-def digest(image: Tensor) -> str:
-    """Return a digest of an image ``(3, H, W)`` in [0, 1] at 8 bits, so that re-saved copies have the same."""
-    levels = (image * 255).round().byte().numpy()
-    return hashlib.blake2b(str(levels.shape).encode() + levels.tobytes(), digest_size=16).hexdigest()
+    rule: str = "auto"  # how stored values become grey levels
 
 
 def save_pixels(pixels: Tensor, path: Path) -> Path:
@@ -70,16 +61,14 @@ def unpack(uploads: Iterable[str | Path], folder: Path) -> list[Note]:
         if target.exists():  # a file of the same name from another folder
             target = folder / str(number) / upload.name
             target.parent.mkdir()
-        size = upload.stat().st_size
+        problem, size = "", upload.stat().st_size
         if upload.suffix.lower() == ".zip":
             problem = _unzip(upload, target.with_suffix(""))
         elif size > MAX_BYTES:
             problem = f"is {size >> 20} MB, more than the {MAX_BYTES >> 20} MB taken. Crop or resample it; {NO_LIMIT}"
         else:
-            problem = ""
             shutil.move(upload, target)
-        if problem:
-            notes.append(Note(upload.name, problem))
+        notes += [Note(upload.name, problem)] if problem else []
         upload.unlink(missing_ok=True)
     return notes
 
@@ -100,12 +89,8 @@ def _unzip(path: Path, folder: Path) -> str:
     return "" if sizes else "is an empty zip file. Pack the images again."
 
 
-def list_sources(folder: Path, slices: int) -> tuple[list[Source], list[Note]]:
-    """List the images of a folder, at most a number of slices of each volume or series, evenly spaced.
-
-    Returns:
-        The images, and notes on files of which not all or nothing is taken.
-    """
+def list_sources(folder: Path, slices: int, rule: str) -> tuple[list[Source], list[Note]]:
+    """List the images of a folder, at most so many evenly spaced slices of a volume, with notes on what is left out."""
     files = {file for file in folder.rglob("*") if file.is_file() and not file.name.startswith(".")}
     try:
         refs = list_images(folder)
@@ -114,7 +99,7 @@ def list_sources(folder: Path, slices: int) -> tuple[list[Source], list[Note]]:
     others = sorted(files - {ref.path for ref in refs})
     notes = [Note(file.name, UNKNOWN) for file in others if not file.name.lower().endswith(COMPANIONS)]
     sources: list[Source] = []
-    for study, group in groupby(refs, key=_study):
+    for study, group in groupby(refs, key=lambda ref: dicom_header(ref).series or str(ref.path)):
         found = list(group)
         step = max(1, len(found) / slices)
         chosen = [found[int((number + 0.5) * step)] for number in range(min(slices, len(found)))]
@@ -122,30 +107,20 @@ def list_sources(folder: Path, slices: int) -> tuple[list[Source], list[Note]]:
             notes.append(Note(found[0].path.name, f"has {len(found)} slices, of which {len(chosen)} are taken."))
         for ref in chosen:
             number = "" if ref.frame is None else f", slice {ref.frame + 1}"
-            sources.append(Source(f"{ref.path.name}{number}", study, ref))
+            sources.append(Source(f"{ref.path.name}{number}", study, ref, rule))
     if len(sources) > MAX_IMAGES:
         text = f"are too many at once: the first {MAX_IMAGES} are taken. Drop the others after these; {NO_LIMIT}"
         notes.insert(0, Note(f"{len(sources)} images", text))
     return sources[:MAX_IMAGES], notes
 
 
-def _study(ref: ImageRef) -> str:
-    series = dicom_header(ref).series if ref.frame is None and is_dicom(ref.path) else ""
-    return series or str(ref.path)
-
-
 def read_source(source: Source) -> Tensor:
-    """Read an image ``(3, H, W)`` in [0, 1].
-
-    Raises:
-        UnreadableImageError: If the file holds no image, too large or too small a one, or one of a single colour.
-    """
-    image = read_image(source.ref)
+    """Read an image ``(3, H, W)`` in [0, 1]; an UnreadableImageError if it is damaged, too small or of one colour."""
+    image = read_image(source.ref, source.rule)
     height, width = image.shape[-2:]
     if min(height, width) < MIN_SIDE:
-        raise UnreadableImageError(
-            source.ref.path, f"{width} x {height} pixels are too few: {MIN_SIDE} a side at least"
-        )
+        reason = f"{width} x {height} pixels are too few: {MIN_SIDE} a side at least"
+        raise UnreadableImageError(source.ref.path, reason)
     if bool((image == image[:, :1, :1]).all()):
         raise UnreadableImageError(source.ref.path, "it shows a single colour")
     return image

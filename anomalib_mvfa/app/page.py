@@ -3,32 +3,40 @@
 
 """The page: its five steps from top to bottom, and what each button does."""
 
+import base64
 import errno
+import io
 import logging
 import shutil
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import numpy as np
+import pandas as pd
 import torch
-from PIL import Image
+from jinja2 import Environment, PackageLoader
+from PIL import Image, ImageOps
 
-from .fitting import Options
+from anomalib_mvfa.data.readers.intensity import CT_WINDOWS
+from anomalib_mvfa.deploy.live import Options, Progress
+from anomalib_mvfa.visualization import outlines, overlay
+
 from .intake import Note, read_source
-from .output import PIECES, TEMPLATES, figures, heated, image_tag, overlay, take_away, thumbnail
 from .session import EXAMPLES, Picture, Session
 
-__all__ = ["Page"]
+__all__ = ["Page", "take_away"]
 
 logger = logging.getLogger(__name__)
 
+TEMPLATES = Environment(
+    loader=PackageLoader("anomalib_mvfa.app", "."), autoescape=True, trim_blocks=True, keep_trailing_newline=True
+)
+PICTURED = 24
 CHOOSE = "element.addEventListener('choose', event => trigger('click', {index: event.detail}), true)"
-ABANDONED = 600
-"""Seconds after which an upload that no session has taken is deleted."""
 Values = dict[Any, Any]
 
 
@@ -42,6 +50,63 @@ def sentence(error: BaseException) -> str:
         return str(error)
     logger.error("%s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
     return f"This did not work ({type(error).__name__}). The terminal that runs the page shows where; the page goes on."
+
+
+def image_tag(image: Image.Image, text: str = "", side: int = 720) -> str:
+    """Return an ``img`` element that holds its image, its longest side at ``side`` pixels, with a description."""
+    file = io.BytesIO()
+    ImageOps.contain(image, (side, side), Image.Resampling.BICUBIC).save(file, "WEBP", quality=85)
+    return str(PIECES.image(base64.b64encode(file.getvalue()).decode(), text))
+
+
+def heated(view: Picture, threshold: float, strength: float) -> Image.Image:
+    """Return an image that is looked at with its :func:`overlay`."""
+    return overlay(Image.open(view.file).convert("RGB"), torch.from_numpy(view.map), threshold, strength)
+
+
+@lru_cache(maxsize=4096)
+def thumbnail(file: Path, mask: Path | None, rule: str) -> str:  # noqa: ARG001 - the file follows it
+    """Return a small ``img`` element of a file, with the outline of its mask."""
+    region = None if mask is None else torch.from_numpy(np.array(Image.open(mask)) > 127)
+    return image_tag(outlines(Image.open(file).convert("RGB"), region, None), side=128)
+
+
+TEMPLATES.globals["thumbnail"] = thumbnail
+PIECES: Any = TEMPLATES.get_template("pieces.html.jinja").module  # macros that return pieces of the page
+
+
+def take_away(session: Session, threshold: float, strength: float) -> Iterator[Progress | Path]:
+    """Write everything into a zip, and yield the progress, and at last the file; a ValueError without a model."""
+    trained = session.trained
+    if trained is None:
+        msg = "There is no model yet: train one in step 2."
+        raise ValueError(msg)
+    folder = session.folder / "results" / "anomalib-mvfa"
+    shutil.rmtree(folder.parent, ignore_errors=True)
+    (folder / "heatmaps").mkdir(parents=True)
+    yield Progress("Exporting the model", 0.0)
+    trained.save(folder)
+    shutil.copytree(session.folder / "supports", folder / "supports", dirs_exist_ok=True)
+    yield Progress("Drawing the heatmaps", 0.6)
+    rows = []
+    for number, study in enumerate(session.studies.values()):
+        for view in study:
+            area = float(np.mean(view.map > threshold))
+            rows.append((view.name, number, view.score, int(view.score > threshold), threshold, area))
+            heated(view, threshold, strength).save(folder / "heatmaps" / f"{len(rows):03d}.png")  # no name of a patient
+    table = pd.DataFrame(rows, columns=["path", "group", "score", "label", "threshold", "abnormal_area"])
+    table.to_csv(folder / "predictions.csv", index=False, float_format="%.8g")
+    views = [max(study, key=lambda view: view.score) for study in session.studies.values()]
+    values = {
+        "options": trained.options,
+        "threshold": threshold,
+        "figures": PIECES.figures(trained, session.scores(), threshold),
+        "pictures": [(view, image_tag(heated(view, threshold, 1.0), view.name, 240)) for view in views[:PICTURED]],
+    }
+    for name in ("index.html", "commands.sh"):
+        (folder / name).write_text(TEMPLATES.get_template(f"{name}.jinja").render(values), encoding="utf-8")
+    yield Progress("Packing", 0.9)
+    yield Path(shutil.make_archive(str(folder), "zip", folder))
 
 
 class Page:
@@ -63,9 +128,8 @@ class Page:
         if session := self.sessions.pop(request.session_hash, None):
             session.close()
             thumbnail.cache_clear()
-        kept = {session.folder for session in self.sessions.values()}
-        for path in set(self.root.iterdir()) - kept:
-            if not kept or time.time() - path.stat().st_mtime > ABANDONED:
+        if not self.sessions:  # uploads that no session has taken
+            for path in self.root.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def _lay_out(self, backbones: Sequence[str]) -> None:
@@ -73,14 +137,18 @@ class Page:
         gr.Markdown("# Find what is abnormal, with a few images to learn from\n## 1 Images to learn from")
         with gr.Row():
             self.examples = {key: gr.Button(f"Example: {name}") for key, name in EXAMPLES.items()}
-        self.class_name = gr.Textbox("object", label="What the images show", info="such as: brain MRI")
+        with gr.Row():
+            self.class_name = gr.Textbox("object", label="What the images show", info="such as: brain MRI")
+            rules = ["auto", *CT_WINDOWS]
+            self.rule = gr.Dropdown(rules, value="auto", label="Grey levels", info="window of CT images, else auto")
         with gr.Row():
             self.normal, self.abnormal = self._drop("Normal images"), self._drop("Abnormal images")
             self.masks = self._drop("Masks, named as their images; or paint them below")
         self.notes = gr.HTML(elem_id="notes")
-        self.normals, self.abnormals = self._gallery("normals"), self._gallery("abnormals")
+        gallery = partial(gr.HTML, js_on_load=CHOOSE, elem_classes="gallery")
+        self.normals, self.abnormals = gallery(elem_id="normals"), gallery(elem_id="abnormals")
         with gr.Group(visible=False) as self.chosen:
-            self.mask_editor = self._editor()
+            self.mask_editor, self.mask_box = self._editor()
             with gr.Row():
                 self.keep_mask, self.remove = gr.Button("Keep this mask"), gr.Button("Remove this image")
         gr.Markdown("## 2 Train")
@@ -99,7 +167,7 @@ class Page:
         self.progress = gr.HTML(elem_id="progress")
         gr.Markdown("## 3 Look")
         self.look = self._drop("Images to look at")
-        self.look_notes, self.studies = gr.HTML(elem_id="look_notes"), self._gallery("studies")
+        self.look_notes, self.studies = gr.HTML(elem_id="look_notes"), gallery(elem_id="studies")
         with gr.Column(visible=False) as self.result:
             self.verdict = gr.HTML(elem_id="verdict")
             with gr.Row():
@@ -112,7 +180,7 @@ class Page:
         with gr.Row():
             self.is_normal, self.paint = gr.Button("This is normal"), gr.Button("This is abnormal: paint it")
         with gr.Group(visible=False) as self.painting:
-            self.editor = self._editor()
+            self.editor, self.box = self._editor()
             self.is_abnormal = gr.Button("Learn from this mask")
         self.correct_notes = gr.HTML(elem_id="correct_notes")
         self.again = gr.Button("Train again", variant="primary")
@@ -131,17 +199,16 @@ class Page:
             return files, gr.UploadButton(f"Choose a folder of {what}", file_count="directory")
 
     @staticmethod
-    def _gallery(name: str) -> gr.HTML:
-        return gr.HTML(js_on_load=CHOOSE, elem_id=name, elem_classes="gallery")
-
-    @staticmethod
-    def _editor() -> gr.ImageEditor:
+    def _editor() -> tuple[gr.ImageEditor, list[gr.Number]]:
         brush = gr.Brush(default_size=12, colors=["#ff3c00"], color_mode="fixed")
         tools: dict[str, Any] = {"layers": False, "transforms": (), "sources": (), "buttons": [], "brush": brush}
-        return gr.ImageEditor(type="pil", label="Paint what is abnormal", interactive=True, **tools)
+        editor = gr.ImageEditor(type="pil", label="Paint what is abnormal", interactive=True, **tools)
+        with gr.Row():  # without a mouse
+            names = ("Left", "Top", "Width", "Height")
+            return editor, [gr.Number(0, minimum=0, maximum=100, label=f"{name} of a rectangle, %") for name in names]
 
     def _connect(self) -> None:
-        choices = [self.class_name, self.backbone, self.epochs, self.use_abnormal, self.seed, self.rate]
+        choices = [self.class_name, self.backbone, self.epochs, self.use_abnormal, self.seed, self.rate, self.rule]
         sliders = [self.threshold, self.strength, self.slice]
         parts = [part for part in vars(self).values() if isinstance(part, gr.blocks.Block) and part is not self.blocks]
         drops = [drop for pair in (self.normal, self.abnormal, self.masks, self.look) for drop in pair]
@@ -158,20 +225,21 @@ class Page:
             on(drop.upload, lambda session, values, drop=drop: self._dropped(session, values, drop), drop)
         for gallery in (self.normals, self.abnormals):
             on(gallery.click, self._choose_support)
-        for choice in choices:
+        for choice in choices[:-1]:
             on(choice.change, self._show_supports)
+        on(self.rule.input, self._set_rule)
         for slider in sliders:
             on(slider.input, self._show_result, trigger_mode="always_last")
         for button in (self.train, self.again):
             on(button.click, self._train)
         on(self.studies.click, self._choose_study)
-        on(self.keep_mask.click, self._keep_mask, self.mask_editor)
+        on(self.keep_mask.click, self._keep_mask, self.mask_editor, *self.mask_box)
         on(self.remove.click, self._remove)
-        on(self.stop.click, lambda session, _: session.stop() or {})
+        on(self.stop.click, lambda session, _: session.stopping.set() or {})
         on(self.compare.click, self._compare)
         on(self.is_normal.click, lambda *args: self._correct(*args, abnormal=False))
         on(self.paint.click, self._open_editor)
-        on(self.is_abnormal.click, lambda *args: self._correct(*args, abnormal=True), self.editor)
+        on(self.is_abnormal.click, lambda *args: self._correct(*args, abnormal=True), self.editor, *self.box)
         on(self.pack.click, self._pack)
 
     def _event(self, work: Callable[..., Any]) -> Callable[..., Iterator[Values]]:
@@ -196,25 +264,23 @@ class Page:
     def _options(self, values: Values) -> Options:
         name = "".join(letter for letter in values[self.class_name] if letter.isalnum() or letter in " -_").strip()
         parts = values[self.backbone], int(values[self.epochs]), values[self.use_abnormal], name or "object"
-        return Options(*parts, int(values[self.seed] or 0), values[self.rate] or 1e-3)
+        return Options(*parts, int(values[self.seed] or 0), values[self.rate] or 1e-3, values[self.rule])
 
     def _show_supports(self, session: Session, values: Values, notes: Sequence[Note] = ()) -> Values:
         options = self._options(values)
-        chosen = session.supports.index(session.support) if session.support in session.supports else None
-        entries: tuple[list[Any], list[Any]] = ([], [])
-        for number, one in enumerate(session.supports):
-            remark = ("with mask" if one.mask else "no mask") if one.abnormal else ""
-            entries[one.abnormal].append((number, thumbnail(one.file, one.mask), one.name, remark, False))
-        masked = sum(bool(one.mask) for one in session.supports)
-        counts = len(entries[0]), options.abnormal * len(entries[1]), options.abnormal * masked
+        chosen = session.support if session.support in session.supports else None
         return {
             self.notes: PIECES.notes(notes),
-            self.normals: PIECES.thumbnails(f"{len(entries[0])} normal", entries[0], chosen),
-            self.abnormals: PIECES.thumbnails(f"{len(entries[1])} abnormal", entries[1], chosen),
-            self.plan: PIECES.plan(*counts),
+            self.normals: PIECES.supports(session.supports, "normal", chosen),
+            self.abnormals: PIECES.supports(session.supports, "abnormal", chosen),
+            self.plan: PIECES.plan(session.supports, options),
             self.command: TEMPLATES.get_template("commands.sh.jinja").render(options=options),
             self.chosen: gr.Group(visible=chosen is not None),
         }
+
+    def _set_rule(self, session: Session, values: Values) -> Values:
+        session.set_rule(values[self.rule])
+        return self._show_supports(session, values) | self._show_studies(session, values)
 
     def _example(self, session: Session, values: Values, key: str) -> Values:
         session.add_examples(key)
@@ -226,7 +292,8 @@ class Page:
     def _dropped(self, session: Session, values: Values, drop: Any) -> Iterator[Values]:
         looking, notes = drop in self.look, list[Note]()
         part = self.look_notes if looking else self.notes
-        works = {self.normal: session.add_normal, self.abnormal: session.add_abnormal, self.masks: session.add_masks}
+        normal, abnormal = (partial(session.add_supports, abnormal=kind) for kind in (False, True))
+        works: Values = {self.normal: normal, self.abnormal: abnormal, self.masks: session.add_masks}
         work = next((work for pair, work in works.items() if drop in pair), session.look)
         for done, notes in work(values[drop] or []):
             yield {part: PIECES.notes(notes, f"{100 * done:.0f} % of the images are read.")}
@@ -241,7 +308,7 @@ class Page:
         return self._show_supports(session, values) | shown
 
     def _keep_mask(self, session: Session, values: Values) -> Values:
-        notes = session.set_mask(session.support, _painted(values[self.mask_editor]))
+        notes = session.set_mask(session.support, _painted(values, self.mask_editor, self.mask_box))
         return self._show_supports(session, values, notes or [Note(session.support.name, "has its mask.")])
 
     def _remove(self, session: Session, values: Values) -> Values:
@@ -279,31 +346,20 @@ class Page:
     def _show_result(self, session: Session, values: Values, winclip: Any = None) -> Values:
         """Show the image that is chosen at the threshold of the slider, and what that does to all others."""
         trained, threshold, strength = session.trained, values[self.threshold], values[self.strength]
-        entries = []
-        for number, views in enumerate(session.studies.values()):
-            view = max(views, key=lambda one: one.score)
-            alarm = view.score > threshold
-            remark = f"{'abnormal' if alarm else 'normal'}, {view.score:.2f}" if view.by else ""
-            entries.append((number, thumbnail(view.file), view.source.ref.path.name, remark, alarm))
-        chosen = list(session.studies).index(session.study)
-        studies = {self.studies: PIECES.thumbnails(f"{len(entries)} images", entries, chosen)}
+        studies = {self.studies: PIECES.studies(session.studies, session.study, threshold)}
         views = session.studies[session.study]
         session.slice = min(int(values[self.slice]), len(views)) - 1
         view = views[session.slice]
-        with Image.open(view.file) as opened:
-            image = opened.convert("RGB")
-        verdict, panels = PIECES.verdict(view, threshold), [("Image", image_tag(image, "Image"))]
-        if trained is None or view.by is None:
+        image = Image.open(view.file).convert("RGB")
+        panels = [("Image", image_tag(image, "Image"))]
+        verdict = PIECES.verdict(view, views, trained, threshold)
+        if view.by is None:
             return studies | {self.verdict: verdict, self.picture: PIECES.panels(panels)}
-        verdict += PIECES.scale(view.score, trained.normal_scores, trained.abnormal_scores, threshold)
-        if len(views) > 1:
-            verdict += PIECES.strip([one.score for one in views], threshold, session.slice)
         panels.append(("What is called abnormal is outlined", image_tag(heated(view, threshold, strength), "Heatmap")))
         if winclip is not None:
-            heat = image_tag(overlay(image, 0.5 * winclip, 0.5, strength), "Heatmap of WinCLIP")
+            heat = image_tag(overlay(image, torch.from_numpy(0.5 * winclip), 0.5, strength), "Heatmap of WinCLIP")
             panels.append(("WinCLIP, from its least to its largest value: it has no threshold", heat))
-        before = figures(*session.before, threshold) if session.before else None
-        table = PIECES.figures(figures(trained, session.scores(), threshold), before)
+        table = PIECES.figures(trained, session.scores(), threshold, *(session.before or ()))
         return studies | {self.verdict: verdict, self.picture: PIECES.panels(panels), self.figures: table}
 
     @staticmethod
@@ -324,7 +380,7 @@ class Page:
         return {self.editor: _background(self._view(session).file), self.painting: gr.Group(visible=True)}
 
     def _correct(self, session: Session, values: Values, *, abnormal: bool) -> Values:
-        mask = _painted(values[self.editor]) if abnormal else None
+        mask = _painted(values, self.editor, self.box) if abnormal else None
         notes = session.correct(self._view(session), abnormal=abnormal, mask=mask)
         return self._show_supports(session, values) | {self.correct_notes: PIECES.notes(notes)}
 
@@ -340,7 +396,12 @@ def _background(file: Path) -> dict[str, Any]:
     return {"background": str(file), "layers": [], "composite": None}
 
 
-def _painted(value: dict[str, Any] | None) -> torch.Tensor:
-    """Return the mask ``(H, W)`` that was painted in an editor."""
-    layers = [np.asarray(layer.convert("RGBA"))[..., 3] > 0 for layer in (value or {}).get("layers", ())]
-    return torch.from_numpy(np.any(layers, axis=0)) if layers else torch.zeros(1, 1, dtype=torch.bool)
+def _painted(values: Values, editor: Any, box: Sequence[Any]) -> torch.Tensor:
+    """Return the mask ``(H, W)`` of what was painted in an editor, and of the rectangle beside it."""
+    value = values[editor] or {}
+    size = value["background"].size if value.get("background") else (1, 1)
+    layers = [np.asarray(layer.convert("RGBA").resize(size, 0))[..., 3] > 0 for layer in value.get("layers", ())]
+    mask = np.any([np.zeros(size[::-1], bool), *layers], axis=0)
+    left, top, width, height = ((values[number] or 0) / 100 * size[axis % 2] for axis, number in enumerate(box))
+    mask[round(top) : round(top + height), round(left) : round(left + width)] = True
+    return torch.from_numpy(mask)

@@ -16,22 +16,20 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor, from_numpy
+from torch import Tensor
 
 from anomalib_mvfa.data.readers import ImageRef, UnreadableImageError, read_mask
-from anomalib_mvfa.demo.phantoms import TYPICAL, draw_phantom
+from anomalib_mvfa.data.splits import pixel_digest
+from anomalib_mvfa.demo.phantoms import write_phantoms
+from anomalib_mvfa.deploy.live import Options, Progress, Trained, fit
 
-from .fitting import Options, Progress, Trained, fit
-from .intake import Note, Source, digest, list_sources, read_source, save_pixels, unpack
+from .intake import Note, Source, list_sources, read_source, save_pixels, unpack
 
 __all__ = ["EXAMPLES", "Picture", "Session"]
 
-SUPPORT_SLICES = 8
-"""Slices of a volume that become supports; with a mask, those of them that it marks."""
-LOOK_SLICES = 128
+SUPPORT_SLICES, LOOK_SLICES = 8, 128  # of a volume, that become supports, or are looked at
 SHOTS, LOOKED_AT, EXAMPLE_SIZE = 4, 3, 224
 EXAMPLES = {"brain_mri": "brain MRI", "breast_ultrasound": "breast ultrasound", "chest_xray": "chest X-ray"}
-"""Generated images that are offered, with their name for the prompts."""
 
 Reading = Iterator[tuple[float, list[Note]]]
 
@@ -46,7 +44,7 @@ class Picture:
 
     source: Source
     file: Path
-    digest: str
+    digest: str | None  # of its pixels as stored
     abnormal: bool = False
     mask: Path | None = None
     by: Trained | None = None
@@ -65,6 +63,7 @@ class Session:
     def __init__(self, root: Path) -> None:
         self.folder = root / f"session-{secrets.token_hex(16)}"
         self.folder.mkdir(parents=True)
+        self.rule = "auto"
         self.supports: list[Picture] = []
         self.studies: dict[str, list[Picture]] = {}  # images that are looked at, by volume or series
         self.trained: Trained | None = None
@@ -73,22 +72,36 @@ class Session:
         self.study: Any = None
         self.slice = 0
         self._count = 0
-        self._stop = threading.Event()
+        self.stopping = threading.Event()
 
     def close(self) -> None:
         """Stop a training and delete all files."""
-        self.stop()
+        self.stopping.set()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _new(self, kind: str) -> Path:
         self._count += 1
         return self.folder / kind / f"{self._count:03d}"
 
+    @property
+    def views(self) -> list[Picture]:
+        """All images that are looked at."""
+        return [view for study in self.studies.values() for view in study]
+
+    def set_rule(self, rule: str) -> None:
+        """Read all images again by another intensity rule; an UnreadableImageError leaves everything as it was."""
+        again = [(one, one.source._replace(rule=rule)) for one in (*self.supports, *self.views)]
+        read = [read_source(source) for _, source in again]
+        for (one, source), image in zip(again, read, strict=True):
+            one.source, one.by = source, None
+            save_pixels(image, one.file)
+        self.rule = rule
+
     def _read(self, uploads: Sequence[str | Path], slices: int, work: Callable[[Source], list[Note]]) -> Reading:
         """Do something with each uploaded image, and yield the part that is done with notes on files left out."""
         folder = self._new("uploads")
         notes = unpack(uploads, folder)
-        sources, more = list_sources(folder, slices)
+        sources, more = list_sources(folder, slices, self.rule)
         notes += more
         for number, source in enumerate(sources):
             yield number / len(sources), notes
@@ -101,17 +114,13 @@ class Session:
 
     # Supports
 
-    def add_normal(self, uploads: Sequence[str | Path]) -> Reading:
-        """Add uploaded images to the normal supports."""
-        return self._read(uploads, SUPPORT_SLICES, partial(self._add, abnormal=False))
-
-    def add_abnormal(self, uploads: Sequence[str | Path]) -> Reading:
-        """Add uploaded images to the abnormal supports."""
-        return self._read(uploads, SUPPORT_SLICES, partial(self._add, abnormal=True))
+    def add_supports(self, uploads: Sequence[str | Path], *, abnormal: bool) -> Reading:
+        """Add uploaded images to the supports."""
+        return self._read(uploads, SUPPORT_SLICES, partial(self._add, abnormal=abnormal))
 
     def _add(self, source: Source, *, abnormal: bool, mask: Tensor | None = None) -> list[Note]:
         image = read_source(source)
-        key = digest(image)
+        key = pixel_digest(source.ref)
         for other in self.supports:
             if other.digest == key:
                 kind = "abnormal" if other.abnormal else "normal"
@@ -129,8 +138,8 @@ class Session:
         if mask.shape != (height, width):
             text = f"is {mask.shape[1]} x {mask.shape[0]} pixels, its image {width} x {height}: save it at that size."
             return [Note(name or support.name, text)]
-        name = f"{support.file.stem}_mask_{self._new('').name}.png"
-        support.mask = save_pixels(mask, support.file.with_name(name))
+        file = support.file.with_name(f"{support.file.stem}_mask_{self._new('').name}.png")
+        support.mask = save_pixels(mask, file)
         return []
 
     def add_masks(self, uploads: Sequence[str | Path]) -> Reading:
@@ -157,16 +166,18 @@ class Session:
 
     def add_examples(self, modality: str) -> None:
         """Add generated supports with masks, and generated images of both classes to look at."""
-        folder = self._new("uploads")
-        for number in range(2 * (SHOTS + LOOKED_AT)):
-            abnormal = bool(number % 2)
-            rng = np.random.default_rng((len(modality), number))
-            phantom = draw_phantom(modality, EXAMPLE_SIZE, TYPICAL[modality] if abnormal else None, rng, 0)
-            path = folder / f"{modality}_{'abnormal' if abnormal else 'normal'}_{number // 2 + 1}.png"
-            save_pixels(from_numpy(phantom.image).permute(2, 0, 1) / 255, path)
-            source = Source(path.name, str(path), ImageRef(path))
-            if number < 2 * SHOTS:
-                self._add(source, abnormal=abnormal, mask=from_numpy(phantom.mask) if abnormal else None)
+        counts = {"train": 0, "valid": SHOTS, "test": LOOKED_AT}
+        root = write_phantoms(self._new("uploads"), [modality], counts, EXAMPLE_SIZE)
+        for path in sorted(root.glob("*/*/*/img/*.png")):
+            part, label = path.parts[-4:-2]
+            number = int(path.stem) + 1 + SHOTS * (part == "test")
+            name = f"{modality}_{'normal' if label == 'good' else 'abnormal'}_{number}.png"
+            mask, path = path.parents[1] / "label" / path.name, path.rename(path.with_name(name))  # noqa: PLW2901
+            source = Source(name, str(path), ImageRef(path), self.rule)
+            if part == "valid":
+                self._add(source, abnormal=label != "good")
+                if label != "good":
+                    self.set_mask(self.supports[-1], read_mask(mask))
             else:
                 self._look_at(source)
 
@@ -179,35 +190,26 @@ class Session:
         return [*normal, *([one for one in abnormal if one.mask] or abnormal)]
 
     def train(self, options: Options) -> Iterator[Progress]:
-        """Train a model, and look at all images again; stopped, it leaves the model before it in place.
-
-        Raises:
-            ValueError: If there are fewer than two normal images.
-        """
+        """Train a model, and look at all images again; stopped, it leaves the model before it in place."""
         used = self.used_supports(options)
         count = sum(not one.abnormal for one in used)
         if count < 2:
             msg = f"Training needs at least two normal images, and there are {count}: add some in step 1."
             raise ValueError(msg)
-        self._stop = threading.Event()
+        self.stopping = threading.Event()
         folder = self._new("trainings")
         folder.mkdir(parents=True)
         lists = _write_lists(used, folder)
-        for step in fit(options, self.folder / "supports", lists, folder, self._stop):
+        for step in fit(options, self.folder / "supports", lists, folder, self.stopping):
             if isinstance(step, Progress):
                 yield step
                 continue
             if self.trained is not None:
                 self.before = self.trained, self.scores()
             self.trained = step
-        views = [view for study in self.studies.values() for view in study]
-        while stale := [view for view in views if view.by is not self.trained]:
-            yield Progress("Looking at the images again", 1 - len(stale) / len(views))
+        while stale := [view for view in self.views if view.by is not self.trained]:
+            yield Progress("Looking at the images again", 1 - len(stale) / len(self.views))
             self._predict(stale[0])
-
-    def stop(self) -> None:
-        """Stop a training that runs."""
-        self._stop.set()
 
     # Images that are looked at
 
@@ -217,8 +219,8 @@ class Session:
 
     def _look_at(self, source: Source) -> list[Note]:
         image = read_source(source)
-        key = digest(image)
-        if any(view.digest == key for study in self.studies.values() for view in study):
+        key = pixel_digest(source.ref)
+        if any(view.digest == key for view in self.views):
             return [Note(source.name, "is here already.")]
         view = Picture(source, save_pixels(image, self._new("looked-at").with_suffix(".png")), key)
         self._predict(view)

@@ -25,7 +25,7 @@ from .base import enumerate_some
 from .readers import ImageRef, read_pixels
 from .readers.files import stamp
 
-__all__ = ["drop_copies", "parse_pattern", "pattern_groups", "split_groups"]
+__all__ = ["drop_copies", "parse_pattern", "pattern_groups", "pixel_digest", "split_groups"]
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ def drop_copies(
     common = {sizes[ref] for ref in refs} & {sizes[ref] for ref in others}
     if None in sizes.values():  # which any other may equal
         common = set(sizes.values())
-    digests = {_digest(ref) for ref in others if sizes[ref] in common} - {None}
+    digests = {pixel_digest(ref) for ref in others if sizes[ref] in common} - {None}
     same = set(others)
     keep, copies, relatives = [], 0, 0
     for position, ref in enumerate(refs):
@@ -135,7 +135,7 @@ def drop_copies(
             continue
         if groups and samples["group"].iloc[position] in groups:
             relatives += 1
-        elif digests and sizes[ref] in common and _digest(ref) in digests:
+        elif digests and sizes[ref] in common and pixel_digest(ref) in digests:
             copies += 1
         else:
             keep.append(position)
@@ -159,7 +159,7 @@ def _size(ref: ImageRef) -> tuple[int, int] | None:
     return None
 
 
-def _digest(ref: ImageRef) -> str | None:
+def pixel_digest(ref: ImageRef) -> str | None:
     """Return a digest of the decoded pixels; ``None`` for an unreadable image and for one of a single colour."""
     with suppress(OSError, ValueError):
         return _pixel_digest(ref, stamp(ref.path))

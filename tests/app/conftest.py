@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from anomalib_mvfa.app.fitting import Options
 from anomalib_mvfa.app.session import Session
 from anomalib_mvfa.demo.phantoms import draw_phantom
+from anomalib_mvfa.deploy.live import Options
 
 SIZE = 112
 
@@ -40,7 +40,8 @@ def fill(session: Session, folder: Path, shots: int = 2) -> None:
         abnormal.append(folder / f"abnormal_{number}.png")
         mask = save_phantom(abnormal[-1], 100 + number, abnormal=True)
         masks.append(save_mask(folder / "masks" / abnormal[-1].name, mask))
-    for reading in (session.add_normal(normal), session.add_abnormal(abnormal), session.add_masks(masks)):
+    added = [session.add_supports(paths, abnormal=kind) for kind, paths in ((False, normal), (True, abnormal))]
+    for reading in (*added, session.add_masks(masks)):
         assert notes(reading) == []
 
 

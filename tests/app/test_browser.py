@@ -15,9 +15,10 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
+from PIL import Image
 
-from anomalib_mvfa.app import fitting
 from anomalib_mvfa.app.__main__ import serve
+from anomalib_mvfa.deploy import live
 
 from .conftest import save_mask, save_phantom
 
@@ -104,12 +105,13 @@ def test_five_steps_on_generated_images(visit, server, tmp_path):
     assert page.get_by_label("What the images show").input_value() == "brain MRI"
 
     # A mask that is painted takes the place of the generated one.
-    before = session.supports[1].mask
+    one = next(one for one in session.supports if one.abnormal)
+    before = one.mask
     page.locator("#abnormals button.thumb").first.click()
     paint(page, page.locator("canvas").first)
     page.get_by_role("button", name="Keep this mask").click()
     page.locator("#notes", has_text="has its mask").wait_for()
-    assert session.supports[1].mask != before
+    assert one.mask != before
 
     set_epochs(page, 1)
     train(page, "Train")
@@ -196,18 +198,18 @@ def test_two_people_see_their_own_images_and_leave_nothing(visit, server, tmp_pa
     one.locator("#normals button.thumb").nth(3).wait_for()
     one.get_by_role("button", name="Train", exact=True).click()
     one.locator("#progress", has_text="Training").wait_for()
-    assert fitting._ONE_AT_A_TIME.locked()
+    assert live._ONE_AT_A_TIME.locked()
     one.close()
     other.close()
     deadline = time.monotonic() + 20
-    while (fitting._ONE_AT_A_TIME.locked() or list(server.root.iterdir())) and time.monotonic() < deadline:
+    while (live._ONE_AT_A_TIME.locked() or list(server.root.iterdir())) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not fitting._ONE_AT_A_TIME.locked()
+    assert not live._ONE_AT_A_TIME.locked()
     assert list(server.root.iterdir()) == []
     assert server.sessions == {}
 
 
-def test_keyboard_trains_with_one_image_and_gets_a_sentence(visit, tmp_path):
+def test_keyboard_trains_chooses_and_marks(visit, server):
     page = visit()
     page.locator("#train").focus()
     page.keyboard.press("Enter")
@@ -222,6 +224,22 @@ def test_keyboard_trains_with_one_image_and_gets_a_sentence(visit, tmp_path):
     page.wait_for_function(
         "document.querySelectorAll('#studies button.thumb')[2].getAttribute('aria-pressed') === 'true'"
     )
+    # A rectangle is a mask that needs no mouse.
+    (session,) = server.sessions.values()
+    one = next(one for one in session.supports if one.abnormal)
+    one.mask = None
+    page.locator("#abnormals button.thumb").first.focus()
+    page.keyboard.press("Enter")
+    for name, value in zip(("Left", "Top", "Width", "Height"), ("25", "50", "20", "10"), strict=True):
+        page.get_by_label(f"{name} of a rectangle").first.focus()
+        page.keyboard.press("Control+A")
+        page.keyboard.type(value)
+    page.keyboard.press("Tab")
+    page.get_by_role("button", name="Keep this mask").focus()
+    page.keyboard.press("Enter")
+    page.locator("#notes", has_text="has its mask").wait_for()
+    with Image.open(one.mask) as mask:
+        assert mask.getbbox() == (56, 112, 101, 134)
     unnamed = page.evaluate(
         "[...document.querySelectorAll('button, input, textarea')].filter(e => e.checkVisibility() && "
         "!(e.innerText || e.ariaLabel || e.title || e.labels?.length || e.type === 'file')).map(e => e.outerHTML)"

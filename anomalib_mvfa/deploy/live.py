@@ -1,8 +1,9 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""A training that reports its progress and can be stopped, and the model that comes of it."""
+"""A training that reports its progress and can be stopped, for programs with a user who waits, and its model."""
 
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from anomalib.deploy import ExportType
 from anomalib.engine import Engine
 from lightning.pytorch import Callback, Trainer, seed_everything
 from numpy.typing import NDArray
@@ -49,6 +51,7 @@ class Options:
     class_name: str = "object"
     seed: int = 0
     learning_rate: float = 1e-3
+    intensity: str = "auto"
 
 
 class Trained:
@@ -61,7 +64,8 @@ class Trained:
         # A normal support is compared with the bank of the others, so that its score is that of a new image.
         with torch.inference_mode():
             output: Any = model.model.remember(self.support)
-            scores: Any = model.post_processor(model.model.fuse(output.language, output.memory)).pred_score
+            post_processor: Any = model.post_processor
+            scores = post_processor(model.model.fuse(output.language, output.memory)).pred_score
         self.normal_scores: list[float] = scores[~output.labels].tolist()
         self.abnormal_scores: list[float] = scores[output.labels].tolist() if options.abnormal else []
 
@@ -70,6 +74,16 @@ class Trained:
         with torch.inference_mode():
             batch = self.model(image[None].to(self.model.device))
         return float(batch.pred_score), batch.anomaly_map.squeeze().float().cpu().numpy()
+
+    def save(self, folder: Path) -> None:
+        """Write checkpoint, adapters, the graph for OpenVINO and the lists of the supports."""
+        shutil.copyfile(self.checkpoint, folder / "model.ckpt")
+        self.model.save_adapters(folder / "adapters.safetensors")
+        (folder / "supports").mkdir()
+        for name in ("supports.csv", "supports.txt"):
+            shutil.copyfile(self.folder / name, folder / "supports" / name)
+        engine = Engine(default_root_dir=self.folder / "export", logger=False)
+        engine.export(MVFA(self.options.backbone), ExportType.OPENVINO, folder / "openvino", ckpt_path=self.checkpoint)
 
     def winclip_map(self, image: Tensor) -> NDArray[np.float32]:
         """Compute the map ``(h, w)`` of WinCLIP on the same backbone, prompts and normal supports.
@@ -136,8 +150,9 @@ def fit(
 
 
 def _train(options: Options, images: Path, lists: tuple[Path, Path], folder: Path, watch: _Watch) -> Trained:
-    seed_everything(options.seed, verbose=False)
-    data = FewShot(MedicalFolder(images, image_list=lists[0], num_workers=0), support_list=lists[1], train_batch_size=4)
+    seed_everything(options.seed, workers=True, verbose=False)
+    source = MedicalFolder(images, image_list=lists[0], intensity=options.intensity, num_workers=0)
+    data = FewShot(source, support_list=lists[1], train_batch_size=4)
     model = MVFA(options.backbone, class_name=options.class_name, learning_rate=options.learning_rate, threshold="fpr")
     engine = Engine(default_root_dir=folder, max_epochs=options.epochs, callbacks=[watch], **QUIET)
     engine.fit(model, datamodule=data)
