@@ -52,12 +52,12 @@ def main() -> None:
     model = MVFAModel(options.backbone, pretrained="random", class_name="Brain").eval()
     images = torch.rand(1, 3, *model.image_size)
     patches = model.tower.grid_size[0] * model.tower.grid_size[1]
-    queries = torch.randn(1, patches, model.tower.text_width)
+    queries = torch.randn(1, patches, model.backbone.model["embed_dim"])
     variants = {"forward": lambda: model.hidden_tokens(images)}
     for shot in SHOTS:
         for share in SHARES:
             count = max(1, int(11 * shot * (patches + 1) * share))
-            bank = functional.normalize(torch.randn(count, model.tower.text_width), dim=-1)
+            bank = functional.normalize(torch.randn(count, model.backbone.model["embed_dim"]), dim=-1)
             variants[f"{shot}, {share}"] = lambda bank=bank: bank_distance(queries, bank)  # type: ignore[misc]
     seconds = side_by_side(variants, options.repeats)
     levels = len(model.levels)

@@ -70,7 +70,7 @@ def build(options: argparse.Namespace, levels: str | None = None, coreset: float
     model = mvfa.model.to(options.device)
     images, patches = 11 * options.k_shot, model.tower.grid_size[0] * model.tower.grid_size[1]
     model.memory.remember(
-        [torch.randn(images, 1 + patches, model.tower.text_width, device=options.device) for _ in model.levels]
+        [torch.randn(images, 1 + patches, model.backbone.model["embed_dim"], device=options.device) for _ in model.levels]
     )
     return mvfa
 
