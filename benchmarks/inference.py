@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from anomalib_mvfa import MVFA, AdapterSets, MVFAModel
 from anomalib_mvfa.baselines.win_clip import WinClipAny
+from anomalib_mvfa.training.calibration import Calibration
 from benchmarks.timing import machine, make_parser, peak_memory_mb, side_by_side, write_results
 
 CALIBRATION_IMAGES = 8
@@ -67,10 +68,14 @@ def build(options: argparse.Namespace, levels: str | None = None, coreset: float
     """Build a model with random adapters, and a bank of the size that eleven versions of each support make."""
     mvfa = MVFA(options.backbone, "random", class_name="Brain", levels=levels, coreset=coreset, visualizer=False).eval()
     mvfa.configure_model()
+    mvfa.trained, mvfa.calibration = True, Calibration(bank_holds=True, thresholds_hold=True)  # random, but exportable
     model = mvfa.model.to(options.device)
     images, patches = 11 * options.k_shot, model.tower.grid_size[0] * model.tower.grid_size[1]
     model.memory.remember(
-        [torch.randn(images, 1 + patches, model.backbone.model["embed_dim"], device=options.device) for _ in model.levels]
+        [
+            torch.randn(images, 1 + patches, model.backbone.model["embed_dim"], device=options.device)
+            for _ in model.levels
+        ]
     )
     return mvfa
 

@@ -28,11 +28,12 @@ def test_training_steps_are_timed(variant):
     assert found["peak_mb"] > 100
 
 
-def test_the_share_of_the_search_grows_with_the_bank(tmp_path, monkeypatch):
+def test_the_search_is_timed_for_each_size_of_the_bank(tmp_path, monkeypatch):
     monkeypatch.setattr(bank, "SHOTS", (1, 16))
-    monkeypatch.setattr(bank, "SHARES", (1.0,))
+    monkeypatch.setattr(bank, "SHARES", (1.0, 0.1))
     output = tmp_path / "bank.json"
     monkeypatch.setattr("sys.argv", ["bank", "--backbone", "tiny", "--repeats", "2", "--output", str(output)])
     bank.main()
     shares = json.loads(output.read_text(encoding="utf-8"))["share"]
-    assert 0 < shares["1, 1.0"] < shares["16, 1.0"]
+    assert shares.keys() == {"1, 1.0", "1, 0.1", "16, 1.0", "16, 0.1"}
+    assert min(shares.values()) > 0
