@@ -440,3 +440,97 @@ def test_test_images_that_differ_between_numbers_of_supports_are_refused(monkeyp
     assert common.test_data.samples.image_path.tolist() == ["a", "b"]
     with pytest.raises(RuntimeError, match="test images of s differ"):
         runner._episode(SimpleNamespace(comparison=comparison, set="s", seed=0, method="MVFA", k_shot=1), made)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """What MVFA is built, trained and tested with, without doing so."""
+    calls = SimpleNamespace(built=[], fitted=[], tested=[], sources=[])
+    monkeypatch.setattr(methods, "MVFA", lambda **given: calls.built.append(given) or "model")
+    monkeypatch.setattr(methods, "LeaveOneOut", lambda **given: calls.sources.append(given) or "other sets")
+    monkeypatch.setattr(
+        methods, "_fit", lambda spec, model, options, datamodule: calls.fitted.append(datamodule) or 0.5
+    )
+
+    def engine(spec, options):
+        return SimpleNamespace(test=lambda model, **given: calls.tested.append((model, options, given)))
+
+    monkeypatch.setattr(methods, "_engine", engine)
+    return calls
+
+
+def episode():
+    support = SimpleNamespace(num_normal=2, num_abnormal=0, images=SimpleNamespace(samples=pd.DataFrame()))
+    samples = pd.DataFrame({"image_path": ["a.png", "b.png"], "label_index": [0, 0]})
+    support.samples = samples
+    return SimpleNamespace(
+        train_data=support, category="Brain", class_name="Brain", seed=7, train_batch_size=None, trainer="trainer"
+    )
+
+
+def spec_of(method, **arguments):
+    grid = SimpleNamespace(tower={"backbone": "tiny"}, epochs=3, accelerator="cpu")
+    return SimpleNamespace(method=method, arguments=arguments, comparison=grid, set="Brain", k_shot=2, seed=7)
+
+
+@pytest.mark.parametrize("given", [{}, {"train_batch_size": 4}])
+def test_mvfa_trains_in_batches_of_one_unless_told_otherwise(recorded, given):
+    data = episode()
+    methods._mvfa(spec_of("MVFA"), dict(given), data)
+    assert data.train_batch_size == given.get("train_batch_size", 1)
+    assert "train_batch_size" not in recorded.built[0]
+    assert recorded.fitted == [data]
+
+
+@pytest.mark.parametrize("rate", [None, 0.01])
+def test_zero_shot_learns_from_the_other_sets_at_the_published_rate(recorded, rate):
+    own = {"data": {"root": "DATA"}, **({"learning_rate": rate} if rate else {})}
+    methods._mvfa(spec_of("MVFA (zero-shot)"), own, episode())
+    assert recorded.sources == [{"target": "Brain", "seed": 7, "root": "DATA"}]
+    assert recorded.fitted == ["other sets"]
+    assert recorded.built[0]["learning_rate"] == (rate or 1e-4)
+    assert recorded.built[0]["memory"] is False
+
+
+@pytest.mark.parametrize(
+    ("given", "tests"),
+    [({}, 0), ({"fusion_scale": "test"}, 1), ({"fusion_scale": "test", "memory": False}, 0)],
+)
+def test_ranges_of_the_test_set_need_one_batch_of_a_test(recorded, given, tests):
+    data = episode()
+    methods._mvfa(spec_of("MVFA"), dict(given), data)
+    expected = ("model", {"limit_test_batches": 1}, {"datamodule": data, "verbose": False})
+    assert recorded.tested == [expected] * tests
+    assert data.trainer == (None if tests else "trainer")
+
+
+def test_draws_take_the_place_of_the_seeds(config):
+    lists = {"support_list": "LISTS/{set}/{draw}.txt", "draws": ["first", "second", "third"], "k_shot": [2]}
+    grid = Comparison.from_config({**config, **lists})
+    assert grid.seeds == (0, 1, 2)
+
+
+def test_the_threshold_of_the_greatest_dice_is_found_among_all():
+    rng = np.random.default_rng(5)
+    masks = rng.random((3, 9, 9)) < 0.2
+    maps = np.round(rng.random((3, 9, 9)) + 0.5 * masks, 2).astype(np.float32)
+    pixels = runner._Pixels()
+    pixels.update(torch.from_numpy(maps), torch.from_numpy(masks))
+    found = {float(t): 2 * (masks & (maps >= t)).sum() / (masks.sum() + (maps >= t).sum()) for t in np.unique(maps)}
+    assert found[pixels.best_threshold()] == max(found.values())
+
+
+def test_times_are_milliseconds_an_image_without_the_first_batch(config, monkeypatch):
+    clock = iter(np.cumsum([0, 9, *[0, 0.5] * 50]))
+    monkeypatch.setattr(runner.time, "perf_counter", lambda: float(next(clock)))
+    config["methods"] = {"mean brightness": {}}
+    config["sets"]["disks"]["init_args"]["eval_batch_size"] = 2
+    run_comparison(Comparison.from_config(config))
+    cost = cells(config)["disks-mean-brightness-k0-seed0"]["cost"]
+    assert cost["predict_ms"] == pytest.approx(500 / 2)
+
+
+def test_the_processor_is_named(monkeypatch):
+    monkeypatch.setattr(runner.Path, "read_text", lambda *_, **__: "processor : 0\nmodel name : Fast One\n")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert runner._machine() == "Fast One, 3 threads"
