@@ -86,7 +86,7 @@ def take_away(session: Session, threshold: float, strength: float) -> Iterator[P
     (folder / "heatmaps").mkdir(parents=True)
     yield Progress("Exporting the model", 0.0)
     trained.save(folder)
-    shutil.copytree(session.folder / "supports", folder / "supports", dirs_exist_ok=True)
+    shutil.copytree(trained.folder / "supports", folder / "supports", dirs_exist_ok=True)
     yield Progress("Drawing the heatmaps", 0.6)
     rows = []
     for number, study in enumerate(session.studies.values()):
@@ -370,11 +370,10 @@ class Page:
         return session.studies[session.study][session.slice]
 
     def _compare(self, session: Session, values: Values) -> Values:
-        view = self._view(session)
         if session.trained is None:
             msg = "Train a model in step 2 first: WinCLIP takes its backbone and its normal supports."
             raise ValueError(msg)
-        return self._show_result(session, values, session.trained.winclip_map(read_source(view.source)))
+        return self._show_result(session, values, session.trained.winclip_map(read_source(self._view(session).source)))
 
     def _open_editor(self, session: Session, _: Values) -> Values:
         return {self.editor: _background(self._view(session).file), self.painting: gr.Group(visible=True)}

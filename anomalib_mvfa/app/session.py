@@ -198,14 +198,15 @@ class Session:
             raise ValueError(msg)
         self.stopping = threading.Event()
         folder = self._new("trainings")
-        folder.mkdir(parents=True)
-        lists = _write_lists(used, folder)
-        for step in fit(options, self.folder / "supports", lists, folder, self.stopping):
+        images = folder / "supports"  # copies, since a support may be removed or read by another rule meanwhile
+        images.mkdir(parents=True)
+        for file in {file for one in used for file in (one.file, one.mask) if file}:
+            shutil.copy(file, images)
+        for step in fit(options, images, _write_lists(used, folder), folder, self.stopping):
             if isinstance(step, Progress):
                 yield step
                 continue
-            if self.trained is not None:
-                self.before = self.trained, self.scores()
+            self.before = (self.trained, self.scores()) if self.trained else None
             self.trained = step
         while stale := [view for view in self.views if view.by is not self.trained]:
             yield Progress("Looking at the images again", 1 - len(stale) / len(self.views))

@@ -390,7 +390,10 @@ def test_results_hold_what_repeats_them_and_no_path_of_the_session(trained, tmp_
     notes(trained.look([tmp_path / "look_at_me.png", tmp_path / "abnormal_support.png"]))
     threshold = max(trained.scores().values())  # nothing is above it, but some images are above one half
     assert 0.5 < threshold < 1
+    gone = trained.folder / "supports" / "gone.png"  # a support that was removed before the training
+    shutil.copyfile(trained.supports[0].file, gone)
     *steps, path = page.take_away(trained, threshold, strength=0.5)
+    gone.unlink()
     assert all(isinstance(step, Progress) for step in steps)
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
@@ -405,7 +408,8 @@ def test_results_hold_what_repeats_them_and_no_path_of_the_session(trained, tmp_
     assert table.threshold.tolist() == pytest.approx([threshold] * len(views))
     assert table.label.tolist() == [0] * len(views)
     assert len([name for name in names if name.startswith("heatmaps/") and name.endswith(".png")]) == len(views)
-    assert {f"supports/{name}" for column in ("path", "mask") for name in supports[column] if name} <= set(names)
+    used = {f"supports/{name}" for column in ("path", "mask") for name in supports[column] if name}
+    assert used == {name for name in names if name.startswith("supports/") and name.endswith(".png")}
     assert not any(str(trained.folder) in page or trained.folder.name in page for page in pages)
     assert "Not for clinical use" in pages[0]
     # The first command gives the adapters of the page.
