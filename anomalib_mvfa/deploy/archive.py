@@ -66,6 +66,8 @@ OBJECT_STORE = 2**30
 """Bytes in which a local cluster keeps images between readers and predictors."""
 BLOCK = 2**24
 """Bytes of images that are handed on together."""
+LONGEST_FOLDER = 28
+"""Characters of the folder for temporary files, in which names of sockets have room."""
 
 
 class Counts(NamedTuple):
@@ -376,6 +378,7 @@ def _cluster(resources: Resources) -> Iterator[Any]:
     if resources.address is None:  # its processes listen on loopback, as they do by default elsewhere than on Linux
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(16))  # Ray would keep one in the home folder
     try:
         import ray
     except ImportError as error:
@@ -396,7 +399,8 @@ def _cluster(resources: Resources) -> Iterator[Any]:
             ray.init(resources.address, **common)
             yield ray.data
             return
-        with tempfile.TemporaryDirectory(prefix="anomalib-mvfa-", ignore_cleanup_errors=True) as folder:
+        short = None if len(tempfile.gettempdir()) < LONGEST_FOLDER else "/tmp"  # noqa: S108 - a private folder in it
+        with tempfile.TemporaryDirectory("", "mvfa-", short, ignore_cleanup_errors=True) as folder:
             os.environ["TMPDIR"] = folder  # of the workers
             cpus = resources.workers * resources.threads + (resources.readers or resources.workers)
             local: dict[str, Any] = {

@@ -7,15 +7,22 @@ import csv
 import errno
 import logging
 import os
+import shlex
+import shutil
 import signal
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from anomalib.engine import Engine
 from PIL import Image
 
@@ -23,13 +30,14 @@ from anomalib_mvfa import MVFA
 from anomalib_mvfa.data import FewShot, MedicalFolder
 from anomalib_mvfa.data.readers import UnreadableImageError, read_volume
 from anomalib_mvfa.deploy import archive
-from anomalib_mvfa.deploy.archive import Counts, Resources, main, predict_archive
-from anomalib_mvfa.deploy.archive_files import Isolated, ReadOptions, list_files, pack
+from anomalib_mvfa.deploy.archive import Counts, Resources, predict_archive
+from anomalib_mvfa.deploy.archive_files import Isolated, pack
 
 ray = pytest.importorskip("ray")
 nibabel = pytest.importorskip("nibabel")
 pydicom = pytest.importorskip("pydicom")
 psutil = pytest.importorskip("psutil")
+pa = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
 
 IMAGES = 200
@@ -46,6 +54,7 @@ def faulty(file, *arguments, **options):
         os.kill(os.getpid(), signal.SIGSEGV)
     if "endless" in str(file):
         time.sleep(3600)
+    time.sleep(0.02)
     return real(file, *arguments, **options)
 
 PIL.Image.open = faulty
@@ -193,7 +202,9 @@ def test_heatmaps_are_written_only_where_asked_and_above_a_score(source, model, 
     assert 0 < len(drawn) < IMAGES
     maps = read_volume(folder / "ct.nii.gz_anomaly.nii.gz")[0]
     assert {index for index in range(5) if maps[..., index].any()} == slices
-    assert np.array_equal(nibabel.load(folder / "ct.nii.gz_anomaly.nii.gz").affine, nibabel.load(source / "ct.nii.gz").affine)
+    assert np.array_equal(
+        nibabel.load(folder / "ct.nii.gz_anomaly.nii.gz").affine, nibabel.load(source / "ct.nii.gz").affine
+    )
 
 
 def test_lists_and_object_stores_have_the_rows_of_the_folder(source, model, expected, tmp_path):
@@ -202,7 +213,7 @@ def test_lists_and_object_stores_have_the_rows_of_the_folder(source, model, expe
     table["path"] += table["path"][:5]  # twice: one row each
     table["group"] += table["group"][:5]
     listed = tmp_path / "list.parquet"
-    parquet.write_table(archive_table(table), listed)
+    parquet.write_table(pa.table(table), listed)
     predict_here(listed, tmp_path / "listed", model)
     rows = rows_of(tmp_path / "listed")
     assert rows.keys() == expected.keys()
@@ -211,12 +222,6 @@ def test_lists_and_object_stores_have_the_rows_of_the_folder(source, model, expe
     predict_here(f"file://{source}", tmp_path / "stored", model)
     stored = {path.removeprefix("file://"): row for path, row in rows_of(tmp_path / "stored").items()}
     assert_equal(stored, expected)
-
-
-def archive_table(columns):
-    import pyarrow
-
-    return pyarrow.table(columns)
 
 
 def test_csv_list_names_missing_files_in_their_rows(source, model, tmp_path):
@@ -244,9 +249,9 @@ def test_archive_of_other_options_or_in_use_is_refused(source, model, tmp_path):
     with pytest.raises(ValueError, match="another value of heatmaps, intensity"):
         predict_here(folder, tmp_path, model, heatmaps=0.5, intensity="percentile")
     digest = archive._model_facts(model)[2]
-    with archive._archive(tmp_path / "new", {"model": digest}), pytest.raises(ValueError, match="Another run"):
-        with archive._archive(tmp_path / "new", {"model": digest}):
-            pass
+    new = tmp_path / "new", {"model": digest}
+    with archive._archive(*new), pytest.raises(ValueError, match="Another run"), archive._archive(*new):
+        pass
     assert predict_here(folder, tmp_path, model) == Counts()
 
 
@@ -265,6 +270,140 @@ def endless(folder):
 
 def large(folder):
     return np.ones(2 * 2**30)
+
+
+def test_command_is_reached_by_nobody_and_leaves_and_logs_nothing_of_patients(source, model, tmp_path, request):
+    work, out, scratch = tmp_path / "work", tmp_path / "out", Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))  # short
+    request.addfinalizer(lambda: shutil.rmtree(scratch))
+    work.mkdir()
+    command = [sys.executable, "-W", "ignore", "-m", "anomalib_mvfa.deploy.archive", str(source / "mr1"), str(out)]
+    environment = {**os.environ, "TMPDIR": str(scratch), "HOME": str(work), "MPLCONFIGDIR": str(tmp_path)}
+    with (tmp_path / "log").open("w") as log:
+        run = subprocess.Popen(
+            [*command, "--model", str(model)], cwd=work, env=environment, stdout=log, stderr=subprocess.STDOUT
+        )
+        listening, logs = set(), b""
+        while run.poll() is None:
+            with suppress(psutil.Error):
+                for process in psutil.Process(run.pid).children(recursive=True):
+                    with suppress(psutil.Error):
+                        sockets = process.net_connections("inet")
+                        listening |= {socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN}
+            for path in scratch.rglob("logs/**/*"):
+                with suppress(OSError):
+                    logs += path.read_bytes() if path.is_file() else b""
+            time.sleep(0.3)
+    said = (tmp_path / "log").read_bytes()
+    assert run.returncode == 0, said.decode()
+    assert listening
+    assert {ip.removeprefix("::ffff:") for ip in listening} == {"127.0.0.1"}
+    assert b"2 images added, 0 of them unreadable" in said
+    assert len(rows_of(out)) == 2
+    assert b"_Reader" in logs
+    written = b"".join(path.read_bytes() for path in out.rglob("*") if path.is_file())
+    assert not any(part in written + said + logs for part in (b"Zweifelsohne", b"Amalthea", b"QX-4711"))
+    left = [path for folder in (work, scratch) for path in folder.rglob("*") if path.is_file()]
+    assert not left
+
+
+POD = {
+    "type": "object",
+    "required": ["containers", "volumes"],
+    "additionalProperties": False,
+    "properties": {
+        "restartPolicy": {"enum": ["Always", "OnFailure", "Never"]},
+        "automountServiceAccountToken": {"type": "boolean"},
+        "volumes": {"type": "array", "items": {"type": "object", "required": ["name"]}},
+        "containers": {
+            "type": "array",
+            "minItems": 1,
+            "items": {
+                "type": "object",
+                "required": ["name", "image"],
+                "additionalProperties": False,
+                "properties": {
+                    "name": {"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"},
+                    "image": {"type": "string"},
+                    "env": {"type": "array", "items": {"properties": {"value": {"type": "string"}}}},
+                    "resources": {"type": "object"},
+                    "volumeMounts": {"type": "array", "items": {"required": ["name", "mountPath"]}},
+                },
+            },
+        },
+    },
+}
+GROUP = {
+    "rayStartParams": {"type": "object", "additionalProperties": {"type": "string"}},  # numbers are refused
+    "template": {"type": "object", "required": ["spec"], "properties": {"spec": POD}},
+}
+WORKERS = {
+    **GROUP,
+    "groupName": {"type": "string"},
+    **{name: {"type": "integer", "minimum": 0} for name in ("replicas", "minReplicas", "maxReplicas")},
+}
+# The fields of RayJob (ray.io/v1) that the manifest uses, as KubeRay's reference describes them.
+RAY_JOB = {
+    "type": "object",
+    "required": ["apiVersion", "kind", "metadata", "spec"],
+    "additionalProperties": False,
+    "properties": {
+        "apiVersion": {"const": "ray.io/v1"},
+        "kind": {"const": "RayJob"},
+        "metadata": {"type": "object"},
+        "spec": {
+            "type": "object",
+            "required": ["entrypoint", "rayClusterSpec"],
+            "additionalProperties": False,
+            "properties": {
+                "entrypoint": {"type": "string"},
+                "submissionMode": {"enum": ["K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"]},
+                "shutdownAfterJobFinishes": {"type": "boolean"},
+                "rayClusterSpec": {
+                    "type": "object",
+                    "required": ["headGroupSpec"],
+                    "additionalProperties": False,
+                    "properties": {
+                        "headGroupSpec": {
+                            "type": "object",
+                            "required": ["template"],
+                            "additionalProperties": False,
+                            "properties": GROUP,
+                        },
+                        "workerGroupSpecs": {
+                            "type": "array",
+                            "items": {
+                                "type": "object",
+                                "required": ["groupName", "template"],
+                                "additionalProperties": False,
+                                "properties": WORKERS,
+                            },
+                        },
+                    },
+                },
+            },
+        },
+    },
+}
+
+
+def test_manifest_fits_the_fields_of_a_ray_job_and_its_command_the_options():
+    jsonschema = pytest.importorskip("jsonschema")
+    job = yaml.safe_load((Path(__file__).parents[2] / "examples" / "rayjob.yaml").read_text(encoding="utf-8"))
+    jsonschema.validate(job, RAY_JOB)
+    cluster = job["spec"]["rayClusterSpec"]
+    head, workers = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
+    for group in (head, *workers):
+        pod = group["template"]["spec"]
+        volumes = {volume["name"] for volume in pod["volumes"]}
+        assert all(mount["name"] in volumes for container in pod["containers"] for mount in container["volumeMounts"])
+        assert all(container["env"][0]["value"] == "0" for container in pod["containers"])
+    assert head["rayStartParams"]["dashboard-host"] == "127.0.0.1"
+    assert head["template"]["spec"]["restartPolicy"] == "Never"  # which SidecarMode requires
+    module, *arguments = shlex.split(job["spec"]["entrypoint"].removeprefix("python -m "))
+    assert module == archive.__name__
+    options = archive._arguments().parse_args(arguments)
+    cpus = sum(int(group["rayStartParams"]["num-cpus"]) * group["replicas"] for group in workers)
+    assert cpus == options.workers * options.threads + options.readers
 
 
 @pytest.fixture(scope="module")
@@ -290,8 +429,11 @@ def cluster(tmp_path_factory):
 
 
 def workers_named(stage):
-    children = psutil.Process().children(recursive=True)
-    return [process for process in children if stage in process.name() or stage in " ".join(process.cmdline()[:1])]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            found += [process] if stage in " ".join(process.cmdline()) else []
+    return found
 
 
 def wait_for(condition, seconds=120):
@@ -309,10 +451,11 @@ def test_every_image_has_one_row_although_disk_workers_files_and_a_machine_fail(
     for path in faulty:
         path.write_bytes((source / "wide.png").read_bytes())
     monkeypatch.setattr(archive, "PART_ROWS", 30)
-    resources = Resources(workers=2, readers=2, batch=8)
-    predict = lambda: predict_archive(  # noqa: E731
-        str(source), tmp_path, model.with_suffix(".xml"), resources=resources, seconds=3
-    )
+    monkeypatch.setattr(archive, "BLOCK", 2**18)
+
+    def predict(workers):
+        resources = Resources(workers=workers, readers=workers, batch=8)
+        return predict_archive(str(source), tmp_path, model.with_suffix(".xml"), resources=resources, seconds=3)
 
     write = parquet.write_table
     written = []
@@ -327,7 +470,7 @@ def test_every_image_has_one_row_although_disk_workers_files_and_a_machine_fail(
     monkeypatch.setattr(parquet, "write_table", full)
     try:
         with pytest.raises(OSError, match="No space left"):
-            predict()
+            predict(1)
         assert len(list((tmp_path / "parts").iterdir())) == 2  # no half of a third
         before = {path: path.read_bytes() for path in (tmp_path / "parts").iterdir()}
         monkeypatch.setattr(parquet, "write_table", write)
@@ -344,7 +487,7 @@ def test_every_image_has_one_row_although_disk_workers_files_and_a_machine_fail(
         thread = threading.Thread(target=disturb)
         thread.start()
         caplog.set_level(logging.INFO)
-        counts = predict()
+        counts = predict(2)
         thread.join()
         assert disturbed
     finally:
