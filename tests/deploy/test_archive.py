@@ -292,7 +292,7 @@ def test_command_is_reached_by_nobody_and_leaves_and_logs_nothing_of_patients(so
             for path in scratch.rglob("logs/**/*"):
                 with suppress(OSError):
                     logs += path.read_bytes() if path.is_file() else b""
-            time.sleep(0.3)
+            time.sleep(1)
     said = (tmp_path / "log").read_bytes()
     assert run.returncode == 0, said.decode()
     assert listening
