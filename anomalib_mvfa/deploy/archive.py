@@ -18,9 +18,10 @@ import os
 import secrets
 import signal
 import tempfile
+import threading
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from io import BytesIO
@@ -394,25 +395,26 @@ def _cluster(resources: Resources) -> Iterator[Any]:
         yield ray.data
         return
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    try:
+    with ExitStack() as stack:
+        stack.callback(ray.shutdown)
         if resources.address is not None:
             ray.init(resources.address, **common)
-            yield ray.data
-            return
-        short = None if len(tempfile.gettempdir()) < LONGEST_FOLDER else "/tmp"  # noqa: S108 - a private folder in it
-        with tempfile.TemporaryDirectory("", "mvfa-", short, ignore_cleanup_errors=True) as folder:
-            os.environ["TMPDIR"] = folder  # of the workers
+        else:
+            short = None if len(tempfile.gettempdir()) < LONGEST_FOLDER else "/tmp"  # noqa: S108 - a private folder in it
+            private = tempfile.TemporaryDirectory("", "mvfa-", short, ignore_cleanup_errors=True)
+            folder = os.environ["TMPDIR"] = stack.enter_context(private)  # also that of the workers
+            stack.callback(ray.shutdown)  # before its files are removed
             cpus = resources.workers * resources.threads + (resources.readers or resources.workers)
-            local: dict[str, Any] = {
-                "include_dashboard": False,
-                "_temp_dir": folder,
-                "object_store_memory": OBJECT_STORE,
-            }
-            ray.init(num_cpus=cpus, **local, **common)
-            yield ray.data
-            ray.shutdown()
-    finally:
-        ray.shutdown()
+            local: dict[str, Any] = {"include_dashboard": False, "object_store_memory": OBJECT_STORE}
+            ray.init(num_cpus=cpus, _temp_dir=folder, **local, **common)
+        _end_on_sigterm()
+        yield ray.data
+
+
+def _end_on_sigterm() -> None:
+    """Let SIGTERM end the run as Ctrl-C does; Ray's own handler, which it installs on start, aborts the process."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def predict_archive(
@@ -537,7 +539,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options["slices"] = options["slices"] and tuple(options["slices"])
     options["blackout"] = tuple(map(tuple, options["blackout"]))
     resources = Resources(**{name: options.pop(name) for name in Resources._fields})
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _end_on_sigterm()
     again = f"What is complete is in {options['out']}; the same command does the rest."
     try:
         counts = predict_archive(**options, resources=resources)

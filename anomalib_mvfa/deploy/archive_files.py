@@ -71,7 +71,7 @@ class ReadOptions:
 
     root: str  # folder, or address of an object-store prefix, that paths are relative to
     size: tuple[int, int]  # height and width in pixels that the model reads
-    intensity: str = "auto"
+    intensity: str
     axis: int = 2
     slices: tuple[int, int] | None = None
     volume: int | None = None

@@ -5,6 +5,7 @@
 
 import csv
 import errno
+import json
 import logging
 import os
 import shlex
@@ -15,8 +16,9 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
 from collections import Counter
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -166,7 +168,7 @@ def predict_here(source, out, model, **options):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(archive, "_run", run)
-        patch.setattr(archive, "_cluster", lambda _: archive.suppress())
+        patch.setattr(archive, "_cluster", lambda _: nullcontext())
         return predict_archive(str(source), out, model, **options)
 
 
@@ -253,6 +255,39 @@ def test_archive_of_other_options_or_in_use_is_refused(source, model, tmp_path):
     with archive._archive(*new), pytest.raises(ValueError, match="Another run"), archive._archive(*new):
         pass
     assert predict_here(folder, tmp_path, model) == Counts()
+
+
+def test_files_that_are_complete_are_written_when_a_run_is_stopped(source, model, tmp_path, monkeypatch):
+    class Stopped:
+        """In place of Ray Data: two whole files, one slice of three of another, then Ctrl-C."""
+
+        def from_items(self, chunks, **_):
+            paths = {path: place for place, (path, _) in enumerate(json.loads(zlib.decompress(chunks[0]["files"])))}
+            row = {"chunk": 0, "group": 7, "error": "", "score": 0.5, "raw_score": 0.1, "label": 1.0, "area": 0.0}
+            files = [("png/0/000.png", -1, 1), ("png/0/004.png", -1, 1), ("png/0/008.png", 1, 3)]
+            self.rows = [
+                {**row, "place": paths[path], "path": path, "frame": frame, "images": images, "map": b""}
+                for path, frame, images in files
+            ]
+            return self
+
+        def map_batches(self, *_, **__):
+            return self
+
+        def iter_batches(self, **_):
+            yield pa.Table.from_pylist(self.rows)
+            raise KeyboardInterrupt
+
+        def ActorPoolStrategy(self, **_):  # noqa: N802 - the name of Ray's
+            return None
+
+    few = [f"png/0/{number:03}.png" for number in range(0, 16, 4)]
+    (source / "few.csv").write_text("\n".join(["path", *few]), encoding="utf-8")
+    monkeypatch.setattr(archive, "_cluster", lambda _: nullcontext(Stopped()))
+    with pytest.raises(KeyboardInterrupt):
+        predict_archive(str(source / "few.csv"), tmp_path / "out", model)
+    names = {Path(path).name for path in rows_of(tmp_path / "out")}
+    assert names == {"000.png", "004.png"}
 
 
 def test_memory_and_time_of_a_file_are_limited():
