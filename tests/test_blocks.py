@@ -37,7 +37,7 @@ from anomalib_mvfa.demo.phantoms import write_phantoms
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))]
 MARK = "<!-- parsed only:"
-PROGRAMS = ("anomalib", "bash", "make", "pip", "python")
+PROGRAMS = ("anomalib", "bash", "make", "pip", "python", "ray")
 QUICK = {
     "train": ("--trainer.max_epochs=1", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"),
     "test": ("--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"),
@@ -128,6 +128,12 @@ def run_module(module: str) -> None:
 
 def check_command(words: list[str], parsed_only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     match words:
+        case [setting, *rest] if re.fullmatch(r"[A-Z_]+=\S*", setting):
+            check_command(rest, parsed_only, monkeypatch)
+        case ["ray", subcommand, *arguments] if parsed_only:
+            from ray.scripts.scripts import cli
+
+            cli.commands[subcommand].make_context(subcommand, list(arguments))
         case ["make", *targets]:
             known = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
             assert {target for target in targets if "=" not in target} <= set(known)
