@@ -87,6 +87,8 @@ def commands(block: Block) -> list[list[str]]:
     lines = block.text.replace("\\\n", " ").splitlines()
     found = [words for line in lines if (words := shlex.split(line, comments=True))]
     for words in found:
+        while re.fullmatch(r"[A-Z_]+=\S*", words[0]):  # a variable of the environment
+            del words[0]
         if words[-1] == "...":
             words[-1:] = [word for name, value in DATA if name not in words for word in (name, value)]
     return found
@@ -128,8 +130,6 @@ def run_module(module: str) -> None:
 
 def check_command(words: list[str], parsed_only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     match words:
-        case [setting, *rest] if re.fullmatch(r"[A-Z_]+=\S*", setting):
-            check_command(rest, parsed_only, monkeypatch)
         case ["ray", subcommand, *arguments] if parsed_only:
             from ray.scripts.scripts import cli
 
