@@ -11,6 +11,7 @@ from anomalib_mvfa import MVFAModel
 from anomalib_mvfa.data.augmentation import support_versions
 from anomalib_mvfa.model import memory, torch_model
 from anomalib_mvfa.model.fusion import Fusion
+from anomalib_mvfa.model.loss import training_losses
 from anomalib_mvfa.model.memory import MemoryBank, Support, bank_distance
 from anomalib_mvfa.model.variant import Variant
 
@@ -455,3 +456,17 @@ def test_nothing_is_computed_that_nothing_reads(tiny, images, monkeypatch):
         )
     assert torch.equal(tiny(images).anomaly_map, expected.anomaly_map)
     assert sorted(calls) == ["level_map"] * 4 + ["level_score"] * 4
+
+
+def test_images_of_sets_without_masks_have_no_loss_of_the_map(tiny, images):
+    labels, masks = torch.tensor([1, 1]), torch.zeros(2, 112, 112)
+    masks[:, 20:40, 20:40] = 1
+    mixed = training_losses(tiny, images[:2], labels, masks, torch.tensor([True, False]))
+    full = training_losses(tiny, images[:2], labels, masks, torch.tensor([True, True]))
+    plain = training_losses(tiny, images[:2], labels, masks)
+    assert mixed.keys() == full.keys() == plain.keys() == {"bce", "focal", "dice"}
+    for name in ("focal", "dice"):
+        assert mixed[name][1] == 0
+        assert mixed[name][0] == full[name][0] > 0
+        assert torch.equal(full[name], plain[name])
+    assert training_losses(tiny, images[:2], labels, masks, torch.tensor([False, False])).keys() == {"bce"}
