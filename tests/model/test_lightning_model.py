@@ -48,7 +48,8 @@ def engine(tmp_path):
 
 
 def fit(engine, datamodule, epochs=1, model=None, seed=0, **arguments):
-    torch.manual_seed(seed)
+    if seed is not None:
+        torch.manual_seed(seed)
     model = model or MVFA("tiny", class_name="Brain", visualizer=False)
     running = engine(max_epochs=epochs)
     running.fit(model, datamodule=datamodule, **arguments)
@@ -91,6 +92,34 @@ def test_resumed_training_equals_uninterrupted_training(few_shot, engine):
     resumed, _, _ = fit(engine, few_shot(k_shot=1), epochs=2, seed=1, ckpt_path=path)
     for name, value in adapters(straight).items():
         assert_close(adapters(resumed)[name], value, atol=1e-7, rtol=0)
+
+
+def test_a_second_fit_equals_the_first_of_a_new_model(few_shot, engine):
+    datamodule = few_shot(k_shot=1)
+    model, _, _ = fit(engine, datamodule)
+    first = adapters(model)
+    for weight in (*model.model.seg_adapters.parameters(), *model.model.det_adapters.parameters()):
+        weight.data.zero_()  # so that nothing of the first fit could be learned from
+    again, _, _ = fit(engine, datamodule, model=model, seed=5)
+    fresh = MVFA("tiny", class_name="Brain", visualizer=False)
+    fresh.configure_model()
+    torch.manual_seed(5)
+    fresh.model.reset()  # the random numbers that the second fit draws
+    expected, _, _ = fit(engine, datamodule, model=fresh, seed=None)
+    for name, value in adapters(expected).items():
+        assert_close(adapters(again)[name], value, atol=1e-6, rtol=0)
+        assert not torch.equal(value, first[name]) or value.ndim == 0
+
+
+def test_a_network_is_built_again_for_other_arguments_and_not_for_the_same():
+    model = MVFA("tiny", class_name="Brain", visualizer=False)
+    assert model.ensure_model()
+    network = model.model
+    assert not model.ensure_model()
+    assert model.model is network
+    model.hparams["levels"] = [1, 2]
+    assert model.ensure_model()
+    assert model.model.levels == (1, 2)
 
 
 def test_checkpoints_of_other_weights_and_of_other_models_are_refused(few_shot, engine, tmp_path):
