@@ -52,9 +52,8 @@ def serve(root: Path, host: str = LOOPBACK[0], port: int | None = None, password
 
     weights = Path.home() / ".cache" / "clip" / Path(get_pretrained_cfg(FULL_SIZE, "openai")["url"]).name
     page = Page(root, [FULL_SIZE, "tiny"] if weights.is_file() else ["tiny"])
-    page.blocks.queue(default_concurrency_limit=8)
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-    _, address, _ = page.blocks.launch(
+    _, address, _ = page.blocks.queue(default_concurrency_limit=8).launch(
         server_name=host,
         server_port=port,
         auth=None if password is None else lambda _, given: secrets.compare_digest(given.encode(), password.encode()),
@@ -87,10 +86,9 @@ def main(host: str = LOOPBACK[0], port: int | None = None, browser: bool = True)
             sys.exit(f'error: the page needs Gradio ({error}): pip install "anomalib-mvfa[app]"')
         except OSError as error:
             sys.exit(f"error: {error}")
-        print(f"The page is at {address}  Not for clinical use. Stop it with Ctrl+C.", flush=True)  # noqa: T201
-        if password is not None:
-            print(f"Any user name, password {password} (set {PASSWORD} to choose it)", flush=True)  # noqa: T201
-        elif browser:
+        login = "" if password is None else f"\nAny user name, password {password} (set {PASSWORD} to choose it)"
+        print(f"The page is at {address}  Not for clinical use. Stop it with Ctrl+C.{login}", flush=True)  # noqa: T201
+        if browser and password is None:
             webbrowser.open(address)
         page.blocks.block_thread()
 

@@ -3,6 +3,7 @@
 
 """Uploaded files become checked images; whatever cannot be used gets a note with its reason and a remedy."""
 
+import lzma
 import shutil
 import zipfile
 import zlib
@@ -11,9 +12,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2.functional import to_pil_image
 
 from anomalib_mvfa.data.readers import ImageRef, UnreadableImageError, list_images, read_image
 from anomalib_mvfa.data.readers.dicom import dicom_header
@@ -47,8 +47,7 @@ class Source(NamedTuple):
 def save_pixels(pixels: Tensor, path: Path) -> Path:
     """Save an image ``(3, H, W)`` in [0, 1], or a mask ``(H, W)``, as a PNG file of 8 bits."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    levels = (pixels.float() * 255).round().byte().numpy()
-    Image.fromarray(levels if pixels.ndim == 2 else np.ascontiguousarray(levels.transpose(1, 2, 0))).save(path)
+    to_pil_image((pixels.float() * 255).round().byte()).save(path)
     return path
 
 
@@ -77,15 +76,18 @@ def _unzip(path: Path, folder: Path) -> str:
     """Unpack a zip, and return what is wrong with it. No member is longer than it declares, or it is damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
-            sizes = [member.file_size for member in archive.infolist()]
+            members = archive.infolist()
+            if any(member.flag_bits & 1 for member in members):
+                return "is protected by a password. Unpack it, and drop the images."
+            sizes = [member.file_size for member in members]
             if sum(sizes) > MAX_BYTES or len(sizes) > 10 * MAX_IMAGES:
                 most = f"{MAX_BYTES >> 20} MB or {10 * MAX_IMAGES} files"
                 return f"unpacks to more than {most}. Pack fewer images; {NO_LIMIT}"
             archive.extractall(folder)
-    except RuntimeError:
-        return "is protected by a password. Unpack it, and drop the images."
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, zlib.error):
-        return "is no zip file, or a damaged one. Pack it again, or drop the images."
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, zlib.error, lzma.LZMAError):
+        return (
+            "is no zip file, or a damaged one, or packed in a way that is not read. Pack it again, or drop the images."
+        )
     return "" if sizes else "is an empty zip file. Pack the images again."
 
 
@@ -119,8 +121,9 @@ def read_source(source: Source) -> Tensor:
     image = read_image(source.ref, source.rule)
     height, width = image.shape[-2:]
     if min(height, width) < MIN_SIDE:
-        reason = f"{width} x {height} pixels are too few: {MIN_SIDE} a side at least"
-        raise UnreadableImageError(source.ref.path, reason)
+        raise UnreadableImageError(
+            source.ref.path, f"{width} x {height} pixels are too few: {MIN_SIDE} a side at least"
+        )
     if bool((image == image[:, :1, :1]).all()):
         raise UnreadableImageError(source.ref.path, "it shows a single colour")
     return image

@@ -8,6 +8,7 @@ import errno
 import io
 import logging
 import shutil
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
@@ -19,13 +20,13 @@ import numpy as np
 import pandas as pd
 import torch
 from jinja2 import Environment, PackageLoader
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageOps, ImageStat
 
 from anomalib_mvfa.data.readers.intensity import CT_WINDOWS
 from anomalib_mvfa.deploy.live import Options, Progress
 from anomalib_mvfa.visualization import outlines, overlay
 
-from .intake import Note, read_source
+from .intake import Note
 from .session import EXAMPLES, Picture, Session
 
 __all__ = ["Page", "take_away"]
@@ -86,22 +87,21 @@ def take_away(session: Session, threshold: float, strength: float) -> Iterator[P
     (folder / "heatmaps").mkdir(parents=True)
     yield Progress("Exporting the model", 0.0)
     trained.save(folder)
-    shutil.copytree(trained.folder / "supports", folder / "supports", dirs_exist_ok=True)
     yield Progress("Drawing the heatmaps", 0.6)
     rows = []
     for number, study in enumerate(session.studies.values()):
         for view in study:
-            area = float(np.mean(view.map > threshold))
-            rows.append((view.name, number, view.score, int(view.score > threshold), threshold, area))
+            called = int(view.score > threshold), threshold, (view.map > threshold).mean()
+            rows.append((view.source.name, number, view.score, *called))
             heated(view, threshold, strength).save(folder / "heatmaps" / f"{len(rows):03d}.png")  # no name of a patient
     table = pd.DataFrame(rows, columns=["path", "group", "score", "label", "threshold", "abnormal_area"])
     table.to_csv(folder / "predictions.csv", index=False, float_format="%.8g")
-    views = [max(study, key=lambda view: view.score) for study in session.studies.values()]
+    best = [max(study, key=lambda view: view.score) for study in session.studies.values()][:PICTURED]
     values = {
         "options": trained.options,
         "threshold": threshold,
         "figures": PIECES.figures(trained, session.scores(), threshold),
-        "pictures": [(view, image_tag(heated(view, threshold, 1.0), view.name, 240)) for view in views[:PICTURED]],
+        "pictures": [(view, image_tag(heated(view, threshold, 1.0), view.source.name, 240)) for view in best],
     }
     for name in ("index.html", "commands.sh"):
         (folder / name).write_text(TEMPLATES.get_template(f"{name}.jinja").render(values), encoding="utf-8")
@@ -128,8 +128,9 @@ class Page:
         if session := self.sessions.pop(request.session_hash, None):
             session.close()
             thumbnail.cache_clear()
-        if not self.sessions:  # uploads that no session has taken
-            for path in self.root.iterdir():
+        kept = {session.folder for session in self.sessions.values()}
+        for path in set(self.root.iterdir()) - kept:
+            if not kept or time.time() - path.stat().st_mtime > 600:  # seconds: an upload that none has taken
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def _lay_out(self, backbones: Sequence[str]) -> None:
@@ -139,8 +140,7 @@ class Page:
             self.examples = {key: gr.Button(f"Example: {name}") for key, name in EXAMPLES.items()}
         with gr.Row():
             self.class_name = gr.Textbox("object", label="What the images show", info="such as: brain MRI")
-            rules = ["auto", *CT_WINDOWS]
-            self.rule = gr.Dropdown(rules, value="auto", label="Grey levels", info="window of CT images, else auto")
+            self.rule = gr.Dropdown(["auto", *CT_WINDOWS], label="Grey levels", info="window of CT images, else auto")
         with gr.Row():
             self.normal, self.abnormal = self._drop("Normal images"), self._drop("Abnormal images")
             self.masks = self._drop("Masks, named as their images; or paint them below")
@@ -214,8 +214,8 @@ class Page:
         drops = [drop for pair in (self.normal, self.abnormal, self.masks, self.look) for drop in pair]
 
         def on(trigger: Callable[..., Any], work: Callable[..., Any], *inputs: Any, **options: Any) -> None:
-            options |= {"show_progress": "hidden"}
-            trigger(self._event(work), {*choices, *sliders, *inputs}, [*parts, *drops], **options)
+            values = {*choices, *sliders, *inputs}
+            trigger(self._event(work), values, [*parts, *drops], show_progress="hidden", **options)
 
         on(self.blocks.load(self.open).then, self._show_supports)
         self.blocks.unload(self.close)
@@ -261,13 +261,13 @@ class Page:
 
     # What the handlers return: new values, by component.
 
-    def _options(self, values: Values) -> Options:
+    def _options(self, session: Session, values: Values) -> Options:
         name = "".join(letter for letter in values[self.class_name] if letter.isalnum() or letter in " -_").strip()
         parts = values[self.backbone], int(values[self.epochs]), values[self.use_abnormal], name or "object"
-        return Options(*parts, int(values[self.seed] or 0), values[self.rate] or 1e-3, values[self.rule])
+        return Options(*parts, int(values[self.seed] or 0), values[self.rate] or 1e-3, session.rule)
 
     def _show_supports(self, session: Session, values: Values, notes: Sequence[Note] = ()) -> Values:
-        options = self._options(values)
+        options = self._options(session, values)
         chosen = session.support if session.support in session.supports else None
         return {
             self.notes: PIECES.notes(notes),
@@ -302,14 +302,14 @@ class Page:
 
     def _choose_support(self, session: Session, values: Values, index: int) -> Values:
         session.support = one = session.supports[index]
-        label = f"Paint what is abnormal in {one.name}"
-        editor = gr.ImageEditor(_background(one.file), label=label, visible=one.abnormal)
+        editor = gr.ImageEditor(str(one.file), label=f"Paint on {one.source.name}", visible=one.abnormal)
         shown = {self.mask_editor: editor, self.keep_mask: gr.Button(visible=one.abnormal)}
         return self._show_supports(session, values) | shown
 
     def _keep_mask(self, session: Session, values: Values) -> Values:
-        notes = session.set_mask(session.support, _painted(values, self.mask_editor, self.mask_box))
-        return self._show_supports(session, values, notes or [Note(session.support.name, "has its mask.")])
+        mask = _painted(values, self.mask_editor, self.mask_box, session.support.file)
+        notes = session.set_mask(session.support, mask)
+        return self._show_supports(session, values, notes or [Note(session.support.source.name, "has its mask.")])
 
     def _remove(self, session: Session, values: Values) -> Values:
         session.supports.remove(session.support)
@@ -317,14 +317,13 @@ class Page:
 
     def _train(self, session: Session, values: Values) -> Iterator[Values]:
         before = session.trained
-        for progress in session.train(self._options(values)):
+        for progress in session.train(self._options(session, values)):
             yield {self.progress: PIECES.bar(progress)}
         if session.trained is before:
             yield {self.progress: PIECES.notes((), "Stopped. Nothing has changed.")}
             return
-        values[self.threshold] = 0.5
-        text = PIECES.notes((), "Trained. Step 3 shows what the model finds.")
-        yield self._show_studies(session, values) | {self.progress: text, self.threshold: 0.5}
+        said = {self.progress: PIECES.notes((), "Trained. Step 3 shows what the model finds."), self.threshold: 0.5}
+        yield self._show_studies(session, values | said) | said
 
     def _show_studies(self, session: Session, values: Values) -> Values:
         if not session.studies:
@@ -373,13 +372,13 @@ class Page:
         if session.trained is None:
             msg = "Train a model in step 2 first: WinCLIP takes its backbone and its normal supports."
             raise ValueError(msg)
-        return self._show_result(session, values, session.trained.winclip_map(read_source(self._view(session).source)))
+        return self._show_result(session, values, session.trained.winclip_map(session.as_trained(self._view(session))))
 
     def _open_editor(self, session: Session, _: Values) -> Values:
-        return {self.editor: _background(self._view(session).file), self.painting: gr.Group(visible=True)}
+        return {self.editor: str(self._view(session).file), self.painting: gr.Group(visible=True)}
 
     def _correct(self, session: Session, values: Values, *, abnormal: bool) -> Values:
-        mask = _painted(values, self.editor, self.box) if abnormal else None
+        mask = _painted(values, self.editor, self.box, self._view(session).file) if abnormal else None
         notes = session.correct(self._view(session), abnormal=abnormal, mask=mask)
         return self._show_supports(session, values) | {self.correct_notes: PIECES.notes(notes)}
 
@@ -391,16 +390,17 @@ class Page:
                 yield {self.packing: PIECES.bar(step)}
 
 
-def _background(file: Path) -> dict[str, Any]:
-    return {"background": str(file), "layers": [], "composite": None}
-
-
-def _painted(values: Values, editor: Any, box: Sequence[Any]) -> torch.Tensor:
-    """Return the mask ``(H, W)`` of what was painted in an editor, and of the rectangle beside it."""
-    value = values[editor] or {}
-    size = value["background"].size if value.get("background") else (1, 1)
-    layers = [np.asarray(layer.convert("RGBA").resize(size, 0))[..., 3] > 0 for layer in value.get("layers", ())]
-    mask = np.any([np.zeros(size[::-1], bool), *layers], axis=0)
-    left, top, width, height = ((values[number] or 0) / 100 * size[axis % 2] for axis, number in enumerate(box))
+def _painted(values: Values, editor: Any, box: Sequence[Any], file: Path) -> torch.Tensor:
+    """Return the mask ``(H, W)`` of what was painted on the image of a file, and of the rectangle beside it."""
+    value, image = values[editor] or {}, Image.open(file)
+    shown = value.get("background") or Image.new("L", (1, 1))
+    small, own = (each.convert("L").resize((16, 16), Image.Resampling.BOX) for each in (shown, image))
+    difference = ImageStat.Stat(ImageChops.difference(small, own)).mean[0]
+    if difference > 4:  # grey levels, as the browser compresses what it sends back
+        msg = "The image is still loading in the editor: wait until it shows it, paint, and try again."
+        raise ValueError(msg)
+    layers = [np.asarray(layer.convert("RGBA").resize(image.size, 0))[..., 3] > 0 for layer in value["layers"]]
+    mask = np.any([np.zeros(image.size[::-1], bool), *layers], axis=0)
+    left, top, width, height = ((values[number] or 0) / 100 * image.size[axis % 2] for axis, number in enumerate(box))
     mask[round(top) : round(top + height), round(left) : round(left + width)] = True
     return torch.from_numpy(mask)

@@ -51,11 +51,6 @@ class Picture:
     score: float = 0.0
     map: NDArray[np.float32] = field(default_factory=lambda: np.zeros((1, 1), np.float32))
 
-    @property
-    def name(self) -> str:
-        """Name of the image as it was uploaded."""
-        return self.source.name
-
 
 class Session:
     """State of one open page, with files in a folder of its own below ``root``."""
@@ -89,11 +84,11 @@ class Session:
         return [view for study in self.studies.values() for view in study]
 
     def set_rule(self, rule: str) -> None:
-        """Read all images again by another intensity rule; an UnreadableImageError leaves everything as it was."""
+        """Show all images by another intensity rule; an UnreadableImageError leaves everything as it was."""
         again = [(one, one.source._replace(rule=rule)) for one in (*self.supports, *self.views)]
         read = [read_source(source) for _, source in again]
         for (one, source), image in zip(again, read, strict=True):
-            one.source, one.by = source, None
+            one.source = source
             save_pixels(image, one.file)
         self.rule = rule
 
@@ -101,8 +96,8 @@ class Session:
         """Do something with each uploaded image, and yield the part that is done with notes on files left out."""
         folder = self._new("uploads")
         notes = unpack(uploads, folder)
-        sources, more = list_sources(folder, slices, self.rule)
-        notes += more
+        sources, left_out = list_sources(folder, slices, self.rule)
+        notes += left_out
         for number, source in enumerate(sources):
             yield number / len(sources), notes
             try:
@@ -124,7 +119,7 @@ class Session:
         for other in self.supports:
             if other.digest == key:
                 kind = "abnormal" if other.abnormal else "normal"
-                return [Note(source.name, f"is the same image as the {kind} {other.name}: it was left out.")]
+                return [Note(source.name, f"is the same image as the {kind} {other.source.name}: it was left out.")]
         support = Picture(source, save_pixels(image, self._new("supports").with_suffix(".png")), key, abnormal)
         self.supports.append(support)
         return [] if mask is None else self.set_mask(support, mask)
@@ -134,10 +129,12 @@ class Session:
         with Image.open(support.file) as image:
             width, height = image.size
         if not bool(mask.any()):
-            return [Note(name or support.name, "has an empty mask: paint what is abnormal, or remove the image.")]
+            return [
+                Note(name or support.source.name, "has an empty mask: paint what is abnormal, or remove the image.")
+            ]
         if mask.shape != (height, width):
             text = f"is {mask.shape[1]} x {mask.shape[0]} pixels, its image {width} x {height}: save it at that size."
-            return [Note(name or support.name, text)]
+            return [Note(name or support.source.name, text)]
         file = support.file.with_name(f"{support.file.stem}_mask_{self._new('').name}.png")
         support.mask = save_pixels(mask, file)
         return []
@@ -172,14 +169,13 @@ class Session:
             part, label = path.parts[-4:-2]
             number = int(path.stem) + 1 + SHOTS * (part == "test")
             name = f"{modality}_{'normal' if label == 'good' else 'abnormal'}_{number}.png"
-            mask, path = path.parents[1] / "label" / path.name, path.rename(path.with_name(name))  # noqa: PLW2901
-            source = Source(name, str(path), ImageRef(path), self.rule)
-            if part == "valid":
-                self._add(source, abnormal=label != "good")
-                if label != "good":
-                    self.set_mask(self.supports[-1], read_mask(mask))
-            else:
+            image = path.rename(path.with_name(name))
+            source = Source(name, str(image), ImageRef(image), self.rule)
+            if part == "test":
                 self._look_at(source)
+                continue
+            mask = None if label == "good" else read_mask(path.parents[1] / "label" / path.name)
+            self._add(source, abnormal=mask is not None, mask=mask)
 
     # Training
 
@@ -232,7 +228,12 @@ class Session:
     def _predict(self, view: Picture) -> None:
         view.by = self.trained
         if view.by is not None:
-            view.score, view.map = view.by.predict(read_source(view.source))
+            view.score, view.map = view.by.predict(self.as_trained(view))
+
+    def as_trained(self, view: Picture) -> Tensor:
+        """Read an image ``(3, H, W)`` in [0, 1] by the intensity rule of the model, not the one that it is shown by."""
+        rule = view.source.rule if self.trained is None else self.trained.options.intensity
+        return read_source(view.source._replace(rule=rule))
 
     def scores(self) -> dict[str, float]:
         """Return the highest score of each image, volume or series, by the name of its file."""
@@ -241,24 +242,21 @@ class Session:
     def correct(self, view: Picture, *, abnormal: bool, mask: Tensor | None = None) -> list[Note]:
         """Make an image that is looked at a support, or change the label of the support that it is."""
         if mask is not None and not bool(mask.any()):
-            return [Note(view.name, "has nothing painted on it: paint what is abnormal first.")]
+            return [Note(view.source.name, "has nothing painted on it: paint what is abnormal first.")]
         known = next((support for support in self.supports if support.digest == view.digest), None)
-        notes = []
         if known is None:
             notes = self._add(view.source, abnormal=abnormal, mask=mask)
         else:
             known.abnormal, known.mask = abnormal, None
             notes = [] if mask is None else self.set_mask(known, mask)
         kind = "an abnormal" if abnormal else "a normal"
-        return notes or [Note(view.name, f"is {kind} support now. Train again to see what changes.")]
+        return notes or [Note(view.source.name, f"is {kind} support now. Train again to see what changes.")]
 
 
 def _write_lists(supports: Sequence[Picture], folder: Path) -> tuple[Path, Path]:
     """Write the lists that the datamodules read: a table with labels and masks, and the names of the supports."""
-    names = [[one.file.name for one in supports if one.abnormal == abnormal] for abnormal in (False, True)]
-    lines = [f"{key}-0: {' '.join(files)}\n" for key, files in zip("na", names, strict=True)]
-    (folder / "supports.txt").write_text("".join(lines), encoding="utf-8")
-    kinds = [("abnormal", one.mask.name if one.mask else "") if one.abnormal else ("normal", "") for one in supports]
-    rows = [(one.file.name, *kind, "train") for one, kind in zip(supports, kinds, strict=True)]
+    names = {key: " ".join(one.file.name for one in supports if one.abnormal == (key == "a")) for key in "na"}
+    (folder / "supports.txt").write_text("".join(f"{key}-0: {names[key]}\n" for key in names), encoding="utf-8")
+    rows = [(one.file.name, int(one.abnormal), one.mask.name if one.mask else "", "train") for one in supports]
     pd.DataFrame(rows, columns=["path", "label", "mask", "split"]).to_csv(folder / "supports.csv", index=False)
     return folder / "supports.csv", folder / "supports.txt"

@@ -9,12 +9,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from anomalib.deploy import ExportType
 from anomalib.engine import Engine
 from lightning.pytorch import Callback, Trainer, seed_everything
 from numpy.typing import NDArray
@@ -55,10 +55,12 @@ class Options:
 
 
 class Trained:
-    """A trained model, with its checkpoint and the scores of its supports."""
+    """A trained model, with its checkpoint, and the files and scores of its supports."""
 
-    def __init__(self, model: MVFA, data: FewShot, options: Options, folder: Path) -> None:
-        self.model, self.options, self.folder = model.eval(), options, folder
+    def __init__(
+        self, model: MVFA, data: FewShot, options: Options, images: Path, lists: tuple[Path, Path], folder: Path
+    ) -> None:
+        self.model, self.options, self.images, self.lists = model.eval(), options, images, lists
         self.checkpoint = next(folder.rglob("model.ckpt"))
         self.support = data.support
         # A normal support is compared with the bank of the others, so that its score is that of a new image.
@@ -76,26 +78,29 @@ class Trained:
         return float(batch.pred_score), batch.anomaly_map.squeeze().float().cpu().numpy()
 
     def save(self, folder: Path) -> None:
-        """Write checkpoint, adapters, the graph for OpenVINO and the lists of the supports."""
+        """Write checkpoint, adapters, the graph for OpenVINO, and the supports with their lists."""
         shutil.copyfile(self.checkpoint, folder / "model.ckpt")
         self.model.save_adapters(folder / "adapters.safetensors")
-        (folder / "supports").mkdir()
-        for name in ("supports.csv", "supports.txt"):
-            shutil.copyfile(self.folder / name, folder / "supports" / name)
-        engine = Engine(default_root_dir=self.folder / "export", logger=False)
-        engine.export(MVFA(self.options.backbone), ExportType.OPENVINO, folder / "openvino", ckpt_path=self.checkpoint)
+        self.model.to_openvino(folder / "openvino")
+        shutil.copytree(self.images, folder / "supports")
+        for path in self.lists:
+            shutil.copy(path, folder / "supports")
+
+    @cached_property
+    def _winclip(self) -> WinClipAny:
+        references = self.support.normal[0, :REFERENCES]
+        winclip = WinClipAny(self.options.backbone, prompts="mvfa", k_shot=len(references)).eval()
+        transform: Any = winclip.pre_processor.transform  # type: ignore[union-attr]
+        winclip.model.setup(self.options.class_name, transform(references))
+        return winclip
 
     def winclip_map(self, image: Tensor) -> NDArray[np.float32]:
         """Compute the map ``(h, w)`` of WinCLIP on the same backbone, prompts and normal supports.
 
         It has no threshold, so that it runs from 0 at its least to 1 at its largest value.
         """
-        references = self.support.normal[0, :REFERENCES]
-        winclip = WinClipAny(self.options.backbone, prompts="mvfa", k_shot=len(references)).eval()
-        transform: Any = winclip.pre_processor.transform  # type: ignore[union-attr]
         with torch.inference_mode():
-            winclip.model.setup(self.options.class_name, transform(references))
-            found = winclip.model(transform(image)[None]).anomaly_map.squeeze().float().numpy()
+            found = self._winclip(image[None]).anomaly_map.squeeze().float().numpy()
         scaled: NDArray[np.float32] = (found - found.min()) / max(float(np.ptp(found)), 1e-9)
         return scaled
 
@@ -156,4 +161,4 @@ def _train(options: Options, images: Path, lists: tuple[Path, Path], folder: Pat
     model = MVFA(options.backbone, class_name=options.class_name, learning_rate=options.learning_rate, threshold="fpr")
     engine = Engine(default_root_dir=folder, max_epochs=options.epochs, callbacks=[watch], **QUIET)
     engine.fit(model, datamodule=data)
-    return Trained(model, data, options, folder)
+    return Trained(model, data, options, images, lists, folder)

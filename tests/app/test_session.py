@@ -5,6 +5,7 @@
 
 import errno
 import io
+import os
 import re
 import shlex
 import shutil
@@ -57,7 +58,7 @@ def test_text_named_png_is_named_with_its_reason(session, tmp_path):
     )
     assert "letter.png cannot be used: not an image of a supported format" in found
     assert "notes.txt is no image of a format that is read" in found
-    assert [support.name for support in session.supports] == ["good.png"]
+    assert [support.source.name for support in session.supports] == ["good.png"]
 
 
 def test_copy_saved_in_another_format_is_left_out(session, tmp_path):
@@ -102,6 +103,21 @@ def test_zip_with_thousands_of_files_or_damage_is_refused(session, tmp_path):
     assert "damaged.zip is no zip file, or a damaged one" in found
 
 
+def test_zip_that_cannot_be_unpacked_says_why(session, tmp_path):
+    save_phantom(tmp_path / "one.png", 0)
+    with zipfile.ZipFile(tmp_path / "whole.zip", "w") as archive:
+        archive.write(tmp_path / "one.png", "one.png")
+    whole = (tmp_path / "whole.zip").read_bytes()
+    where = whole.index(b"PK\x01\x02")  # the entry of the file in the directory at the end
+    for name, offset, value in (("method", 10, 98), ("secret", 8, 1)):
+        changed = bytearray(whole)
+        changed[where + offset] = changed[offset - 2] = value
+        (tmp_path / f"{name}.zip").write_bytes(changed)
+    found = texts(session.add_supports([tmp_path / "method.zip", tmp_path / "secret.zip"], abnormal=False))
+    assert "method.zip is no zip file, or a damaged one, or packed in a way that is not read" in found
+    assert "secret.zip is protected by a password" in found
+
+
 def test_zip_members_stay_in_the_folder_of_the_session(session, tmp_path):
     save_phantom(tmp_path / "one.png", 0)
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
@@ -136,7 +152,7 @@ def test_files_of_one_name_from_two_folders_are_both_taken(session, tmp_path):
     for number in range(2):
         save_phantom(tmp_path / str(number) / "a.png", number)
     assert notes(session.add_supports([tmp_path / "0" / "a.png", tmp_path / "1" / "a.png"], abnormal=False)) == []
-    assert [support.name for support in session.supports] == ["a.png", "a.png"]
+    assert [support.source.name for support in session.supports] == ["a.png", "a.png"]
 
 
 def test_full_disk_is_reported_and_the_session_goes_on(session, tmp_path, monkeypatch, page):
@@ -216,9 +232,9 @@ def test_slices_of_a_volume_are_one_study_in_their_order(session, tmp_path):
     save_phantom(tmp_path / "image.png", 0)
     assert notes(session.look([path, tmp_path / "image.png"])) == []
     single, slices = sorted(session.studies.values(), key=len)
-    assert [view.name for view in single] == ["image.png"]
+    assert [view.source.name for view in single] == ["image.png"]
     assert [view.source.ref.frame for view in slices] == list(range(16))
-    assert slices[4].name == "scan.nii.gz, slice 5"
+    assert slices[4].source.name == "scan.nii.gz, slice 5"
 
 
 # Training
@@ -234,7 +250,7 @@ def test_training_on_one_normal_image_says_what_to_add(session, tmp_path):
 def test_abnormal_images_without_mask_are_left_out_where_others_have_one(session, tmp_path):
     fill(session, tmp_path)
     session.supports[-1].mask = None
-    names = [support.name for support in session.used_supports(Options())]
+    names = [support.source.name for support in session.used_supports(Options())]
     assert names == ["normal_0.png", "normal_1.png", "abnormal_0.png"]
     session.supports[-2].mask = None
     assert len(session.used_supports(Options())) == 4
@@ -404,7 +420,7 @@ def test_results_hold_what_repeats_them_and_no_path_of_the_session(trained, tmp_
         supports = pd.read_csv(io.BytesIO(archive.read("supports/supports.csv")), keep_default_na=False)
         pages = [archive.read(name).decode() for name in ("index.html", "commands.sh", "predictions.csv")]
     views = [view for study in trained.studies.values() for view in study]
-    assert table.path.tolist() == [view.name for view in views]
+    assert table.path.tolist() == [view.source.name for view in views]
     assert table.threshold.tolist() == pytest.approx([threshold] * len(views))
     assert table.label.tolist() == [0] * len(views)
     assert len([name for name in names if name.startswith("heatmaps/") and name.endswith(".png")]) == len(views)
@@ -451,22 +467,48 @@ def test_a_window_that_shows_nothing_leaves_all_images_as_they_were(session, tmp
     assert session.rule == session.supports[0].source.rule == "auto"
 
 
-def test_a_mask_is_painted_or_given_as_a_rectangle(page):
+def test_a_mask_is_painted_or_given_as_a_rectangle(page, tmp_path):
     layer = Image.new("RGBA", (50, 40))
     layer.putpixel((3, 2), (255, 60, 0, 255))
-    background = Image.new("RGB", (50, 40))
+    background = Image.linear_gradient("L").resize((50, 40)).convert("RGB")
+    file = tmp_path / "image.png"
+    background.save(file)
     values = {
         "editor": {"background": background, "layers": [layer]},
         **dict(zip("ltwh", (10, 50, 20, 25), strict=True)),
     }
-    mask = page._painted(values, "editor", "ltwh")
+    mask = page._painted(values, "editor", "ltwh", file)
     assert mask.shape == (40, 50)
     assert bool(mask[2, 3])
     assert mask[20:30, 5:15].all()
     assert int(mask.sum()) == 101
     values = {"editor": {"background": background, "layers": []}, **dict.fromkeys("ltwh", 0)}
-    assert not page._painted(values, "editor", "ltwh").any()
-    assert page._painted({"editor": None, **dict.fromkeys("ltwh")}, "editor", "ltwh").shape == (1, 1)
+    assert not page._painted(values, "editor", "ltwh", file).any()
+    turned = {"background": background.rotate(180), "layers": [layer]}  # of the image that was chosen before
+    for value in (None, turned):
+        with pytest.raises(ValueError, match="still loading"):
+            page._painted({"editor": value, **dict.fromkeys("ltwh")}, "editor", "ltwh", file)
+
+
+def test_scores_follow_the_window_that_the_model_was_trained_with(tmp_path, page):
+    session = Session(tmp_path / "root")
+    fill(session, tmp_path)
+    for name, lesion in (("first", range(3, 5)), ("second", range(8, 10))):
+        volume(tmp_path / f"{name}.nii.gz", lesion)
+    session.set_rule("brain")
+    notes(session.look([tmp_path / "first.nii.gz"]))
+    list(session.train(Options(epochs=1, intensity="brain")))
+    session.set_rule("lung")
+    notes(session.look([tmp_path / "second.nii.gz"]))
+    model = MVFA.load_from_checkpoint(session.trained.checkpoint).eval()
+    for view in session.views:
+        assert view.by is session.trained
+        with torch.inference_mode():
+            expected = model(read_image(view.source.ref, "brain")[None])
+        assert view.score == pytest.approx(float(expected.pred_score), abs=1e-3)
+        shown, wanted = read_image(view.file), read_image(view.source.ref, "lung")
+        assert float((shown - wanted).abs().max()) < 1 / 255
+    session.close()
 
 
 def test_the_window_of_the_page_is_that_of_the_checkpoint(tmp_path):
@@ -480,6 +522,20 @@ def test_the_window_of_the_page_is_that_of_the_checkpoint(tmp_path):
 def test_results_need_a_model(session, page):
     with pytest.raises(ValueError, match="train one in step 2"):
         next(page.take_away(session, 0.5, 0.5))
+
+
+def test_uploads_that_nobody_took_go_after_a_while(page, tmp_path):
+    pages = page.Page(tmp_path, ["tiny"])
+    for name in ("one", "other"):
+        pages.open(SimpleNamespace(session_hash=name))
+    (tmp_path / "old").mkdir()
+    for name in ("old/upload.png", "new.png"):
+        (tmp_path / name).write_bytes(b"")
+    os.utime(tmp_path / "old", (1, 1))
+    pages.close(SimpleNamespace(session_hash="one"))
+    assert {path.name for path in tmp_path.iterdir()} == {pages.sessions["other"].folder.name, "new.png"}
+    pages.close(SimpleNamespace(session_hash="other"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_sessions_share_nothing_and_leave_nothing(tmp_path):
