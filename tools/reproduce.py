@@ -15,6 +15,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -169,16 +170,10 @@ def estimate(made: Mapping[str, Comparison], options: argparse.Namespace) -> str
         looks = epochs * (5 if name == "published zero-shot" else 2) if name.startswith("published") else 1
         seen = test if not name.startswith("default") else valid
         total += start + epochs * steps * step + (looks * seen + 3 * test) * image
-    unit, name = next(
-        found for found in ((3600, "hours"), (60, "minutes"), (1, "seconds")) if total > found[0] or found[0] == 1
+    return (
+        f"{len(pending)} runs are left: about {timedelta(seconds=round(total))} (h:mm:ss) on this machine "
+        f"({start:.1f} s per start, {1000 * step:.0f} ms per training step, {1000 * image:.0f} ms per test image)."
     )
-    many = f"{len(pending)} runs are left: about {total / unit:.1f} {name} on this machine"
-    figures = (
-        f"{start:.1f} s per start",
-        f"{1000 * step:.0f} ms per training step",
-        f"{1000 * image:.0f} ms per test image",
-    )
-    return f"{many} ({', '.join(figures)})."
 
 
 def _auroc(cells: Sequence[Cell], name: str, level: str) -> list[float]:

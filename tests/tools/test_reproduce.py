@@ -71,10 +71,11 @@ def test_the_published_protocol_gives_what_the_command_of_the_host_gives(
     monkeypatch.setattr(reproduce, "MVFA", lambda **given: time.sleep(3) or MVFA(**given))  # a start that counts
     text = run(root, small_backbone, tmp_path, "--only", "published few-shot")
     said = capsys.readouterr().out
-    total, unit, start, step = re.search(
-        r"4 runs are left: about ([\d.]+) (\w+) .*\(([\d.]+) s per start, (\d+) ms per training step", said
+    *clock, start, step = re.search(
+        r"4 runs are left: about (\d+):(\d\d):(\d\d) \(h:mm:ss\) .*\(([\d.]+) s per start, (\d+) ms per training step",
+        said,
     ).groups()
-    seconds = float(total) * {"seconds": 1, "minutes": 60}[unit]
+    seconds = sum(int(value) * unit for value, unit in zip(clock, (3600, 60, 1), strict=True))
     assert seconds >= 4 * (float(start) + 2 * 44 * float(step) / 1000) - 4  # four starts, two epochs; rounded
     found = records(tmp_path, "published-few-shot")
     assert len(found) == 4
