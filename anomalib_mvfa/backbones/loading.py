@@ -269,6 +269,10 @@ def _weights_path(config: BackboneConfig) -> Path:
             if (path := _folder(weights, name) / name).is_file():
                 return path
         msg = f"{weights} lacks {' or '.join(WEIGHT_FILES)}. Add one, or give a file named by --model.pretrained."
+        if weights.startswith(HF_HUB_PREFIX):  # offline the hub returns what was fetched before, such as the names
+            msg = _download_advice(
+                weights, f"{WEIGHT_FILES[0]} of hub repository {weights.removeprefix(HF_HUB_PREFIX)}"
+            )
         raise FileNotFoundError(msg)
     known = get_pretrained_cfg(config.name, weights)
     if not known:

@@ -132,7 +132,6 @@ def _ends(path: str) -> str:
 
 def _record(trainer: Trainer, module: "MVFA", fingerprints: Mapping[str, Any]) -> dict[str, Any]:
     datamodule = getattr(trainer, "datamodule", None)
-    installed = {found.name.lower().replace("_", "-"): found.version for found in metadata.distributions()}
     return {
         "model": _arguments(module, module.arguments),
         "data": None if datamodule is None else _arguments(datamodule, vars(datamodule)),
@@ -143,7 +142,7 @@ def _record(trainer: Trainer, module: "MVFA", fingerprints: Mapping[str, Any]) -
         "fingerprints": dict(fingerprints),
         "versions": {
             "python": platform.python_version(),
-            **{name: installed.get(name) for name in ("anomalib-mvfa", *LIBRARIES, *TORCH)},
+            **{name: _version(name) for name in ("anomalib-mvfa", *LIBRARIES, *TORCH)},
         },
         "machine": {"processor": platform.machine(), "system": platform.system(), "threads": torch.get_num_threads()},
     }
@@ -157,6 +156,12 @@ def _supports(datamodule: Any) -> dict[str, list[str]] | None:
         name: [content_digest(path) for path in samples["image_path"][samples["label_index"] == label]]
         for label, name in enumerate(("normal", "abnormal"))
     }
+
+
+def _version(package: str) -> str | None:
+    with suppress(metadata.PackageNotFoundError):
+        return metadata.version(package)
+    return None
 
 
 def _arguments(instance: object, values: Mapping[str, Any]) -> dict[str, Any]:

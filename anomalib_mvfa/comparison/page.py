@@ -209,6 +209,9 @@ def write_page(cells: Sequence[Cell], path: Path | str, data_root: Mapping[str, 
         path: The file to write.
         data_root: The folder by the name of the set that the paths of its cells are relative to. Without it heatmaps
             are shown alone.
+
+    Raises:
+        ValueError: If two cells are of the same method, set, shot and seed.
     """
     comparison = FinishedCells(cells)
     made = {

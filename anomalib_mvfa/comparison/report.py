@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,11 +59,16 @@ PAPER_SETS = ("Histopathology", "Chest", "Retina_OCT2017", "Brain", "Liver", "Re
 """The sets in the order of the paper's tables. The last three have masks."""
 
 
-PUBLISHED: dict[tuple[str, int], dict[tuple[str, str], float]] = {}
+def _published() -> dict[tuple[str, int], dict[tuple[str, str], float]]:
+    found: dict[tuple[str, int], dict[tuple[str, str], float]] = {}
+    for row in pd.read_csv(Path(__file__).with_name("published.csv")).to_dict("records"):
+        known = {(name, row["level"]): row[name] for name in PAPER_SETS if not math.isnan(row[name])}
+        found.setdefault((row["method"], row["k_shot"]), {}).update(known)
+    return found
+
+
+PUBLISHED = _published()
 """AUROC in percent of the paper's tables, by method and shot, then by set and level (image or pixel)."""
-for _row in pd.read_csv(Path(__file__).with_name("published.csv")).to_dict("records"):
-    _known = {(name, _row["level"]): _row[name] for name in PAPER_SETS if _row[name] == _row[name]}  # not NaN
-    PUBLISHED.setdefault((_row["method"], _row["k_shot"]), {}).update(_known)
 
 
 def paper_set(name: str) -> str | None:
@@ -138,7 +143,11 @@ class Pair(NamedTuple):
 
 
 class FinishedCells:
-    """The finished cells, grouped and ordered for display."""
+    """The finished cells, grouped and ordered for display.
+
+    Raises:
+        ValueError: If two cells are of the same method, set, shot and seed.
+    """
 
     def __init__(self, cells: Sequence[Cell]) -> None:
         def order(cell: Cell) -> tuple[Any, ...]:
@@ -150,6 +159,13 @@ class FinishedCells:
         sets = dict.fromkeys(cell.set for cell in self.cells)
         self.sets = sorted(sets, key=lambda name: PAPER_SETS.index(paper_set(name) or "") if paper_set(name) else 99)
         self.cells.sort(key=order)
+        for first, second in pairwise(self.cells):
+            if order(first) == order(second):
+                msg = (
+                    f"{first.folder} and {second.folder} are of the same method, set, shot and seed: "
+                    "write one report per backbone, each with cells of its own."
+                )
+                raise ValueError(msg)
         grouped = groupby(self.cells, key=lambda cell: (cell.set, cell.k_shot, cell.method))
         self.groups = [Group(*key, {cell.seed: cell for cell in members}) for key, members in grouped]
         self.shots = sorted({cell.k_shot for cell in cells if cell.method}, key=lambda k: (k == 0, k))
@@ -402,6 +418,9 @@ def write_tables(cells: Sequence[Cell], folder: Path | str) -> None:
     """Write ``results.csv``, one row per cell with everything that was measured, and ``results.md``, the tables.
 
     The reasons of failed cells, which may name files, are in ``results.csv`` alone.
+
+    Raises:
+        ValueError: If two cells are of the same method, set, shot and seed.
     """
     comparison = FinishedCells(cells)
     known = ("method", "set", "k_shot", "seed", "backbone", "status", "threshold", "version", "machine", "error")

@@ -3,7 +3,7 @@
 
 """One backbone, many organs: named adapter sets that are switched on one live model."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from copy import deepcopy
 from dataclasses import replace
 from itertools import groupby, islice
@@ -135,7 +135,7 @@ class AdapterSets:
             ValueError: If the column has another length.
         """
         read = read or (lambda path: torch.as_tensor(read_image(path, as_tensor=True)))
-        named = ((route(item), item) for item in items) if callable(route) else zip(route, items, strict=True)
+        named = ((route(item), item) for item in items) if callable(route) else _pair(route, items)
         for name, run in groupby(named, key=lambda pair: pair[0]):
             while chunk := [item for _, item in islice(run, batch_size)]:
                 images = torch.stack([self.mvfa.pre_processed(read(item)) for item in chunk])
@@ -203,6 +203,13 @@ class AdapterSets:
             "has_masks": bool(facts.get("has_masks", True)),
             "intensity": str(facts.get("intensity") or "") or None,
         }
+
+
+def _pair(route: Iterable[str], items: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    if isinstance(route, Sized) and isinstance(items, Sized) and len(route) != len(items):
+        msg = f"The route names {len(route)} sets for {len(items)} items. Give one name for each item."
+        raise ValueError(msg)
+    return zip(route, items, strict=True)
 
 
 def _under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

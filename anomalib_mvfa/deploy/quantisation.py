@@ -86,10 +86,14 @@ def compress(
     ``max_drop``. The last two calibrate on the validation part, or on the training part where there is no other.
 
     Raises:
-        ValueError: If there are no images to calibrate with.
+        ValueError: If there are no images to calibrate with, or the kind is unknown.
     """
     import nncf  # slow to import, and only needed here
 
+    kinds = (CompressionType.INT8, CompressionType.INT8_PTQ, CompressionType.INT8_ACQ)
+    if kind not in kinds:
+        msg = f"Unknown compression {kind}. Give one of {', '.join(each.name for each in kinds)}."
+        raise ValueError(msg)
     scope = nncf.IgnoredScope(names=sensitive_nodes(graph))
     if kind == CompressionType.INT8:
         return nncf.compress_weights(graph, ignored_scope=scope)
@@ -141,6 +145,9 @@ def _calibration_data(datamodule: AnomalibDataModule | None, kind: CompressionTy
             "INT8_ACQ measures the drop of the metric on validation images, but the data have none. Set val_split_mode "
             "of the datamodule, or choose INT8_PTQ."
         )
+        raise ValueError(msg)
+    if training is None or not len(training):
+        msg = "There is no image to calibrate with: the data have neither a validation nor a training part."
         raise ValueError(msg)
     return training
 

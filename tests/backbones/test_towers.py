@@ -192,6 +192,17 @@ def test_hub_repository_is_read_as_a_local_folder(make_hub_folder, monkeypatch):
     ]
 
 
+def test_weights_of_a_hub_that_only_its_configuration_was_fetched_from_say_what_to_fetch(make_hub_folder, monkeypatch):
+    from anomalib_mvfa.backbones import loading
+
+    # Without a network the hub's library returns what it has kept.
+    folder = shutil.copytree(make_hub_folder("eva")[0], make_hub_folder("eva")[0].with_name("kept"))
+    (folder / "open_clip_model.safetensors").unlink()
+    monkeypatch.setattr(loading, "snapshot_download", lambda *_, **__: str(folder))
+    with pytest.raises(FileNotFoundError, match=r"(?s)hub repository owner/eva, copy .*--model\.pretrained"):
+        load_clip(resolve_backbone("hf-hub:owner/eva"))
+
+
 @pytest.fixture
 def eva(make_hub_folder, tmp_path):
     return shutil.copytree(make_hub_folder("eva")[0], tmp_path / "eva")

@@ -319,6 +319,17 @@ def test_names_in_markdown_are_escaped(comparison):
     assert columns == {7}
 
 
+def test_two_cells_of_one_place_are_refused(comparison):
+    folder = comparison(("MVFA",), seeds=1)
+    cell = cell_of(folder, "MVFA")
+    other = cell.with_name("twin")
+    other.mkdir()
+    for file in cell.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(ValueError, match="same method, set, shot and seed"):
+        write_tables(load_cells(folder), folder)
+
+
 def test_the_page_of_ten_methods_is_self_contained_and_small(comparison, tmp_path):
     text = render(comparison(), tmp_path)
     assert len(text.encode()) < 5_000_000

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -23,7 +24,7 @@ from torch.testing import assert_close
 from anomalib_mvfa import MVFA, deploy
 from anomalib_mvfa.data import FewShot
 from anomalib_mvfa.deploy import quantisation
-from anomalib_mvfa.deploy.quantisation import sensitive_nodes
+from anomalib_mvfa.deploy.quantisation import _calibration_data, compress, sensitive_nodes
 from anomalib_mvfa.pre_processing import EightBitResize
 
 F32 = {"INFERENCE_PRECISION_HINT": "f32"}  # processors with bfloat16 would otherwise compute with it
@@ -268,6 +269,15 @@ def test_accuracy_control_judges_on_validation_images_only(trained, datamodule, 
 def test_quantisation_without_images_says_what_to_give(trained, tmp_path, kind):
     with pytest.raises(ValueError, match=rf"{kind.name}.*--data FewShot"):
         trained.to_openvino(tmp_path, compression_type=kind)
+
+
+def test_quantisation_of_data_without_any_image_or_of_another_kind_is_refused():
+    empty = SimpleNamespace(prepare_data=lambda: None, setup=lambda stage: None)
+    for data in (empty, SimpleNamespace(**vars(empty), train_data=[], val_data=[])):
+        with pytest.raises(ValueError, match="no image to calibrate with"):
+            _calibration_data(data, CompressionType.INT8_PTQ)
+    with pytest.raises(ValueError, match=r"Unknown compression .*FP16.*INT8_ACQ"):
+        compress(openvino.Model([], [], "empty"), CompressionType.FP16, None)
 
 
 def test_export_of_untrained_adapters_is_refused(small_backbone, tmp_path):
