@@ -1,15 +1,16 @@
 # Copyright (C) 2026 The anomalib-mvfa authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Files that are complete under their own name, or absent."""
+"""Files that are complete under their own name, or absent, and digests of their content."""
 
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["partial_name", "replacing"]
+__all__ = ["content_digest", "partial_name", "replacing"]
 
+DIGITS = 16  # hexadecimal, of a digest
 LONGEST_NAME = 50  # characters that are kept while the file is written
 
 
@@ -45,3 +46,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def content_digest(path: str | Path) -> str:
+    """Return the first 16 hexadecimal digits of a file's SHA-256, as ``sha256sum`` prints them."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()[:DIGITS]

@@ -18,8 +18,9 @@ from lightning.pytorch import Callback
 from PIL import Image
 
 from anomalib_mvfa import MVFA, MVFAModel
-from anomalib_mvfa.callbacks.run_record import content_digest, data_fingerprint
+from anomalib_mvfa.callbacks.run_record import data_fingerprint
 from anomalib_mvfa.data import FewShot
+from anomalib_mvfa.files import content_digest
 from anomalib_mvfa.model.loss import training_losses
 from anomalib_mvfa.model.memory import Support
 from anomalib_mvfa.weights.adapter_files import read_adapters

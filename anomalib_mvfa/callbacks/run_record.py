@@ -27,7 +27,7 @@ from anomalib.data import AnomalibDataModule
 from lightning.pytorch import Callback, Trainer
 from open_clip.factory import HF_HUB_PREFIX
 
-from anomalib_mvfa.files import replacing
+from anomalib_mvfa.files import DIGITS, content_digest, replacing
 from anomalib_mvfa.processes import gather_objects
 from anomalib_mvfa.training.state import training_data
 from anomalib_mvfa.weights.checkpoints import checkpoint_folder
@@ -35,11 +35,10 @@ from anomalib_mvfa.weights.checkpoints import checkpoint_folder
 if TYPE_CHECKING:
     from anomalib_mvfa.model import MVFA
 
-__all__ = ["RunRecord", "content_digest", "data_fingerprint"]
+__all__ = ["RunRecord", "data_fingerprint"]
 
 logger = logging.getLogger(__name__)
 
-DIGITS = 16
 SAMPLE = 4096  # bytes at either end
 LIBRARIES = ("anomalib", "lightning", "nibabel", "numpy", "open-clip-torch", "pillow", "pydicom")
 TORCH = ("torch", "torchmetrics", "torchvision")
@@ -84,15 +83,6 @@ class RunRecord(Callback):
             with replacing(checkpoint_folder(trainer) / "run.json") as partial:
                 record = _record(trainer, pl_module, prints)
                 partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
-def content_digest(path: str | Path) -> str:
-    """Return the first 16 hexadecimal digits of a file's SHA-256, as ``sha256sum`` prints them."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()[:DIGITS]
 
 
 def data_fingerprint(dataset: Any) -> dict[str, Any] | None:

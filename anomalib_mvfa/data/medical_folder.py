@@ -24,7 +24,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 from numpy.typing import NDArray
-from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from anomalib_mvfa.processes import gather_objects
@@ -32,7 +31,7 @@ from anomalib_mvfa.visualization import claim_name, loaded_dataset, results_dir
 
 from .base import SplitDataModule, enumerate_some
 from .medical_dataset import WHOLE_FILE, MedicalDataset
-from .readers import ImageRef, IntensityRule, list_images, read_mask, read_volume, volume_slice, write_volume
+from .readers import ImageRef, IntensityRule, fill_slice, list_images, read_mask, read_volume, write_volume
 from .readers.dicom import dicom_header, patient_key
 from .readers.files import MAX_PIXELS, is_dicom, is_volume
 from .readers.volumes import same_grid
@@ -467,10 +466,7 @@ class AnomalyVolumes(Callback):
                 if self._ref is None:
                     self._ref = replace(ref, frame=None)
                     self._scores = np.zeros_like(read_volume(ref.path, ref.volume, ref.max_pixels)[0])
-                view = volume_slice(self._scores, ref.frame or 0, ref.axis)
-                anomaly_map = item.anomaly_map.detach().float().cpu()[None, None]
-                resized = functional.interpolate(anomaly_map, view.shape, mode="bilinear", align_corners=False)
-                view[...] = resized[0, 0].numpy()
+                fill_slice(self._scores, ref.frame or 0, ref.axis, item.anomaly_map.detach().float().cpu())
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the last volume, or merge the slices of several processes."""

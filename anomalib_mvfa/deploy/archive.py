@@ -11,7 +11,6 @@ source and writes ``OUT/parts/*.parquet``. Files that have rows there are not re
 
 import argparse
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -23,7 +22,6 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -36,7 +34,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from anomalib_mvfa.data.readers import IntensityRule, UnreadableImageError
 from anomalib_mvfa.data.readers.files import MAX_PIXELS, is_volume
-from anomalib_mvfa.files import replacing
+from anomalib_mvfa.files import content_digest, replacing
 from anomalib_mvfa.model import MVFA
 from anomalib_mvfa.pre_processing import check_intensity
 from anomalib_mvfa.visualization import heatmap
@@ -335,18 +333,14 @@ def _model_facts(model: Path) -> tuple[tuple[int, int], str | None, str]:
     if not model.is_file() or model.suffix not in {".ckpt", ".xml", ".onnx"}:
         msg = f"No model at {model}. Give a trained .ckpt, or an exported .xml or .onnx."
         raise FileNotFoundError(msg)
-    digest = hashlib.blake2b(digest_size=16)
-    for file in (model, model.with_suffix(".bin")):
-        if file.is_file() and (file == model or model.suffix == ".xml"):
-            with file.open("rb") as opened:
-                for block in iter(partial(opened.read, 2**20), b""):
-                    digest.update(block)
+    weights = model.with_suffix(".bin") if model.suffix == ".xml" else None
+    digest = " ".join(content_digest(file) for file in (model, weights) if file is not None)
     if model.suffix == ".ckpt":
         facts = checkpoint_facts(read_checkpoint(model, MVFA.checkpoint_safe_globals(), mmap=True), model)
-        return tuple(facts["image_size"]), facts["intensity"], digest.hexdigest()
+        return tuple(facts["image_size"]), facts["intensity"], digest
     import openvino
 
-    return image_size(openvino.Core().read_model(model)), None, digest.hexdigest()
+    return image_size(openvino.Core().read_model(model)), None, digest
 
 
 @contextmanager
@@ -374,7 +368,18 @@ def _archive(out: Path, facts: dict[str, Any]) -> Iterator[bytes]:
 
 @contextmanager
 def _cluster(resources: Resources) -> Iterator[Any]:
-    """Join a cluster, or start a local one that nobody else reaches and that leaves no files; yield ``ray.data``."""
+    """Join a cluster, or start a local one that nobody else reaches; yield ``ray.data``, and leave nothing behind."""
+    environment, handler = dict(os.environ), signal.getsignal(signal.SIGTERM)
+    try:
+        yield from _joined(resources)
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
+
+
+def _joined(resources: Resources) -> Iterator[Any]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     if resources.address is None:  # its processes listen on loopback, as they do by default elsewhere than on Linux
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")

@@ -25,15 +25,14 @@ from urllib.parse import urlsplit
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn import functional
 
 from anomalib_mvfa.data.readers import (
     ImageRef,
     UnreadableImageError,
+    fill_slice,
     list_images,
     read_image,
     read_volume,
-    volume_slice,
     write_volume,
 )
 from anomalib_mvfa.data.readers.dicom import dicom_header, patient_key
@@ -229,10 +228,7 @@ def write_map(
     ref = _ref(folder, options, path, None)
     scores = np.zeros_like(read_volume(ref.path, ref.volume, ref.max_pixels)[0])
     for frame, anomaly_map in maps.items():
-        view = volume_slice(scores, frame, ref.axis)
-        values = torch.from_numpy(anomaly_map.copy())[None, None]
-        size = (view.shape[0], view.shape[1])
-        view[...] = functional.interpolate(values, size, mode="bilinear", align_corners=False)[0, 0].numpy()
+        fill_slice(scores, frame, ref.axis, torch.from_numpy(anomaly_map.copy()))
     write_volume(target, scores, like=ref.path)
 
 

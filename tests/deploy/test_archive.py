@@ -290,6 +290,26 @@ def test_files_that_are_complete_are_written_when_a_run_is_stopped(source, model
     assert names == {"000.png", "004.png"}
 
 
+def test_a_local_cluster_leaves_the_process_as_it_was(monkeypatch):
+    started = []
+
+    def init(**options):
+        started.append((os.environ["TMPDIR"], options["_temp_dir"]))
+        signal.signal(signal.SIGTERM, lambda *_: None)  # as Ray does
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setenv("TMPDIR", tempfile.gettempdir())
+    before = dict(os.environ), signal.getsignal(signal.SIGTERM)
+    with archive._cluster(Resources()):
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    ((inside, folder),) = started
+    assert inside == folder != os.environ["TMPDIR"]
+    assert not Path(folder).exists()
+    assert (dict(os.environ), signal.getsignal(signal.SIGTERM)) == before
+
+
 def test_memory_and_time_of_a_file_are_limited():
     isolated = Isolated(seconds=1, memory=8 * 2**30)
     with pytest.raises(UnreadableImageError, match="longer than 1 s"):

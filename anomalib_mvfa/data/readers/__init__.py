@@ -42,12 +42,13 @@ from .files import (
 )
 from .intensity import IntensityRule
 from .raster import raster_image, raster_pixels
-from .volumes import filled_slices, read_volume, slice_image, slice_pixels, volume_slice, write_volume
+from .volumes import fill_slice, filled_slices, read_volume, slice_image, slice_pixels, volume_slice, write_volume
 
 __all__ = [
     "ImageRef",
     "IntensityRule",
     "UnreadableImageError",
+    "fill_slice",
     "list_images",
     "read_image",
     "read_mask",

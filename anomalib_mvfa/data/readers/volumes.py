@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
 
 from anomalib_mvfa.files import replacing
 
@@ -182,6 +184,14 @@ def volume_slice(volume: Pixels, index: int, axis: int = 2) -> Pixels:
     """
     view: Pixels = np.moveaxis(volume, axis, 0)[index][::-1, ::-1].T
     return view
+
+
+def fill_slice(volume: Pixels, index: int, axis: int, anomaly_map: Tensor) -> None:
+    """Write a map ``(h, w)`` of any size into one slice of a canonical volume ``(X, Y, Z)``, bilinearly."""
+    view = volume_slice(volume, index, axis)
+    size = (view.shape[0], view.shape[1])
+    resized = functional.interpolate(anomaly_map[None, None], size, mode="bilinear", align_corners=False)
+    view[...] = resized[0, 0].numpy()
 
 
 def write_volume(path: str | Path, data: Pixels, like: str | Path) -> None:
